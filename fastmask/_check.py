@@ -1,0 +1,84 @@
+"""Errors at the door: what was expected, what came, and the remedy. Only ``clean_tokens``, which
+``check=True`` asks for, reads a tensor's values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+INTEGER = (torch.int32, torch.int64)
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return "|".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def tensor(name: str, value: object, dtypes: Sequence[torch.dtype], ndim: int | None = None) -> None:
+    """``value`` is a tensor of one of these dtypes, of ``ndim`` dimensions if given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a torch.Tensor, received {type(value).__name__}")
+    if value.dtype not in dtypes:
+        remedy = f"; convert it with {name}.to(torch.{_names(dtypes[-1:])})"
+        raise TypeError(f"expected {name} of dtype {_names(dtypes)}, received {_names([value.dtype])}{remedy}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"expected {name} with {ndim} dimensions, received shape {tuple(value.shape)}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int], letters: str) -> None:
+    """``value`` has this shape, written in letters for the message."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"expected {name} of shape [{letters}] = {list(expected)}, received {list(value.shape)}")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """All the tensors given lie on one device."""
+    devices = {name: value.device for name, value in tensors.items() if value is not None}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"expected all tensors on one device, received {where}; move them with .to(device)")
+
+
+def option(name: str, value: object, allowed: Sequence[str]) -> None:
+    """``value`` is one of the words allowed."""
+    if value not in allowed:
+        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, allowed))}; received {value!r}")
+
+
+def number(name: str, value: float, low: float, high: float = math.inf, *, below_high: bool = False) -> None:
+    """low <= value <= high (or < high); NaN is refused."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected {name} to be a number, received {type(value).__name__}")
+    if not (low <= value < high if below_high else low <= value <= high):
+        bracket = ")" if below_high or math.isinf(high) else "]"
+        raise ValueError(f"expected {name} in [{low:g}, {high:g}{bracket}, received {value!r}")
+
+
+def integer(name: str, value: int, low: int, high: int | None = None) -> None:
+    """low <= value, and < high if given."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected {name} to be an int, received {type(value).__name__}")
+    if value < low or (high is not None and value >= high):
+        upper = "" if high is None else f" and below {high}"
+        raise ValueError(f"expected {name} of at least {low}{upper}, received {value}")
+
+
+def clean_tokens(
+    name: str, ids: Tensor, num_tokens: int, forbidden_id: int | None, where: Tensor | None = None
+) -> None:
+    """Every id (at ``where``) is in [0, num_tokens) and none is forbidden. Reads values: synchronises."""
+    wrong = (ids < 0) | (ids >= num_tokens)
+    if forbidden_id is not None:
+        wrong |= ids == forbidden_id
+    if where is not None:
+        wrong &= where
+    if wrong.any():
+        position = wrong.nonzero()[0].tolist()
+        besides = "" if forbidden_id is None else f" other than {forbidden_id}"
+        raise ValueError(
+            f"expected {name} in [0, {num_tokens}){besides}, received {int(ids[tuple(position)])} at {position} "
+            f"and {int(wrong.sum()) - 1} more; clean the data (fastmask.data refuses such ids when it reads them)"
+        )

@@ -1,0 +1,70 @@
+"""Which backend runs an operation: the pure-PyTorch reference or the Triton kernel."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+OPERATIONS = ("mask_sampling", "masked_cross_entropy", "linear_masked_cross_entropy", "demask")
+BACKENDS = ("auto", "triton", "reference")
+ENVIRONMENT_VARIABLE = "FASTMASK_BACKEND"
+
+
+def choose(operation: str, device: torch.device, backend: str = "auto") -> tuple[str, str]:
+    """("triton" | "reference", why) for an operation on a device.
+
+    Where the caller says "auto" the environment variable FASTMASK_BACKEND decides, and where that is
+    unset or "auto" too: the kernel on a GPU, the reference elsewhere.
+
+    Raises:
+        ValueError: an unknown backend. RuntimeError: "triton" was asked for and cannot run.
+    """
+    source = "backend="
+    if backend == "auto":
+        source, backend = f"{ENVIRONMENT_VARIABLE}=", os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"expected {source} to be one of {', '.join(BACKENDS)}; received {backend!r}")
+    if backend == "reference":
+        return "reference", f"{source}reference"
+    obstacle = _obstacle(operation, device)
+    if backend == "triton" and obstacle is None:
+        return "triton", f"{source}triton"
+    # The variable speaks of all operations, so it does not insist on a kernel that is not written yet.
+    if backend == "triton" and (source == "backend=" or _has_kernel(operation)):
+        raise RuntimeError(f"{source}triton cannot run {operation}: {obstacle}; use backend='reference'")
+    if obstacle is None and device.type == "cuda":
+        return "triton", "kernel on this GPU"
+    return "reference", obstacle or f"auto interprets no kernels on {device.type}"
+
+
+def module(operation: str, device: torch.device, backend: str = "auto") -> ModuleType:
+    """The module that runs an operation on a device: ``fastmask.kernels.X`` or ``fastmask.reference.X``."""
+    chosen, _ = choose(operation, device, backend)
+    package = "kernels" if chosen == "triton" else "reference"
+    return importlib.import_module(f"fastmask.{package}.{operation}")
+
+
+def _obstacle(operation: str, device: torch.device) -> str | None:
+    """Why Triton cannot run the operation there, or None."""
+    if not _has_kernel(operation):
+        return f"no Triton kernel for {operation} yet"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type != "cuda" and not _interpreting():
+        return f"Triton does not run on {device.type} (TRITON_INTERPRET=1 interprets kernels, slowly)"
+    return None
+
+
+@cache
+def _has_kernel(operation: str) -> bool:
+    # find_spec locates the file without running it, so Triton need not be there.
+    return importlib.util.find_spec(f"fastmask.kernels.{operation}") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -1,0 +1,71 @@
+"""Token critics: which tokens of a sequence look wrong.
+
+Source: Lezama et al., "Improved masked image generation with Token-Critic",
+https://arxiv.org/abs/2209.04439; the self critic shares the generator's trunk (after Nijkamp et al.,
+https://aclanthology.org/2021.naacl-main.409/).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SelfCritic(nn.Module):
+    """A linear probe on the generator's own embeddings.
+
+    Args:
+        net: a network with ``attn_layers.dim`` and ``return_embeddings=True``.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        dim = getattr(getattr(net, "attn_layers", None), "dim", None)
+        if dim is None:
+            raise ValueError(
+                "expected self_token_critic=True with a network that has attn_layers.dim and return_embeddings= "
+                f"(x_transformers.TransformerWrapper), received {type(net).__name__}; give token_critic= instead"
+            )
+        self.net = net
+        self.to_logits = nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Logits [B, N, 1] that the token of ids x [B, N] is wrong; kwargs go to the network."""
+        logits: Tensor = self.to_logits(self.net(x, return_embeddings=True, **kwargs))
+        return logits
+
+
+def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The critic's logits [B, N] on ids [B, N].
+
+    ``kwargs`` are the network's; a critic without cross-attention is spared the context.
+    """
+    if getattr(getattr(critic, "attn_layers", None), "cross_attend", None) is False:
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("context", "context_mask")}
+    logits: Tensor = critic(ids, **kwargs)
+    if logits.shape == (*ids.shape, 1):
+        logits = logits.squeeze(-1)
+    if logits.shape != ids.shape:
+        raise ValueError(
+            f"expected token_critic(ids [B, N] = {list(ids.shape)}) to return [B, N, 1] or [B, N], received "
+            f"{list(logits.shape)}; build it with logits_dim=1"
+        )
+    return logits
+
+
+def critic_loss(
+    logits: Tensor, is_wrong: Tensor, maskable: Tensor | None, num_tokens: Tensor | float | None
+) -> Tensor:
+    """Mean binary cross-entropy, nats, of logits [B, N] against is_wrong [B, N] bool, over ``maskable``.
+
+    ``num_tokens`` divides the sum in place of the number of positions.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits.float(), is_wrong.float(), reduction="none")
+    if maskable is not None:
+        losses = losses.where(maskable, 0.0)
+    if num_tokens is None:
+        num_tokens = losses.numel() if maskable is None else maskable.sum()
+    return losses.sum() / torch.as_tensor(num_tokens, device=losses.device).clamp(min=1)

@@ -1,0 +1,698 @@
+"""The operations of fastmask as plain functions, for people with loops of their own.
+
+Every function checks its arguments, then runs the Triton kernel or the pure-PyTorch reference:
+``backend="auto"`` takes the kernel on a GPU that has one, and the environment variable
+FASTMASK_BACKEND overrides "auto". Checks never read a tensor's values (that would wait for the GPU)
+unless ``check=True``.
+
+Randomness is Philox with a 64-bit seed: given as ``seed=`` (an int, or an int64 scalar tensor on the
+device), else drawn from ``generator=`` or torch's generator of the device. The same seed gives the same
+result for every split of a batch, when ``sample_offset`` says which samples the rows are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmask import _check, _dispatch
+from fastmask.reference.demask import Rows, Sampled
+from fastmask.reference.mask_sampling import MaskedTokens, draw_times
+from fastmask.reference.masked_cross_entropy import CrossEntropy
+from fastmask.schedules import Schedule, TensorFn, as_schedule
+
+__all__ = [
+    "CrossEntropy",
+    "MaskedTokens",
+    "Sampled",
+    "confidence_scores",
+    "critic_scores",
+    "draw_seed",
+    "linear_masked_cross_entropy",
+    "linear_sample_tokens",
+    "mask_sampling",
+    "masked_cross_entropy",
+    "sample_tokens",
+    "select_to_remask",
+]
+
+
+def draw_seed(device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
+    """A 64-bit seed, [] int64, drawn on ``device`` and kept there: no synchronisation.
+
+    Args:
+        device: where the seed is wanted.
+        generator: default torch's own of the device. One of another device is drawn from there.
+
+    Randomness: one int64 of the generator, so ``torch.manual_seed`` reproduces all that follows.
+    """
+    home = torch.device(device) if generator is None else generator.device
+    bounds = torch.iinfo(torch.int64)
+    seed = torch.randint(bounds.min, bounds.max, (), device=home, dtype=torch.int64, generator=generator)
+    return seed.to(device, non_blocking=True)
+
+
+def _as_seed(seed: int | Tensor | None, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    if seed is None:
+        return draw_seed(device, generator)
+    if isinstance(seed, Tensor):
+        _check.tensor("seed", seed, [torch.int64], ndim=0)
+        return seed.to(device, non_blocking=True)
+    _check.integer("seed", seed, -(2**63), 2**64)
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
+
+
+def mask_sampling(
+    tokens: Tensor,
+    *,
+    mask_id: int,
+    num_tokens: int,
+    schedule: str | TensorFn | Schedule = "linear",
+    mode: str = "exact",
+    stratified: bool = False,
+    times: Tensor | None = None,
+    counts: Tensor | None = None,
+    maskable: Tensor | None = None,
+    no_replace_prob: float = 0.0,
+    random_token_prob: float = 0.0,
+    random_may_be_mask: bool = False,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    global_batch_size: int | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> MaskedTokens:
+    r"""Chooses the masked positions of a batch, and what the network sees there.
+
+    .. math::
+        t_b \sim U(0, 1), \quad k_b = \max(1, \lceil \mathrm{schedule}(t_b)\, n_b \rceil), \quad
+        w_b = |\mathrm{schedule}'(t_b)| \, n_b / k_b
+
+    Args:
+        tokens: [B, N] int32|int64, clean ids.
+        mask_id: the id of the mask token. One outside [0, num_tokens) is allowed.
+        num_tokens: V, the size of the vocabulary.
+        schedule: t to the mask ratio: "linear" (1 - t), "cosine" (cos(pi t / 2)), a callable on a
+            float32 tensor that autograd can differentiate, or a :class:`fastmask.Schedule`.
+        mode: "exact" masks exactly k_b of the n_b maskable positions, a uniformly random subset;
+            "bernoulli" masks each with probability schedule(t_b), and w_b = |schedule'| / schedule.
+        stratified: t_b = (u + b) / B mod 1 over the global batch, one u for all.
+        times: [B] float32, t_b in place of drawn ones.
+        counts: [B] int32|int64, k_b in place of the schedule's ("exact" only); clamped to [0, n_b].
+        maskable: [B, N] bool, False where a token is never masked (padding, prompts); None for all.
+        no_replace_prob: with probability 1/2 per call, ceil(k_b no_replace_prob) of the masked
+            positions keep their token.
+        random_token_prob: independently with probability 1/2 per call, ceil(r random_token_prob f) of
+            the remaining r get a random token; f is 1 - no_replace_prob if the first coin fell so, else 1.
+        random_may_be_mask: whether a random token may be mask_id; uniform over the other ids by default.
+        seed, generator: see the module.
+        sample_offset: global index of the first row (data parallelism, split batches).
+        global_batch_size: B of the whole batch, for ``stratified``; default the rows given.
+        check: also refuse tokens outside [0, num_tokens) or equal to mask_id (synchronises).
+        backend: see the module.
+
+    Returns:
+        MaskedTokens of
+        masked_ids: [B, N] as tokens, what the network sees;
+        is_masked: [B, N] bool, the positions in the loss, kept and random ones included;
+        times: [B] float32;
+        counts: [B] int64, how many are masked;
+        loss_weights: [B] float32, w_b (0 where nothing is masked);
+        row_indices: [B N] int64, the flat indices b N + i of the masked positions in rising order, then -1;
+        num_masked: [] int64, how many of row_indices are masked positions.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number, tensors on several devices,
+        counts with mode "bernoulli", no id left to draw random tokens from, a schedule without
+        derivative; under check=True unclean tokens.
+
+    Randomness: streams TIMES or STRATUM, COINS and KEYS of the seed.
+
+    Source: k and the subset, MaskGIT (https://arxiv.org/abs/2202.04200); w, MDLM
+    (https://arxiv.org/abs/2406.07524, eq. 10, alpha = 1 - schedule); kept and random tokens, BERT
+    (https://arxiv.org/abs/1810.04805).
+
+    Example:
+        >>> tokens = torch.arange(8)[None]
+        >>> out = mask_sampling(tokens, mask_id=8, num_tokens=9, counts=torch.tensor([3]), seed=0)
+        >>> int(out.is_masked.sum()), bool((out.masked_ids[out.is_masked] == 8).all())
+        (3, True)
+    """
+    _check.tensor("tokens", tokens, _check.INTEGER, ndim=2)
+    batch, length = tokens.shape
+    if length == 0:
+        raise ValueError("expected tokens [B, N] with N of at least 1, received N = 0")
+    _check.integer("num_tokens", num_tokens, 1, 2**31)
+    _check.integer("mask_id", mask_id, 0, 2**31)
+    _check.option("mode", mode, ["exact", "bernoulli"])
+    _check.number("no_replace_prob", no_replace_prob, 0.0, 1.0)
+    _check.number("random_token_prob", random_token_prob, 0.0, 1.0)
+    _check.integer("sample_offset", sample_offset, 0, 2**32)
+    global_batch_size = batch if global_batch_size is None else global_batch_size
+    _check.integer("global_batch_size", global_batch_size, min(1, batch))
+    if random_token_prob > 0.0 and not random_may_be_mask and num_tokens - (mask_id < num_tokens) < 1:
+        raise ValueError(
+            f"expected an id besides mask_id {mask_id} to draw random tokens from, received "
+            f"num_tokens {num_tokens}; set random_token_prob=0"
+        )
+    if times is not None:
+        _check.tensor("times", times, [torch.float32])
+        _check.shape("times", times, [batch], "B")
+    if counts is not None:
+        if mode == "bernoulli":
+            raise ValueError("expected counts with mode='exact', received mode='bernoulli'; leave counts out")
+        _check.tensor("counts", counts, _check.INTEGER)
+        _check.shape("counts", counts, [batch], "B")
+    if maskable is not None:
+        _check.tensor("maskable", maskable, [torch.bool])
+        _check.shape("maskable", maskable, [batch, length], "B, N")
+    _check.same_device(tokens=tokens, times=times, counts=counts, maskable=maskable)
+    if check:
+        _check.clean_tokens("tokens", tokens, num_tokens, mask_id)
+
+    schedule = as_schedule(schedule)
+    seed = _as_seed(seed, tokens.device, generator)
+    ratios = slopes = None
+    if times is None and schedule.name is None:
+        times = draw_times(
+            seed, batch, stratified=stratified, sample_offset=sample_offset,
+            global_batch_size=global_batch_size,
+        )  # fmt: skip
+    if times is not None:
+        ratios, slopes = _evaluate(schedule, times)
+    run = _dispatch.module("mask_sampling", tokens.device, backend).mask_sampling
+    return MaskedTokens(
+        *run(
+            tokens, seed, times, ratios, slopes, None if counts is None else counts.long(), maskable,
+            schedule=schedule.name or "", mask_id=mask_id, num_tokens=num_tokens,
+            bernoulli=mode == "bernoulli", stratified=stratified, no_replace_prob=float(no_replace_prob),
+            random_token_prob=float(random_token_prob), random_may_be_mask=random_may_be_mask,
+            sample_offset=sample_offset, global_batch_size=global_batch_size,
+        )
+    )  # fmt: skip
+
+
+def _evaluate(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
+    """schedule(t) and its slope, [B] float32 each."""
+    ratios, slopes = schedule(times), schedule.slope(times)
+    for name, value in (("schedule(t)", ratios), ("the schedule's derivative", slopes)):
+        if not isinstance(value, Tensor) or value.shape != times.shape:
+            received = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"expected {name} to be a tensor of t's shape {list(times.shape)}, received {received}")
+    return ratios.detach().float(), slopes.detach().float()
+
+
+def _check_loss_rows(
+    shape: torch.Size,
+    targets: Tensor,
+    is_masked: Tensor | None,
+    weights: Tensor | None,
+    reduction: str,
+    denominator: Tensor | float | None,
+) -> Tensor | None:
+    """The checks that both losses share; weights expanded to the targets' shape."""
+    _check.tensor("targets", targets, _check.INTEGER)
+    _check.shape("targets", targets, shape, "...")
+    if is_masked is not None:
+        _check.tensor("is_masked", is_masked, [torch.bool])
+        _check.shape("is_masked", is_masked, shape, "...")
+    _check.option("reduction", reduction, ["none", "sum", "mean"])
+    if denominator is not None and reduction != "mean":
+        raise ValueError(f"expected denominator with reduction='mean', received reduction={reduction!r}")
+    if isinstance(denominator, Tensor) and denominator.numel() != 1:
+        raise ValueError(f"expected denominator to be one number, received shape {list(denominator.shape)}")
+    if weights is None:
+        return None
+    _check.tensor("weights", weights, [torch.float64, torch.float32])
+    if weights.requires_grad:
+        raise ValueError("expected constant weights, received weights that require grad; use weights.detach()")
+    if len(shape) == 2 and weights.shape == shape[:1]:
+        return weights[:, None].expand(shape)
+    if weights.shape != shape:
+        raise ValueError(
+            f"expected weights of the targets' shape {list(shape)}, or [B] for targets [B, N]; "
+            f"received {list(weights.shape)}"
+        )
+    return weights
+
+
+def _check_loss_options(
+    num_tokens: int, label_smoothing: float, z_loss: float, exclude_id: int | None
+) -> None:
+    _check.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    _check.number("z_loss", z_loss, 0.0)
+    if exclude_id is not None:
+        _check.integer("exclude_id", exclude_id, 0, num_tokens)
+        if num_tokens == 1:
+            raise ValueError("expected a column besides exclude_id, received logits with V = 1")
+
+
+def masked_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    is_masked: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    denominator: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    exclude_id: int | None = None,
+    with_correct: bool = False,
+    check: bool = False,
+    backend: str = "auto",
+) -> CrossEntropy:
+    r"""Cross-entropy at the masked positions, in nats, float32 whatever the logits are.
+
+    .. math::
+        \ell_i = w_i \left[(1 - \epsilon)(L_i - z_{i,y_i}) + \epsilon (L_i - \bar z_i) + \lambda L_i^2\right],
+        \quad L_i = \log \sum_{v \in A} e^{z_{i,v}}, \quad \bar z_i = \mathrm{mean}_{v \in A} z_{i,v}
+
+    With everything left at its default this is ``F.cross_entropy(logits[is_masked].float(),
+    targets[is_masked])``, and 0 where nothing is masked.
+
+    Args:
+        logits: [..., V] float16|bfloat16|float32|float64, unnormalised.
+        targets: [...] int32|int64; never read where unmasked.
+        is_masked: [...] bool, the positions in the loss; None for all.
+        weights: [...] float32|float64, w of each position, or [B] of each sequence of targets [B, N];
+            constant; 0 is as good as unmasked. None for 1.
+        reduction: "none", "sum", or "mean": the sum divided by the number of masked positions.
+        denominator: what "mean" divides by instead (gradient accumulation, data parallelism; B N with
+            MDLM weights). A number or a tensor of one.
+        label_smoothing: epsilon in [0, 1], spread over the columns A.
+        z_loss: lambda >= 0.
+        exclude_id: a column that leaves A and gets gradient 0 (mask_id, for MDLM's SUBS). A target equal
+            to it costs +inf.
+        with_correct: also compare the argmax over A (ties to the lower id) with the target.
+        check: also refuse targets outside [0, V) or equal to exclude_id at masked positions (synchronises).
+        backend: see the module.
+
+    Returns:
+        CrossEntropy of
+        loss: [] or, for "none", [...], 0 where unmasked; float32 (float64 for float64 logits), nats;
+        nll: [...], L - z_y of each position, unweighted, 0 where unmasked; not differentiable;
+        correct: [...] bool, False where unmasked; None unless asked for.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape, reduction or number, weights that require
+        grad, a denominator without "mean"; under check=True targets out of range. RuntimeError on
+        double backward.
+
+    Randomness: none.
+
+    Source: label smoothing, Szegedy et al. (https://arxiv.org/abs/1512.00567, section 7); z-loss, PaLM
+    (https://arxiv.org/abs/2204.02311, section 5); SUBS, MDLM (https://arxiv.org/abs/2406.07524, section 3.2.3).
+
+    Example:
+        >>> logits = torch.zeros(1, 3, 4)
+        >>> is_masked = torch.tensor([[True, False, True]])
+        >>> masked_cross_entropy(logits, torch.tensor([[0, 1, 2]]), is_masked).loss
+        tensor(1.3863)
+    """
+    _check.tensor("logits", logits, _check.FLOATING)
+    if logits.ndim < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"expected logits of shape [..., V] with V of at least 1, received {list(logits.shape)}")
+    weights = _check_loss_rows(logits.shape[:-1], targets, is_masked, weights, reduction, denominator)
+    _check_loss_options(logits.shape[-1], label_smoothing, z_loss, exclude_id)
+    _check.same_device(logits=logits, targets=targets, is_masked=is_masked, weights=weights)
+    if check:
+        _check.clean_tokens("targets", targets, logits.shape[-1], exclude_id, is_masked)
+    run = _dispatch.module("masked_cross_entropy", logits.device, backend).masked_cross_entropy
+    out: CrossEntropy = run(
+        logits, targets, is_masked, weights, reduction=reduction, denominator=denominator,
+        label_smoothing=label_smoothing, z_loss=z_loss, exclude_id=exclude_id, with_correct=with_correct,
+    )  # fmt: skip
+    return out
+
+
+def linear_masked_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    is_masked: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    reduction: str = "mean",
+    denominator: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    exclude_id: int | None = None,
+    with_correct: bool = False,
+    check: bool = False,
+    backend: str = "auto",
+) -> CrossEntropy:
+    r"""Head and :func:`masked_cross_entropy` in one, without logits of unmasked positions.
+
+    .. math::
+        z_i = W e_i + b
+
+    Equals ``masked_cross_entropy(F.linear(embeddings, weight, bias), ...)``; only masked positions go
+    through the head, and only one chunk of their logits exists at a time. Under autocast the products
+    are taken in its dtype.
+
+    Args:
+        embeddings: [..., D] float16|bfloat16|float32|float64.
+        weight: [V, D], the head's weight, of the embeddings' dtype (any under autocast).
+        bias: [V] of the weight's dtype, or None.
+        targets, is_masked, weights, reduction, denominator, label_smoothing, z_loss, exclude_id,
+            with_correct, check, backend: as in :func:`masked_cross_entropy`.
+
+    Returns, Raises, Randomness, Source: as :func:`masked_cross_entropy`; gradients reach embeddings
+    (0 where unmasked), weight and bias, in their own dtypes, accumulated in float32.
+
+    Example:
+        >>> embeddings, weight = torch.ones(1, 3, 2), torch.zeros(4, 2)
+        >>> is_masked = torch.tensor([[True, False, True]])
+        >>> linear_masked_cross_entropy(embeddings, weight, torch.tensor([[0, 1, 2]]), is_masked).loss
+        tensor(1.3863)
+    """
+    _check.tensor("embeddings", embeddings, _check.FLOATING)
+    _check.tensor("weight", weight, _check.FLOATING, ndim=2)
+    if embeddings.ndim < 2 or embeddings.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"expected embeddings [..., D] and weight [V, D] of one D, received {list(embeddings.shape)} "
+            f"and {list(weight.shape)}"
+        )
+    if bias is not None:
+        _check.tensor("bias", bias, [weight.dtype])
+        _check.shape("bias", bias, weight.shape[:1], "V")
+    if embeddings.dtype != weight.dtype and not torch.is_autocast_enabled(embeddings.device.type):
+        raise TypeError(
+            f"expected embeddings and weight of one dtype, received {embeddings.dtype} and {weight.dtype}; "
+            f"convert one, or use torch.autocast"
+        )
+    weights = _check_loss_rows(embeddings.shape[:-1], targets, is_masked, weights, reduction, denominator)
+    _check_loss_options(len(weight), label_smoothing, z_loss, exclude_id)
+    _check.same_device(
+        embeddings=embeddings, weight=weight, bias=bias, targets=targets, is_masked=is_masked, weights=weights
+    )
+    if check:
+        _check.clean_tokens("targets", targets, len(weight), exclude_id, is_masked)
+    run = _dispatch.module("linear_masked_cross_entropy", embeddings.device, backend).linear_masked_cross_entropy
+    out: CrossEntropy = run(
+        embeddings, weight, bias, targets, is_masked, weights, reduction=reduction, denominator=denominator,
+        label_smoothing=label_smoothing, z_loss=z_loss, exclude_id=exclude_id, with_correct=with_correct,
+    )  # fmt: skip
+    return out
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    filter_thres: float | None = None,
+    mask_id: int | None = None,
+    row_indices: Tensor | None = None,
+    seq_len: int | None = None,
+    kept_ids: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> Sampled:
+    r"""Samples ids from logits, exactly, and gives the probability of each.
+
+    .. math::
+        \mathrm{id}_i \sim \mathrm{softmax}(z_i / T) \text{ over } A_i, \qquad
+        \log p_i = z_{i,\mathrm{id}_i} - \log \sum_{v \in A_i} e^{z_{i,v}}
+
+    A_i are the ids that are neither mask_id nor filtered out; the probability is not heated.
+
+    Args:
+        logits: [B, N, V] float16|bfloat16|float32, one row for each position; or [M, V], compact rows,
+            with ``row_indices`` and ``seq_len``.
+        temperature: T >= 0; 0 takes the argmax, ties to the lower id.
+        filter_thres: in [0, 1): keeps the ceil((1 - filter_thres) V) largest logits, and all that tie
+            with the last of them. None keeps all.
+        mask_id: never sampled. None, or an id outside [0, V), excludes nothing.
+        row_indices: [M] int64, flat positions b N + i of compact rows.
+        seq_len: N, for compact rows.
+        kept_ids: as the rows, int64: where >= 0 that id is kept, not sampled, and its probability given.
+        seed, generator: see the module.
+        step: index of the demasking step, so that one seed serves a whole generation.
+        sample_offset: global index of the first sequence.
+        backend: see the module.
+
+    Returns:
+        Sampled of ids, int64, and log_probs, float32, nats, [B, N] or [M] each. A row with NaN, +inf or no
+        finite logit gives the lowest allowed id and NaN; a kept id that is filtered out gives -inf.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number.
+
+    Randomness: streams TILE_RACE, SUB_TILE_RACE and ELEMENT_RACE of the seed at ``step``.
+
+    Source: the exponential race, equal in law to Gumbel-max (Maddison et al.,
+    https://arxiv.org/abs/1411.0030), in three levels of 4096, 64 and 1 ids.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 5.0, 1.0]]])
+        >>> sample_tokens(logits, temperature=0.0).ids
+        tensor([[1]])
+    """
+    _check.tensor("logits", logits, _check.FLOATING)
+    rows, kept = _demask_rows(
+        "logits", logits, logits.shape[-1], temperature, filter_thres, row_indices, seq_len, kept_ids,
+        _as_seed(seed, logits.device, generator), step, sample_offset,
+    )  # fmt: skip
+    run = _dispatch.module("demask", logits.device, backend).sample_tokens
+    out = run(
+        logits.flatten(0, -2), rows, kept, temperature=temperature, filter_thres=filter_thres, mask_id=mask_id
+    )
+    return Sampled(*(value.view(logits.shape[:-1]) for value in out))
+
+
+def linear_sample_tokens(
+    embeddings: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    filter_thres: float | None = None,
+    mask_id: int | None = None,
+    row_indices: Tensor | None = None,
+    seq_len: int | None = None,
+    kept_ids: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> Sampled:
+    r"""Head and :func:`sample_tokens` in one: logits exist for one chunk of rows at a time.
+
+    .. math::
+        z_i = W e_i + b
+
+    Args:
+        embeddings: [B, N, D], or [M, D] with ``row_indices`` and ``seq_len``.
+        weight: [V, D], the head's weight; bias: [V] or None; of the embeddings' dtype unless autocast.
+        temperature, filter_thres, mask_id, row_indices, seq_len, kept_ids, seed, generator, step,
+            sample_offset, backend: as in :func:`sample_tokens`.
+
+    Returns, Raises, Randomness, Source: as :func:`sample_tokens`.
+
+    Example:
+        >>> embeddings, weight = torch.ones(1, 1, 2), torch.tensor([[0.0, 0.0], [2.0, 1.0], [1.0, 0.0]])
+        >>> linear_sample_tokens(embeddings, weight, temperature=0.0).ids
+        tensor([[1]])
+    """
+    _check.tensor("embeddings", embeddings, _check.FLOATING)
+    _check.tensor("weight", weight, _check.FLOATING, ndim=2)
+    if embeddings.shape[-1:] != weight.shape[-1:]:
+        raise ValueError(
+            f"expected embeddings [..., D] and weight [V, D] of one D, received {list(embeddings.shape)} "
+            f"and {list(weight.shape)}"
+        )
+    rows, kept = _demask_rows(
+        "embeddings", embeddings, len(weight), temperature, filter_thres, row_indices, seq_len, kept_ids,
+        _as_seed(seed, embeddings.device, generator), step, sample_offset,
+    )  # fmt: skip
+    run = _dispatch.module("demask", embeddings.device, backend).linear_sample_tokens
+    out = run(
+        embeddings.flatten(0, -2), weight, bias, rows, kept,
+        temperature=temperature, filter_thres=filter_thres, mask_id=mask_id,
+    )  # fmt: skip
+    return Sampled(*(value.view(embeddings.shape[:-1]) for value in out))
+
+
+def _demask_rows(
+    name: str,
+    rows: Tensor,
+    num_tokens: int,
+    temperature: float,
+    filter_thres: float | None,
+    row_indices: Tensor | None,
+    seq_len: int | None,
+    kept_ids: Tensor | None,
+    seed: Tensor,
+    step: int,
+    sample_offset: int,
+) -> tuple[Rows, Tensor | None]:
+    """The checks that both samplers share; each row's counters, and the flat ids that are kept."""
+    if num_tokens == 0:
+        raise ValueError("expected a vocabulary of at least 1 id, received 0")
+    _check.number("temperature", temperature, 0.0)
+    if filter_thres is not None:
+        _check.number("filter_thres", filter_thres, 0.0, 1.0, below_high=True)
+    if row_indices is None:
+        if rows.ndim != 3:
+            raise ValueError(
+                f"expected {name} [B, N, ...], received shape {list(rows.shape)}; compact rows need "
+                f"row_indices= and seq_len="
+            )
+        flat, seq_len = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device), rows.shape[1]
+    else:
+        _check.tensor("row_indices", row_indices, [torch.int64])
+        if rows.ndim != 2 or row_indices.shape != rows.shape[:1] or seq_len is None:
+            raise ValueError(
+                f"expected compact {name} [M, ...] with row_indices [M] and seq_len, received "
+                f"{list(rows.shape)}, {list(row_indices.shape)} and seq_len={seq_len}"
+            )
+        flat = row_indices
+    if kept_ids is not None:
+        _check.tensor("kept_ids", kept_ids, [torch.int64])
+        _check.shape("kept_ids", kept_ids, rows.shape[:-1], "as the rows")
+        kept_ids = kept_ids.flatten()
+    _check.same_device(**{name: rows, "row_indices": row_indices, "kept_ids": kept_ids})
+    seq_len = max(1, seq_len)
+    return _counters(flat // seq_len, flat % seq_len, seed, step, sample_offset), kept_ids
+
+
+def _counters(sample: Tensor, position: Tensor, seed: Tensor, step: int, sample_offset: int) -> Rows:
+    _check.integer("step", step, 0, 2**24)
+    _check.integer("sample_offset", sample_offset, 0, 2**32)
+    return Rows(seed, sample + sample_offset, position, step)
+
+
+def confidence_scores(
+    log_probs: Tensor,
+    *,
+    choice_temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""How little confidence each token deserves: the higher, the sooner it is masked again.
+
+    .. math::
+        s = 1 - p \quad (c = 0), \qquad s = -(\log p + c\, G), \; G \sim \mathrm{Gumbel}(0, 1) \quad (c > 0)
+
+    Args:
+        log_probs: [B, N] float32, nats.
+        choice_temperature: c >= 0, annealed by the caller (MaskGIT: 4.5 times the share of steps left).
+        seed, generator, step, sample_offset, backend: as in :func:`sample_tokens`.
+
+    Returns:
+        [B, N] float32.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number.
+
+    Randomness: stream SCORE_NOISE of the seed at ``step``, where c > 0.
+
+    Source: MaskGIT (https://arxiv.org/abs/2202.04200), section 3.2 and its released sampler.
+
+    Example:
+        >>> confidence_scores(torch.tensor([[0.5, 0.25]]).log())
+        tensor([[0.5000, 0.7500]])
+    """
+    _check.tensor("log_probs", log_probs, [torch.float32], ndim=2)
+    _check.number("choice_temperature", choice_temperature, 0.0)
+    if choice_temperature == 0.0:
+        return -torch.expm1(log_probs)
+    seed = _as_seed(seed, log_probs.device, generator)
+    return -(log_probs + choice_temperature * _score_noise(log_probs, seed, step, sample_offset, backend))
+
+
+def critic_scores(
+    critic_logits: Tensor,
+    *,
+    noise_scale: float = 0.0,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""A token critic's scores with annealed noise: the higher, the sooner a token is masked again.
+
+    .. math::
+        s = \mathrm{critic} + c\, G, \quad G \sim \mathrm{Gumbel}(0, 1)
+
+    Args:
+        critic_logits: [B, N] floating point, the critic's logit that the token is wrong.
+        noise_scale: c >= 0, annealed by the caller.
+        seed, generator, step, sample_offset, backend: as in :func:`sample_tokens`.
+
+    Returns:
+        [B, N] float32.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number.
+
+    Randomness: stream SCORE_NOISE of the seed at ``step``, where c > 0.
+
+    Source: Token-Critic (https://arxiv.org/abs/2209.04439), section 3.2.
+
+    Example:
+        >>> critic_scores(torch.tensor([[0.5, -0.5]]))
+        tensor([[ 0.5000, -0.5000]])
+    """
+    _check.tensor("critic_logits", critic_logits, _check.FLOATING, ndim=2)
+    _check.number("noise_scale", noise_scale, 0.0)
+    scores = critic_logits.float()
+    if noise_scale == 0.0:
+        return scores
+    seed = _as_seed(seed, critic_logits.device, generator)
+    return scores + noise_scale * _score_noise(scores, seed, step, sample_offset, backend)
+
+
+def _score_noise(scores: Tensor, seed: Tensor, step: int, sample_offset: int, backend: str) -> Tensor:
+    sample, position = (torch.arange(size, device=scores.device) for size in scores.shape)
+    rows = _counters(sample[:, None], position, seed, step, sample_offset)
+    noise: Tensor = _dispatch.module("demask", scores.device, backend).score_noise(rows)
+    return noise
+
+
+def select_to_remask(
+    scores: Tensor, eligible: Tensor, counts: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    r"""The ``counts`` eligible positions of highest score in each sequence: those masked again.
+
+    Args:
+        scores: [B, N] floating point.
+        eligible: [B, N] bool, the positions that may be masked again.
+        counts: [B] int32|int64, how many; clamped to how many are eligible.
+        backend: see the module.
+
+    Returns:
+        [B, N] bool. The order is total: NaN first, then falling score (-0.0 equals 0.0), ties by rising
+        position.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape, tensors on several devices.
+
+    Randomness: none.
+
+    Source: MaskGIT (https://arxiv.org/abs/2202.04200), section 3.2, step 4.
+
+    Example:
+        >>> eligible = torch.tensor([[True, True, False, True]])
+        >>> select_to_remask(torch.tensor([[0.1, 0.7, 0.9, 0.7]]), eligible, torch.tensor([1]))
+        tensor([[False,  True, False, False]])
+    """
+    _check.tensor("scores", scores, _check.FLOATING, ndim=2)
+    _check.tensor("eligible", eligible, [torch.bool])
+    _check.shape("eligible", eligible, scores.shape, "B, N")
+    _check.tensor("counts", counts, _check.INTEGER)
+    _check.shape("counts", counts, scores.shape[:1], "B")
+    _check.same_device(scores=scores, eligible=eligible, counts=counts)
+    chosen: Tensor = _dispatch.module("demask", scores.device, backend).select_to_remask(scores, eligible, counts)
+    return chosen

@@ -1,0 +1,193 @@
+"""Choosing masks: what each sequence shows the network, and what it is weighted with.
+
+The mask ratio is ``schedule(t)`` with t ~ U(0, 1) for each sequence. Sources: MaskGIT
+(https://arxiv.org/abs/2202.04200) for exact counts, MDLM (https://arxiv.org/abs/2406.07524, eq. 10) for
+the weight and for Bernoulli masks, BERT (https://arxiv.org/abs/1810.04805) for kept and random tokens.
+
+One random key a position decides everything: the k smallest keys are the masked set, and since the
+rank inside that set is itself a uniform permutation, ranks [0, a) keep their token, [a, a + b) get
+a random one and [a + b, k) get the mask.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmask import _streams as streams
+from fastmask.reference import philox
+from fastmask.schedules import as_schedule
+
+
+class MaskedTokens(NamedTuple):
+    """What :func:`fastmask.functional.mask_sampling` returns; fields documented there."""
+
+    masked_ids: Tensor
+    is_masked: Tensor
+    times: Tensor
+    counts: Tensor
+    loss_weights: Tensor
+    row_indices: Tensor
+    num_masked: Tensor
+
+
+def draw_times(
+    seed: Tensor, batch: int, *, stratified: bool, sample_offset: int, global_batch_size: int
+) -> Tensor:
+    """t of each sequence, [B] float32 in [0, 1).
+
+    Stratified: t_b = (u + b) / B mod 1 over the global batch, one u for all (the antithetic sampler of
+    "Variational Diffusion Models", https://arxiv.org/abs/2107.00630, appendix I).
+    """
+    samples = torch.arange(sample_offset, sample_offset + batch, device=seed.device)
+    if not stratified:
+        return philox.uniform(philox.draw(seed, streams.TIMES, sample=samples)[0])
+    offset = philox.uniform(philox.draw(seed, streams.STRATUM)[0])
+    return (offset + samples % global_batch_size) / global_batch_size % 1.0
+
+
+def mask_sampling(
+    tokens: Tensor,
+    seed: Tensor,
+    times: Tensor | None = None,
+    ratios: Tensor | None = None,
+    slopes: Tensor | None = None,
+    counts: Tensor | None = None,
+    maskable: Tensor | None = None,
+    *,
+    schedule: str,
+    mask_id: int,
+    num_tokens: int,
+    bernoulli: bool,
+    stratified: bool,
+    no_replace_prob: float,
+    random_token_prob: float,
+    random_may_be_mask: bool,
+    sample_offset: int,
+    global_batch_size: int,
+) -> MaskedTokens:
+    """The twin of ``kernels/mask_sampling.py``.
+
+    Args:
+        tokens: [B, N] int32|int64.
+        seed: [] int64.
+        times, ratios, slopes: [B] float32: t, schedule(t), d schedule / dt; all three, or none to draw
+            the times here and evaluate ``schedule`` ("linear" or "cosine") on them.
+        counts: [B] int64, the exact count of masked positions in place of the schedule's, or None.
+        maskable: [B, N] bool, or None for all.
+    """
+    if times is None:
+        times = draw_times(
+            seed, len(tokens), stratified=stratified, sample_offset=sample_offset,
+            global_batch_size=global_batch_size,
+        )  # fmt: skip
+        ratios, slopes = as_schedule(schedule)(times), as_schedule(schedule).slope(times)
+    batch, length = tokens.shape
+    position = torch.arange(length, device=tokens.device)
+    sample = torch.arange(sample_offset, sample_offset + batch, device=tokens.device)
+    key, id_high, id_low, bernoulli_word = philox.draw(
+        seed, streams.KEYS, sample=sample[:, None], position=position
+    )
+    key = (key << 31) | position  # ties broken by position
+
+    candidate = torch.ones_like(tokens, dtype=torch.bool) if maskable is None else maskable
+    num_candidates = candidate.sum(dim=-1)
+    if bernoulli:
+        # Compared as 32-bit integers: ratio 1 masks everything, ratio 0 nothing.
+        threshold = (ratios.clamp(0.0, 1.0) * 2.0**32).long()
+        is_masked = candidate & (bernoulli_word < threshold[:, None])
+        counts = is_masked.sum(dim=-1)
+    else:
+        if counts is None:
+            counts = exact_counts(ratios, num_candidates)
+        counts = counts.long().clamp(min=0).minimum(num_candidates)
+        is_masked = candidate & (_rank(key, candidate) < counts[:, None])
+
+    masked_ids = _gate(
+        tokens, key, is_masked, counts, id_high, id_low, seed,
+        mask_id=mask_id, num_tokens=num_tokens, no_replace_prob=no_replace_prob,
+        random_token_prob=random_token_prob, random_may_be_mask=random_may_be_mask,
+    )  # fmt: skip
+    return MaskedTokens(
+        masked_ids,
+        is_masked,
+        times,
+        counts,
+        loss_weights(slopes, ratios, counts, num_candidates, bernoulli=bernoulli),
+        torch.nonzero_static(is_masked.flatten(), size=tokens.numel()).squeeze(-1),
+        counts.sum(),
+    )
+
+
+def exact_counts(ratios: Tensor, num_candidates: Tensor) -> Tensor:
+    """k = max(1, ceil(float32(schedule(t) * n))), and 0 where nothing can be masked."""
+    return (ratios * num_candidates).ceil().long().clamp(min=1).minimum(num_candidates)
+
+
+def loss_weights(
+    slopes: Tensor, ratios: Tensor, counts: Tensor, num_candidates: Tensor, *, bernoulli: bool
+) -> Tensor:
+    """w = |schedule'(t)| / ratio, [B] float32 (MDLM eq. 10); 0 where nothing is masked.
+
+    The ratio is the realised k / n for exact counts and schedule(t) for Bernoulli masks; each makes
+    sum_b w_b sum_{i masked} CE_{b,i} / sum_b n_b an unbiased estimate of the any-order NLL.
+    """
+    if bernoulli:
+        weights = slopes.abs() / ratios
+    else:
+        weights = slopes.abs() * num_candidates / counts
+    return weights.where(counts > 0, 0.0)
+
+
+def gate_counts(
+    counts: Tensor, keep_coin: Tensor, random_coin: Tensor, no_replace_prob: float, random_token_prob: float
+) -> tuple[Tensor, Tensor]:
+    """How many masked positions keep their token, and how many get a random one: [B] int64 each.
+
+    a = ceil(float32(k p_keep)); b = ceil(float32(r (p_random f))) of the r = k - a that are left, with
+    f = 1 - p_keep, p_random f a double rounded to float32. Where a coin is False its count is 0, and f is
+    1 where the first is.
+    """
+    kept = (counts * no_replace_prob).ceil().long().where(keep_coin, 0)
+    left = counts - kept
+    after_keep = left * (random_token_prob * (1.0 - no_replace_prob))
+    random = torch.where(keep_coin, after_keep, left * random_token_prob).ceil().long()
+    return kept, random.minimum(left).where(random_coin, 0)
+
+
+def _rank(key: Tensor, candidate: Tensor) -> Tensor:
+    """The rank of each key among its row's candidates; non-candidates come last."""
+    return key.where(candidate, torch.iinfo(torch.int64).max).argsort(dim=-1).argsort(dim=-1)
+
+
+def _gate(
+    tokens: Tensor,
+    key: Tensor,
+    is_masked: Tensor,
+    counts: Tensor,
+    id_high: Tensor,
+    id_low: Tensor,
+    seed: Tensor,
+    *,
+    mask_id: int,
+    num_tokens: int,
+    no_replace_prob: float,
+    random_token_prob: float,
+    random_may_be_mask: bool,
+) -> Tensor:
+    """The ids that the network sees: kept, random or mask_id where masked, the token elsewhere."""
+    if no_replace_prob == 0.0 and random_token_prob == 0.0:
+        return tokens.masked_fill(is_masked, mask_id)
+    keep_word, random_word, _, _ = philox.draw(seed, streams.COINS)
+    coins = keep_word < 2**31, random_word < 2**31
+    kept, random = gate_counts(counts, *coins, no_replace_prob, random_token_prob)
+    skips_mask = not random_may_be_mask and mask_id < num_tokens
+    random_ids = philox.below(num_tokens - skips_mask, id_high, id_low)
+    if skips_mask:
+        random_ids = random_ids + (random_ids >= mask_id)
+    rank = _rank(key, is_masked)
+    visible = torch.where(rank < (kept + random)[:, None], random_ids.to(tokens.dtype), mask_id)
+    visible = torch.where(rank < kept[:, None], tokens, visible)
+    return torch.where(is_masked, visible, tokens)
