@@ -48,16 +48,17 @@ def option(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, allowed))}; received {value!r}")
 
 
-def number(name: str, value: float, low: float, high: float = math.inf, *, below_high: bool = False) -> None:
-    """low <= value <= high (or < high); NaN is refused."""
+def number(name: str, value: object, low: float, high: float = math.inf, *, below_high: bool = False) -> None:
+    """low <= value <= high (or < high); NaN and infinity are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected {name} to be a number, received {type(value).__name__}")
+    below_high = below_high or math.isinf(high)
     if not (low <= value < high if below_high else low <= value <= high):
-        bracket = ")" if below_high or math.isinf(high) else "]"
+        bracket = ")" if below_high else "]"
         raise ValueError(f"expected {name} in [{low:g}, {high:g}{bracket}, received {value!r}")
 
 
-def integer(name: str, value: int, low: int, high: int | None = None) -> None:
+def integer(name: str, value: object, low: int, high: int | None = None) -> None:
     """low <= value, and < high if given."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"expected {name} to be an int, received {type(value).__name__}")

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
-Progress = bool | Callable[[int, int], object] | None
+Progress: TypeAlias = "bool | Callable[[int, int], object] | None"
 
 
 def track(total: int, progress: Progress, description: str) -> Iterator[int]:
     """0, 1, ... total - 1, reported as they are done.
 
     Args:
-        progress: True for a tqdm bar, a callable for ``progress(done, total)``, False or None for nothing.
-
-    Raises:
-        ImportError: True without tqdm.
+        progress: True for a tqdm bar (nothing where tqdm is not installed), a callable for
+            ``progress(done, total)``, at every step or about a hundred times, the end included; False or
+            None for nothing.
     """
     if callable(progress):
+        every = max(1, total // 100)
         for i in range(total):
             yield i
-            progress(i + 1, total)
-    elif progress:
+            if (i + 1) % every == 0 or i + 1 == total:
+                progress(i + 1, total)
+        return
+    steps = range(total)
+    if progress:
         try:
             from tqdm.auto import tqdm
-        except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install tqdm, or give a callable") from error
-        yield from tqdm(range(total), desc=description)
-    else:
-        yield from range(total)
+        except ImportError:
+            pass
+        else:
+            steps = tqdm(steps, desc=description)
+    yield from steps

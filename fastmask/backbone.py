@@ -38,15 +38,18 @@ class Output(NamedTuple):
         """Masked cross-entropy, "mean"; arguments as in :func:`fastmask.functional.masked_cross_entropy`."""
         if self.head is None:
             assert self.logits is not None
-            out = functional.masked_cross_entropy(
-                self.logits, targets, is_masked, weights, denominator=denominator
-            )
+            out = functional.masked_cross_entropy(self.logits, targets, is_masked, weights, denominator=denominator)
         else:
             assert self.embeddings is not None
             out = functional.linear_masked_cross_entropy(
-                self.embeddings * self.head.scale, self.head.weight, targets, is_masked, weights,
-                bias=self.head.bias, denominator=denominator,
-            )  # fmt: skip
+                self.embeddings * self.head.scale,
+                self.head.weight,
+                targets,
+                is_masked,
+                weights,
+                bias=self.head.bias,
+                denominator=denominator,
+            )
         return out.loss
 
     def sample(self, row_indices: Tensor, **options: Any) -> Sampled:
@@ -83,13 +86,14 @@ def run(net: Any, ids: Tensor, *, with_embeddings: bool = False, **kwargs: Any) 
         with_embeddings: embeddings are wanted even beside logits (self-conditioning).
         kwargs: passed to the network.
     """
-    head = linear_head(net)
+    # x-transformers cuts prepended embeddings off again on its way to logits only.
+    head = None if kwargs.get("excise_prepend_embeds") else linear_head(net)
     if head is not None:
-        return Output(None, net(ids, return_embeddings=True, **kwargs), head)
+        return Output(None, _of_each_token("embeddings", "D", net(ids, return_embeddings=True, **kwargs), ids), head)
     if with_embeddings:
         logits, embeddings = net(ids, return_logits_and_embeddings=True, **kwargs)
-        return Output(_as_logits(logits, ids), embeddings, None)
-    return Output(_as_logits(net(ids, **kwargs), ids), None, None)
+        return Output(_of_each_token("logits", "V", logits, ids), embeddings, None)
+    return Output(_of_each_token("logits", "V", net(ids, **kwargs), ids), None, None)
 
 
 def embeddings(net: Any, ids: Tensor, **kwargs: Any) -> Tensor:
@@ -98,11 +102,13 @@ def embeddings(net: Any, ids: Tensor, **kwargs: Any) -> Tensor:
     return out
 
 
-def _as_logits(logits: object, ids: Tensor) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
-        received = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"expected net(ids {list(ids.shape)}) to return logits [B, N, V], received {received}")
-    return logits
+def _of_each_token(name: str, letter: str, output: object, ids: Tensor) -> Tensor:
+    if not isinstance(output, Tensor) or output.shape[:-1] != ids.shape:
+        received = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"expected net(ids {list(ids.shape)}) to return {name} [B, N, {letter}], received {received}"
+        )
+    return output
 
 
 def device_of(net: Any) -> torch.device:
@@ -119,16 +125,21 @@ def linear_head(net: Any) -> Head | None:
     Anything that could come between the two (another class or forward, hooks, parametrisations,
     several heads, pooling, mixtures) refuses the short way; the logits are then the network's own.
     """
-    net = getattr(net, "_orig_mod", net)  # torch.compile's wrapping
+    compiled, net = net, getattr(net, "_orig_mod", net)  # torch.compile's wrapping, which can have hooks too
+    if compiled is not net and any(_hooks(compiled)):
+        return None
     x_transformers = sys.modules.get("x_transformers.x_transformers")
     if x_transformers is None or not isinstance(net, x_transformers.TransformerWrapper):
         return None
     if type(net).forward is not x_transformers.TransformerWrapper.forward or _altered(net):
         return None
     flags = (
-        "output_is_log_prob", "sigsoftmax_logits", "squeeze_out_last_dim", "average_pool_embed",
+        "output_is_log_prob",
+        "sigsoftmax_logits",
+        "squeeze_out_last_dim",
+        "average_pool_embed",
         "has_multiple_heads",
-    )  # fmt: skip
+    )
     modules = ("to_mixture", "combine_mixture", "cls_token", "attn_pool")
     if any(getattr(net, flag, False) for flag in flags) or any(getattr(net, m, None) is not None for m in modules):
         return None
@@ -144,10 +155,11 @@ def linear_head(net: Any) -> Head | None:
 
 def _altered(module: nn.Module) -> bool:
     """Whether hooks or a forward of its own stand between a module and its class."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    )  # fmt: skip
-    return any(hooks) or "forward" in vars(module)
+    return any(_hooks(module)) or "forward" in vars(module)
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _is_tied_lambda(head: object, net: nn.Module) -> bool:

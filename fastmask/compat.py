@@ -34,7 +34,13 @@ def sample_tokens(
         logits = torch.full_like(logits, -torch.inf).scatter_(-1, indices, values)
     if generator is not None and generator.device != logits.device:
         generator = None
-    noise = -torch.log(-torch.log(torch.zeros_like(logits).uniform_(0, 1, generator=generator)))
+    uniform = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
+    noise = -_log(-_log(uniform))
     ids = (logits / max(temperature, 1e-10) + noise).argmax(dim=-1)
     probs = logits.softmax(dim=-1).gather(-1, ids[:, None]).squeeze(-1)
     return Sampled(ids, probs.float().log())
+
+
+def _log(x: Tensor) -> Tensor:
+    # The uniform 0, one in 256 of bfloat16's, becomes noise of -3.1, not of -inf.
+    return torch.log(x + 1e-10)

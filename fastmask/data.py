@@ -6,17 +6,18 @@ refused with its position and value. Nothing is padded, truncated or dropped unl
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from fastmask._progress import Progress, track
 
 if TYPE_CHECKING:  # at run time numpy is needed only by those who bring an array or open a file
     import numpy as np
@@ -332,13 +333,13 @@ def dequantise(ids: Tensor, *, levels: int, value_range: tuple[float, float]) ->
     return (low + steps * (high - low) / (levels - 1)).float().to(ids.device)[ids]
 
 
-def validate(dataset: _TokenDataset, *, progress: bool | Callable[[int, int], object] = True) -> None:
+def validate(dataset: _TokenDataset, *, progress: Progress = True) -> None:
     """Reads every item of a data set once, so that a bad id is found before training, not during it.
 
     Args:
         dataset: TokenWindows or TokenSequences.
-        progress: True shows a tqdm bar if tqdm is installed, else nothing; False nothing; or a function of
-            (items done, items in all), called about a hundred times, the end included.
+        progress: True for a tqdm bar where tqdm is installed, False for nothing, or a function of (items
+            done, items in all), called about a hundred times.
 
     Raises:
         TypeError: another kind of data set, whose items check nothing.
@@ -354,19 +355,8 @@ def validate(dataset: _TokenDataset, *, progress: bool | Callable[[int, int], ob
             f"expected TokenWindows or TokenSequences, received {type(dataset).__name__}; validate the whole "
             "set before it is split, joined or wrapped"
         )
-    total = len(dataset)
-    items: Iterable[int] = range(total)
-    if progress is True:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            items = tqdm(items, desc="validate")
-    every = max(1, total // 100)
-    for item in items:
+    for item in track(len(dataset), progress, "validate"):
         _ = dataset[item]
-        done = item + 1
-        if callable(progress) and (done % every == 0 or done == total):
-            progress(done, total)
 
 
 @dataclass(frozen=True)

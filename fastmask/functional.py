@@ -176,21 +176,36 @@ def mask_sampling(
     ratios = slopes = None
     if times is None and schedule.name is None:
         times = draw_times(
-            seed, batch, stratified=stratified, sample_offset=sample_offset,
+            seed,
+            batch,
+            stratified=stratified,
+            sample_offset=sample_offset,
             global_batch_size=global_batch_size,
-        )  # fmt: skip
+        )
     if times is not None:
         ratios, slopes = _evaluate(schedule, times)
     run = _dispatch.module("mask_sampling", tokens.device, backend).mask_sampling
     return MaskedTokens(
         *run(
-            tokens, seed, times, ratios, slopes, None if counts is None else counts.long(), maskable,
-            schedule=schedule.name or "", mask_id=mask_id, num_tokens=num_tokens,
-            bernoulli=mode == "bernoulli", stratified=stratified, no_replace_prob=float(no_replace_prob),
-            random_token_prob=float(random_token_prob), random_may_be_mask=random_may_be_mask,
-            sample_offset=sample_offset, global_batch_size=global_batch_size,
+            tokens,
+            seed,
+            times,
+            ratios,
+            slopes,
+            None if counts is None else counts.long(),
+            maskable,
+            schedule=schedule.name or "",
+            mask_id=mask_id,
+            num_tokens=num_tokens,
+            bernoulli=mode == "bernoulli",
+            stratified=stratified,
+            no_replace_prob=float(no_replace_prob),
+            random_token_prob=float(random_token_prob),
+            random_may_be_mask=random_may_be_mask,
+            sample_offset=sample_offset,
+            global_batch_size=global_batch_size,
         )
-    )  # fmt: skip
+    )
 
 
 def _evaluate(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,14 +219,16 @@ def _evaluate(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_loss_rows(
-    shape: torch.Size,
+    logits: Tensor,
     targets: Tensor,
     is_masked: Tensor | None,
     weights: Tensor | None,
     reduction: str,
     denominator: Tensor | float | None,
-) -> Tensor | None:
-    """The checks that both losses share; weights expanded to the targets' shape."""
+) -> tuple[Tensor | None, Tensor | float | None]:
+    """The checks that both losses share, on logits (or embeddings) [..., V]; weights in the targets' shape
+    and the denominator without dimensions, both in the loss's dtype."""
+    shape, dtype = logits.shape[:-1], torch.promote_types(logits.dtype, torch.float32)
     _check.tensor("targets", targets, _check.INTEGER)
     _check.shape("targets", targets, shape, "...")
     if is_masked is not None:
@@ -220,26 +237,66 @@ def _check_loss_rows(
     _check.option("reduction", reduction, ["none", "sum", "mean"])
     if denominator is not None and reduction != "mean":
         raise ValueError(f"expected denominator with reduction='mean', received reduction={reduction!r}")
-    if isinstance(denominator, Tensor) and denominator.numel() != 1:
-        raise ValueError(f"expected denominator to be one number, received shape {list(denominator.shape)}")
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"expected denominator to be one number, received shape {list(denominator.shape)}")
+        _check_constant("denominator", denominator)
+        denominator = denominator.reshape(()).to(dtype)
+    elif denominator is not None:
+        _check.number("denominator", denominator, 0.0)
     if weights is None:
-        return None
+        return None, denominator
     _check.tensor("weights", weights, [torch.float64, torch.float32])
-    if weights.requires_grad:
-        raise ValueError("expected constant weights, received weights that require grad; use weights.detach()")
+    _check_constant("weights", weights)
+    weights = weights.to(dtype)
     if len(shape) == 2 and weights.shape == shape[:1]:
-        return weights[:, None].expand(shape)
+        weights = weights[:, None].expand(shape)
     if weights.shape != shape:
         raise ValueError(
             f"expected weights of the targets' shape {list(shape)}, or [B] for targets [B, N]; "
             f"received {list(weights.shape)}"
         )
-    return weights
+    return weights, denominator
 
 
-def _check_loss_options(
-    num_tokens: int, label_smoothing: float, z_loss: float, exclude_id: int | None
+def _check_constant(name: str, value: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(f"expected {name} without gradient, received requires_grad=True; use {name}.detach()")
+
+
+def _check_targets(
+    targets: Tensor, is_masked: Tensor | None, weights: Tensor | None, num_tokens: int, exclude_id: int | None
 ) -> None:
+    """Targets that are read are ids, and not the excluded one. Reads values: synchronises."""
+    where = is_masked
+    if weights is not None:
+        where = weights != 0 if is_masked is None else is_masked & (weights != 0)
+    _check.clean_tokens("targets", targets, num_tokens, exclude_id, where)
+
+
+def _check_head(embeddings: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The checks of a linear head that losses and samplers share."""
+    _check.tensor("embeddings", embeddings, _check.FLOATING)
+    _check.tensor("weight", weight, _check.FLOATING, ndim=2)
+    if embeddings.ndim < 2 or embeddings.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"expected embeddings [..., D] and weight [V, D] of one D, received {list(embeddings.shape)} "
+            f"and {list(weight.shape)}"
+        )
+    if len(weight) == 0:
+        raise ValueError("expected weight [V, D] with V of at least 1, received V = 0")
+    if bias is not None:
+        _check.tensor("bias", bias, [weight.dtype])
+        _check.shape("bias", bias, weight.shape[:1], "V")
+    if embeddings.dtype != weight.dtype and not torch.is_autocast_enabled(embeddings.device.type):
+        raise TypeError(
+            f"expected embeddings and weight of one dtype, received {embeddings.dtype} and {weight.dtype}; "
+            f"convert one, or use torch.autocast"
+        )
+    _check.same_device(embeddings=embeddings, weight=weight, bias=bias)
+
+
+def _check_loss_options(num_tokens: int, label_smoothing: float, z_loss: float, exclude_id: int | None) -> None:
     _check.number("label_smoothing", label_smoothing, 0.0, 1.0)
     _check.number("z_loss", z_loss, 0.0)
     if exclude_id is not None:
@@ -314,16 +371,24 @@ def masked_cross_entropy(
     _check.tensor("logits", logits, _check.FLOATING)
     if logits.ndim < 2 or logits.shape[-1] == 0:
         raise ValueError(f"expected logits of shape [..., V] with V of at least 1, received {list(logits.shape)}")
-    weights = _check_loss_rows(logits.shape[:-1], targets, is_masked, weights, reduction, denominator)
+    weights, denominator = _check_loss_rows(logits, targets, is_masked, weights, reduction, denominator)
     _check_loss_options(logits.shape[-1], label_smoothing, z_loss, exclude_id)
     _check.same_device(logits=logits, targets=targets, is_masked=is_masked, weights=weights)
     if check:
-        _check.clean_tokens("targets", targets, logits.shape[-1], exclude_id, is_masked)
+        _check_targets(targets, is_masked, weights, logits.shape[-1], exclude_id)
     run = _dispatch.module("masked_cross_entropy", logits.device, backend).masked_cross_entropy
     out: CrossEntropy = run(
-        logits, targets, is_masked, weights, reduction=reduction, denominator=denominator,
-        label_smoothing=label_smoothing, z_loss=z_loss, exclude_id=exclude_id, with_correct=with_correct,
-    )  # fmt: skip
+        logits,
+        targets,
+        is_masked,
+        weights,
+        reduction=reduction,
+        denominator=denominator,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        exclude_id=exclude_id,
+        with_correct=with_correct,
+    )
     return out
 
 
@@ -369,33 +434,29 @@ def linear_masked_cross_entropy(
         >>> linear_masked_cross_entropy(embeddings, weight, torch.tensor([[0, 1, 2]]), is_masked).loss
         tensor(1.3863)
     """
-    _check.tensor("embeddings", embeddings, _check.FLOATING)
-    _check.tensor("weight", weight, _check.FLOATING, ndim=2)
-    if embeddings.ndim < 2 or embeddings.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"expected embeddings [..., D] and weight [V, D] of one D, received {list(embeddings.shape)} "
-            f"and {list(weight.shape)}"
-        )
-    if bias is not None:
-        _check.tensor("bias", bias, [weight.dtype])
-        _check.shape("bias", bias, weight.shape[:1], "V")
-    if embeddings.dtype != weight.dtype and not torch.is_autocast_enabled(embeddings.device.type):
-        raise TypeError(
-            f"expected embeddings and weight of one dtype, received {embeddings.dtype} and {weight.dtype}; "
-            f"convert one, or use torch.autocast"
-        )
-    weights = _check_loss_rows(embeddings.shape[:-1], targets, is_masked, weights, reduction, denominator)
+    _check_head(embeddings, weight, bias)
+    weights, denominator = _check_loss_rows(embeddings, targets, is_masked, weights, reduction, denominator)
     _check_loss_options(len(weight), label_smoothing, z_loss, exclude_id)
     _check.same_device(
         embeddings=embeddings, weight=weight, bias=bias, targets=targets, is_masked=is_masked, weights=weights
     )
     if check:
-        _check.clean_tokens("targets", targets, len(weight), exclude_id, is_masked)
+        _check_targets(targets, is_masked, weights, len(weight), exclude_id)
     run = _dispatch.module("linear_masked_cross_entropy", embeddings.device, backend).linear_masked_cross_entropy
     out: CrossEntropy = run(
-        embeddings, weight, bias, targets, is_masked, weights, reduction=reduction, denominator=denominator,
-        label_smoothing=label_smoothing, z_loss=z_loss, exclude_id=exclude_id, with_correct=with_correct,
-    )  # fmt: skip
+        embeddings,
+        weight,
+        bias,
+        targets,
+        is_masked,
+        weights,
+        reduction=reduction,
+        denominator=denominator,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        exclude_id=exclude_id,
+        with_correct=with_correct,
+    )
     return out
 
 
@@ -456,13 +517,20 @@ def sample_tokens(
     """
     _check.tensor("logits", logits, _check.FLOATING)
     rows, kept = _demask_rows(
-        "logits", logits, logits.shape[-1], temperature, filter_thres, row_indices, seq_len, kept_ids,
-        _as_seed(seed, logits.device, generator), step, sample_offset,
-    )  # fmt: skip
-    run = _dispatch.module("demask", logits.device, backend).sample_tokens
-    out = run(
-        logits.flatten(0, -2), rows, kept, temperature=temperature, filter_thres=filter_thres, mask_id=mask_id
+        "logits",
+        logits,
+        logits.shape[-1] if logits.ndim else 1,
+        temperature,
+        filter_thres,
+        row_indices,
+        seq_len,
+        kept_ids,
+        _as_seed(seed, logits.device, generator),
+        step,
+        sample_offset,
     )
+    run = _dispatch.module("demask", logits.device, backend).sample_tokens
+    out = run(logits.flatten(0, -2), rows, kept, temperature=temperature, filter_thres=filter_thres, mask_id=mask_id)
     return Sampled(*(value.view(logits.shape[:-1]) for value in out))
 
 
@@ -501,22 +569,31 @@ def linear_sample_tokens(
         >>> linear_sample_tokens(embeddings, weight, temperature=0.0).ids
         tensor([[1]])
     """
-    _check.tensor("embeddings", embeddings, _check.FLOATING)
-    _check.tensor("weight", weight, _check.FLOATING, ndim=2)
-    if embeddings.shape[-1:] != weight.shape[-1:]:
-        raise ValueError(
-            f"expected embeddings [..., D] and weight [V, D] of one D, received {list(embeddings.shape)} "
-            f"and {list(weight.shape)}"
-        )
+    _check_head(embeddings, weight, bias)
     rows, kept = _demask_rows(
-        "embeddings", embeddings, len(weight), temperature, filter_thres, row_indices, seq_len, kept_ids,
-        _as_seed(seed, embeddings.device, generator), step, sample_offset,
-    )  # fmt: skip
+        "embeddings",
+        embeddings,
+        len(weight),
+        temperature,
+        filter_thres,
+        row_indices,
+        seq_len,
+        kept_ids,
+        _as_seed(seed, embeddings.device, generator),
+        step,
+        sample_offset,
+    )
     run = _dispatch.module("demask", embeddings.device, backend).linear_sample_tokens
     out = run(
-        embeddings.flatten(0, -2), weight, bias, rows, kept,
-        temperature=temperature, filter_thres=filter_thres, mask_id=mask_id,
-    )  # fmt: skip
+        embeddings.flatten(0, -2),
+        weight,
+        bias,
+        rows,
+        kept,
+        temperature=temperature,
+        filter_thres=filter_thres,
+        mask_id=mask_id,
+    )
     return Sampled(*(value.view(embeddings.shape[:-1]) for value in out))
 
 
@@ -553,6 +630,7 @@ def _demask_rows(
                 f"expected compact {name} [M, ...] with row_indices [M] and seq_len, received "
                 f"{list(rows.shape)}, {list(row_indices.shape)} and seq_len={seq_len}"
             )
+        _check.integer("seq_len", seq_len, 0)
         flat = row_indices
     if kept_ids is not None:
         _check.tensor("kept_ids", kept_ids, [torch.int64])
@@ -661,9 +739,7 @@ def _score_noise(scores: Tensor, seed: Tensor, step: int, sample_offset: int, ba
     return noise
 
 
-def select_to_remask(
-    scores: Tensor, eligible: Tensor, counts: Tensor, *, backend: str = "auto"
-) -> Tensor:
+def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor, *, backend: str = "auto") -> Tensor:
     r"""The ``counts`` eligible positions of highest score in each sequence: those masked again.
 
     Args:

@@ -55,9 +55,7 @@ class Schedule:
 
 # cosine: Chang et al., "MaskGIT", https://arxiv.org/abs/2202.04200
 LINEAR = Schedule(lambda t: 1 - t, lambda t: torch.full_like(t, -1.0), "linear")
-COSINE = Schedule(
-    lambda t: torch.cos(t * math.pi / 2), lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2), "cosine"
-)
+COSINE = Schedule(lambda t: torch.cos(t * math.pi / 2), lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2), "cosine")
 
 
 def as_schedule(schedule: str | TensorFn | Schedule) -> Schedule:

@@ -52,11 +52,11 @@ class _State(NamedTuple):
 class _Step(NamedTuple):
     """One step, known before the loop: nothing in it waits for the device.
 
-    counts: [B] int64 on the device, how many stay masked; num_rows: how many positions of the batch are
-    sampled; runs: whether the step can change anything; left: the share of steps that follow.
+    number: from 0; left: the share of steps that follow; counts: [B] int64 on the device, how many stay
+    masked; num_rows: how many positions of the batch are sampled; runs: whether the step can change anything.
     """
 
-    index: int
+    number: int
     left: float
     counts: Tensor
     num_rows: int
@@ -239,25 +239,37 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _mask(self, x: Tensor, maskable: Tensor | None, seed: Tensor, sample_offset: int) -> MaskedTokens:
         return functional.mask_sampling(
-            x, mask_id=self.mask_id, num_tokens=self.num_tokens, schedule=self.schedule_fn,
-            mode=self.mask_mode, stratified=self.stratified_times, maskable=maskable,
-            no_replace_prob=self.no_replace_prob, random_token_prob=self.random_token_prob,
-            random_may_be_mask=self.compat, seed=seed, sample_offset=sample_offset,
-        )  # fmt: skip
+            x,
+            mask_id=self.mask_id,
+            num_tokens=self.num_tokens,
+            schedule=self.schedule_fn,
+            mode=self.mask_mode,
+            stratified=self.stratified_times,
+            maskable=maskable,
+            no_replace_prob=self.no_replace_prob,
+            random_token_prob=self.random_token_prob,
+            random_may_be_mask=self.compat,
+            seed=seed,
+            sample_offset=sample_offset,
+        )
 
     def _training_self_cond(
         self, ids: Tensor, generator: torch.Generator | None, kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         if not self.self_cond:
             return {}
         condition: Tensor = self.null_embed
         if _host_uniform(generator) < self.self_cond_train_prob:
             with torch.no_grad():
-                first = {} if self.compat else {"sum_embeds": self.to_self_cond(self.null_embed)}
+                first = {} if self.compat else self._condition(self.null_embed)
                 earlier = backbone.embeddings(self.net, ids, **first, **kwargs)
             # The null embedding stays in the graph: data parallelism expects a gradient of each parameter.
             condition = earlier.detach() + 0.0 * self.null_embed
-        return {"sum_embeds": self.to_self_cond(condition)}
+        return self._condition(condition)
+
+    def _condition(self, embeddings: Tensor | None) -> dict[str, Any]:
+        """The network's argument that conditions it on embeddings [B, N, D] or [D]."""
+        return {} if embeddings is None else {"sum_embeds": self.to_self_cond(embeddings)}
 
     def _generator_loss(
         self,
@@ -270,7 +282,7 @@ class NonAutoregressiveWrapper(nn.Module):
         weights, denominator = None, num_tokens
         if self.use_simple_mdlm_loss_weight and self.compat:
             weights = compat.loss_weights(self.schedule_fn, masked.times)
-            denominator = masked.num_masked if num_tokens is None else num_tokens
+            denominator = masked.num_masked.clamp(min=1) if num_tokens is None else num_tokens
         elif self.use_simple_mdlm_loss_weight:
             weights = masked.loss_weights
             if num_tokens is None:
@@ -341,17 +353,23 @@ class NonAutoregressiveWrapper(nn.Module):
         _check.integer("num_samples", num_samples, 1)
         seed = functional.draw_seed(tokens.device, generator)
         denominator = _num_maskable(tokens, maskable)
-        if self.self_cond:
-            kwargs = {**kwargs, "sum_embeds": self.to_self_cond(self.null_embed)}
+        condition = self._condition(self.null_embed if self.self_cond else None)
         total = torch.zeros((), device=tokens.device)
         with _evaluating(self):
             for draw in range(num_samples):
                 masked = functional.mask_sampling(
-                    tokens, mask_id=self.mask_id, num_tokens=self.num_tokens, schedule=self.schedule_fn,
-                    mode=self.mask_mode, stratified=True, maskable=maskable, seed=seed,
-                    sample_offset=draw * len(tokens), global_batch_size=num_samples * len(tokens),
-                )  # fmt: skip
-                out = backbone.run(self.net, masked.masked_ids, **kwargs)
+                    tokens,
+                    mask_id=self.mask_id,
+                    num_tokens=self.num_tokens,
+                    schedule=self.schedule_fn,
+                    mode=self.mask_mode,
+                    stratified=True,
+                    maskable=maskable,
+                    seed=seed,
+                    sample_offset=draw * len(tokens),
+                    global_batch_size=num_samples * len(tokens),
+                )
+                out = backbone.run(self.net, masked.masked_ids, **condition, **kwargs)
                 total += out.loss(tokens, masked.is_masked, masked.loss_weights, denominator)
         return total / num_samples
 
@@ -390,7 +408,7 @@ class NonAutoregressiveWrapper(nn.Module):
             steps: default the wrapper's own.
             generator: default torch's own of the network's device.
             sample_offset: global index of the first sequence: a batch may be split without changing it.
-            progress: True for a tqdm bar, or ``progress(done, total)``.
+            progress: True for a tqdm bar (nothing without tqdm), or a callable ``progress(done, total)``.
             return_trajectory: also return every step.
             kwargs: passed to the network and to the critic.
 
@@ -398,7 +416,7 @@ class NonAutoregressiveWrapper(nn.Module):
             ids [B, N] int64 ([N] for one sequence); with ``return_trajectory`` (ids, Trajectory).
 
         Raises:
-            TypeError, ValueError: arguments that do not fit. ImportError: progress=True without tqdm.
+            TypeError, ValueError: arguments that do not fit.
 
         Randomness: one seed of the generator.
 
@@ -407,25 +425,35 @@ class NonAutoregressiveWrapper(nn.Module):
         steps = self.steps if steps is None else steps
         _check.integer("steps", steps, 1, 2**24)
         _check.number("start_temperature", start_temperature, 0.0)
+        if filter_thres is not None:
+            _check.number("filter_thres", filter_thres, 0.0, 1.0, below_high=True)
         _check.number("noise_level_scale", noise_level_scale, 0.0)
         _check.number("choice_temperature", choice_temperature, 0.0)
+        _check.integer("sample_offset", sample_offset, 0, 2**32)
         device = backbone.device_of(self.net)
         ids, given, sample_one = self._canvas(batch_size, prompt, prompt_mask, device)
         # The one look at the device, before the loop: how many positions each prompt leaves open.
         num_maskable = torch.full((len(ids),), ids.shape[1]) if prompt is None else (~given).sum(dim=-1).cpu()
         plan = self._plan(steps, num_maskable, device)
         options = _Options(
-            ~given, start_temperature, filter_thres, noise_level_scale, choice_temperature,
-            functional.draw_seed(device, generator), generator, sample_offset, kwargs,
-        )  # fmt: skip
+            ~given,
+            start_temperature,
+            filter_thres,
+            noise_level_scale,
+            choice_temperature,
+            functional.draw_seed(device, generator),
+            generator,
+            sample_offset,
+            kwargs,
+        )
         state = _State(
             ids, ~given, torch.zeros(ids.shape, device=device), self.null_embed if self.self_cond else None
         )
         trajectory = []
         with _evaluating(self):
-            for index in track(steps, progress, "demasking"):
-                if plan[index].runs:
-                    state = self._demask(state, plan[index], options)
+            for number in track(steps, progress, "demasking"):
+                if plan[number].runs:
+                    state = self._demask(state, plan[number], options)
                 if return_trajectory:
                     trajectory.append(state[:3])
         result = state.ids[0] if sample_one else state.ids
@@ -470,8 +498,8 @@ class NonAutoregressiveWrapper(nn.Module):
         sampled = num_maskable.expand_as(before) if self._rescores_all else before
         on_device = counts.to(device)
         return [
-            _Step(index, (steps - 1 - index) / steps, on_device[index], num_rows, run)
-            for index, (num_rows, run) in enumerate(zip(sampled.sum(dim=-1).tolist(), runs.tolist(), strict=True))
+            _Step(number, (steps - 1 - number) / steps, on_device[number], num_rows, run)
+            for number, (num_rows, run) in enumerate(zip(sampled.sum(dim=-1).tolist(), runs.tolist(), strict=True))
         ]
 
     @property
@@ -481,7 +509,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _demask(self, state: _State, step: _Step, options: _Options) -> _State:
         """One pass of the network: sample the masked positions, keep the best, mask the others again."""
-        sum_embeds = {} if state.self_cond is None else {"sum_embeds": self.to_self_cond(state.self_cond)}
+        sum_embeds = self._condition(state.self_cond)
         out = backbone.run(self.net, state.ids, with_embeddings=self.self_cond, **sum_embeds, **options.kwargs)
         ids, log_probs = self._propose(out, state, step, options)
         scores = self._scores(ids, log_probs, step, options)
@@ -490,33 +518,37 @@ class NonAutoregressiveWrapper(nn.Module):
         self_cond = out.embeddings if self.self_cond else None
         return _State(ids.masked_fill(is_masked, self.mask_id), is_masked, log_probs, self_cond)
 
-    def _propose(
-        self, out: backbone.Output, state: _State, step: _Step, options: _Options
-    ) -> tuple[Tensor, Tensor]:
+    def _propose(self, out: backbone.Output, state: _State, step: _Step, options: _Options) -> tuple[Tensor, Tensor]:
         """Ids with every masked position sampled, and the log-probability of each, [B, N]."""
         temperature = max(options.start_temperature * step.left, MIN_TEMPERATURE)
         wanted = options.maskable if self._rescores_all else state.is_masked
         rows = torch.nonzero_static(wanted.flatten(), size=step.num_rows).squeeze(-1)
         if self.compat:
             sampled = compat.sample_tokens(
-                out.logits_of(rows), temperature=temperature, filter_thres=options.filter_thres,
+                out.logits_of(rows),
+                temperature=temperature,
+                filter_thres=options.filter_thres,
                 generator=options.generator,
-            )  # fmt: skip
+            )
         else:
             kept = state.ids.masked_fill(state.is_masked, -1).flatten()[rows] if self._rescores_all else None
             sampled = out.sample(
-                rows, temperature=temperature, filter_thres=options.filter_thres, mask_id=self.mask_id,
-                kept_ids=kept, seed=options.seed, step=step.index, sample_offset=options.sample_offset,
-            )  # fmt: skip
+                rows,
+                temperature=temperature,
+                filter_thres=options.filter_thres,
+                mask_id=self.mask_id,
+                kept_ids=kept,
+                seed=options.seed,
+                step=step.number,
+                sample_offset=options.sample_offset,
+            )
         ids = state.ids.flatten().index_put((rows,), sampled.ids).view_as(state.ids)
         log_probs = state.log_probs.flatten().index_put((rows,), sampled.log_probs).view_as(state.log_probs)
         return torch.where(state.is_masked, ids, state.ids), log_probs
 
     def _scores(self, ids: Tensor, log_probs: Tensor, step: _Step, options: _Options) -> Tensor:
         """How much each position [B, N] deserves to be masked again."""
-        counters: dict[str, Any] = {
-            "seed": options.seed, "step": step.index, "sample_offset": options.sample_offset
-        }  # fmt: skip
+        counters: dict[str, Any] = {"seed": options.seed, "step": step.number, "sample_offset": options.sample_offset}
         if self.token_critic is None:
             return functional.confidence_scores(
                 log_probs, choice_temperature=options.choice_temperature * step.left, **counters

@@ -79,10 +79,14 @@ def sample_tokens(
         part = slice(start, start + chunk)
         parts.append(
             _sample_chunk(
-                logits[part], rows.chunk(part), None if kept_ids is None else kept_ids[part],
-                temperature=temperature, filter_thres=filter_thres, mask_id=mask_id,
+                logits[part],
+                rows.chunk(part),
+                None if kept_ids is None else kept_ids[part],
+                temperature=temperature,
+                filter_thres=filter_thres,
+                mask_id=mask_id,
             )
-        )  # fmt: skip
+        )
     return Sampled(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -104,11 +108,14 @@ def linear_sample_tokens(
         part = slice(start, start + _HEAD_CHUNK_ROWS)
         parts.append(
             sample_tokens(
-                F.linear(embeddings[part], weight, bias), rows.chunk(part),
+                F.linear(embeddings[part], weight, bias),
+                rows.chunk(part),
                 None if kept_ids is None else kept_ids[part],
-                temperature=temperature, filter_thres=filter_thres, mask_id=mask_id,
+                temperature=temperature,
+                filter_thres=filter_thres,
+                mask_id=mask_id,
             )
-        )  # fmt: skip
+        )
     return Sampled(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -160,7 +167,9 @@ def filter_threshold(z: Tensor, filter_thres: float | None) -> Tensor | None:
 def _weights(z: Tensor, z_max: Tensor, threshold: Tensor | None, temperature: float) -> Tensor:
     """exp((z - max z) / temperature), [M, V], 0 below the threshold."""
     # Base 2: on a CPU several times as fast as exp, and not slowed by underflow.
-    weights = (z - z_max).mul_(math.log2(math.e) / temperature).exp2_()
+    # The factor stays finite: infinity times the maximum's 0 would be NaN.
+    factor = min(math.log2(math.e) / temperature, torch.finfo(torch.float32).max)
+    weights = (z - z_max).mul_(factor).exp2_()
     return weights if threshold is None else weights.mul_(z >= threshold)
 
 
@@ -191,9 +200,13 @@ def _winner(weights: Tensor, stream: int, rows: Rows, first: Tensor) -> Tensor:
         return torch.zeros_like(first)
     element = first[:, None] + torch.arange(weights.shape[-1], device=weights.device)
     high, low, _, _ = philox.draw(
-        rows.seed, stream, rows.step,
-        sample=rows.samples[:, None], position=rows.positions[:, None], element=element,
-    )  # fmt: skip
+        rows.seed,
+        stream,
+        rows.step,
+        sample=rows.samples[:, None],
+        position=rows.positions[:, None],
+        element=element,
+    )
     return (weights / philox.exponential(high, low)).argmax(dim=-1)
 
 

@@ -128,7 +128,7 @@ class _LinearRows(torch.autograd.Function):
             out = _head_pass(
                 embeddings, weight, bias, targets, rows, coefficients * grad, ctx.dtype, ctx.wants, options
             )
-            _, _, _, grad_rows, grad_weight, grad_bias = out
+            grad_rows, grad_weight, grad_bias = out.grad_rows, out.grad_weight, out.grad_bias
         if grad_rows is not None:
             grad_rows = grad_rows.new_zeros(shape, dtype=embeddings_dtype).index_copy_(
                 0, rows, grad_rows.to(embeddings_dtype)
@@ -172,18 +172,28 @@ def linear_masked_cross_entropy(
     if reduction == "mean":
         coefficients = coefficients / mean_denominator(rows, denominator)
     options = {
-        "label_smoothing": label_smoothing, "z_loss": z_loss, "exclude_id": exclude_id,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "exclude_id": exclude_id,
         "with_correct": with_correct,
-    }  # fmt: skip
+    }
     device_type = embeddings.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else embeddings.dtype
     # Autocast itself would leak into the float32 parts.
     with torch.autocast(device_type, enabled=False):
         loss, nll, correct = _LinearRows.apply(
-            embeddings.flatten(0, -2), weight, bias, targets.flatten(), rows, coefficients, dtype,
-            reduction != "none", torch.is_grad_enabled(), options,
-        )  # fmt: skip
+            embeddings.flatten(0, -2),
+            weight,
+            bias,
+            targets.flatten(),
+            rows,
+            coefficients,
+            dtype,
+            reduction != "none",
+            torch.is_grad_enabled(),
+            options,
+        )
     if reduction == "none":
         loss = scatter_rows(loss, rows, targets.shape)
     return CrossEntropy(

@@ -33,19 +33,19 @@ class MaskedTokens(NamedTuple):
     num_masked: Tensor
 
 
-def draw_times(
-    seed: Tensor, batch: int, *, stratified: bool, sample_offset: int, global_batch_size: int
-) -> Tensor:
+def draw_times(seed: Tensor, batch: int, *, stratified: bool, sample_offset: int, global_batch_size: int) -> Tensor:
     """t of each sequence, [B] float32 in [0, 1).
 
-    Stratified: t_b = (u + b) / B mod 1 over the global batch, one u for all (the antithetic sampler of
-    "Variational Diffusion Models", https://arxiv.org/abs/2107.00630, appendix I).
+    Stratified: t_b = u + b / B mod 1 over the global batch, one u for all (the antithetic sampler of
+    "Variational Diffusion Models", https://arxiv.org/abs/2107.00630, appendix I): one time in each of B
+    strata, and each t_b on its own is uniform, so that the estimate for any one row is unbiased.
     """
     samples = torch.arange(sample_offset, sample_offset + batch, device=seed.device)
     if not stratified:
         return philox.uniform(philox.draw(seed, streams.TIMES, sample=samples)[0])
     offset = philox.uniform(philox.draw(seed, streams.STRATUM)[0])
-    return (offset + samples % global_batch_size) / global_batch_size % 1.0
+    # Divided by a tensor: CUDA multiplies by the reciprocal of a number, which rounds differently.
+    return (offset + samples % global_batch_size / torch.full_like(samples, global_batch_size)) % 1.0
 
 
 def mask_sampling(
@@ -78,18 +78,19 @@ def mask_sampling(
         counts: [B] int64, the exact count of masked positions in place of the schedule's, or None.
         maskable: [B, N] bool, or None for all.
     """
-    if times is None:
+    if times is None or ratios is None or slopes is None:
         times = draw_times(
-            seed, len(tokens), stratified=stratified, sample_offset=sample_offset,
+            seed,
+            len(tokens),
+            stratified=stratified,
+            sample_offset=sample_offset,
             global_batch_size=global_batch_size,
-        )  # fmt: skip
+        )
         ratios, slopes = as_schedule(schedule)(times), as_schedule(schedule).slope(times)
     batch, length = tokens.shape
     position = torch.arange(length, device=tokens.device)
     sample = torch.arange(sample_offset, sample_offset + batch, device=tokens.device)
-    key, id_high, id_low, bernoulli_word = philox.draw(
-        seed, streams.KEYS, sample=sample[:, None], position=position
-    )
+    key, id_high, id_low, bernoulli_word = philox.draw(seed, streams.KEYS, sample=sample[:, None], position=position)
     key = (key << 31) | position  # ties broken by position
 
     candidate = torch.ones_like(tokens, dtype=torch.bool) if maskable is None else maskable
@@ -106,10 +107,19 @@ def mask_sampling(
         is_masked = candidate & (_rank(key, candidate) < counts[:, None])
 
     masked_ids = _gate(
-        tokens, key, is_masked, counts, id_high, id_low, seed,
-        mask_id=mask_id, num_tokens=num_tokens, no_replace_prob=no_replace_prob,
-        random_token_prob=random_token_prob, random_may_be_mask=random_may_be_mask,
-    )  # fmt: skip
+        tokens,
+        key,
+        is_masked,
+        counts,
+        id_high,
+        id_low,
+        seed,
+        mask_id=mask_id,
+        num_tokens=num_tokens,
+        no_replace_prob=no_replace_prob,
+        random_token_prob=random_token_prob,
+        random_may_be_mask=random_may_be_mask,
+    )
     return MaskedTokens(
         masked_ids,
         is_masked,

@@ -56,11 +56,16 @@ def row_losses(
     """Unweighted loss, nll and correctness, [M] each, of the rows ``rows`` of logits [R, V]."""
     parts = [
         chunk_losses(
-            logits[part], targets[part], label_smoothing=label_smoothing, z_loss=z_loss,
-            exclude_id=exclude_id, with_correct=with_correct, with_gradient=False,
+            logits[part],
+            targets[part],
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            exclude_id=exclude_id,
+            with_correct=with_correct,
+            with_gradient=False,
         )[:3]
         for part in rows.split(chunk_rows(logits))
-    ]  # fmt: skip
+    ]
     loss, nll, correct = map(torch.cat, zip(*parts, strict=True))
     return loss, nll, correct
 
@@ -173,16 +178,15 @@ def masked_cross_entropy(
     """
     rows, row_weights = active_rows(targets, is_masked, weights)
     options = {
-        "label_smoothing": label_smoothing, "z_loss": z_loss, "exclude_id": exclude_id,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "exclude_id": exclude_id,
         "with_correct": with_correct,
-    }  # fmt: skip
+    }
     loss, nll, correct = _MaskedRows.apply(logits.flatten(0, -2), targets.flatten(), rows, options)
     if row_weights is not None:
         loss = loss * row_weights
-    if reduction == "none":
-        loss = scatter_rows(loss, rows, targets.shape)
-    else:
-        loss = loss.sum()
+    loss = scatter_rows(loss, rows, targets.shape) if reduction == "none" else loss.sum()
     if reduction == "mean":
         loss = loss / mean_denominator(rows, denominator)
     return CrossEntropy(
@@ -192,9 +196,7 @@ def masked_cross_entropy(
     )
 
 
-def active_rows(
-    targets: Tensor, is_masked: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def active_rows(targets: Tensor, is_masked: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Flat indices [M] of the rows that count, and their weights [M]."""
     active = torch.ones_like(targets, dtype=torch.bool) if is_masked is None else is_masked
     if weights is None:

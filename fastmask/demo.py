@@ -1,0 +1,386 @@
+"""The demo: a MaskGIT trained from nothing in minutes, on handwritten digits or on a text of yours.
+
+Digits are scikit-learn's ``load_digits``: 1797 images of 8x8 pixels, here in 5 grey levels, 64 tokens. Needs the
+extra ``demo``: tqdm, matplotlib, scikit-learn, x-transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from fastmask import data
+from fastmask.wrapper import NonAutoregressiveWrapper, Trajectory
+
+SIDE = 8
+GREY_LEVELS = 5
+VALUE_RANGE = (0.0, 16.0)
+HELD_OUT_DIGITS = 297
+TEXT_LENGTH = 64
+NEIGHBOURS = 10  # of the classifier; its confidence is the share of them that agree
+CONFIDENT = 0.9
+NUM_GENERATED = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the network is built, trained and sampled; the search behind it stands in CHANGELOG.md."""
+
+    dim: int = 64
+    depth: int = 4
+    heads: int = 4
+    batch_size: int = 64
+    learning_rate: float = 6e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    warm_up: int = 50
+    weight_average: float = 0.99
+    generate_steps: int = 32
+    start_temperature: float = 0.8
+    choice_temperature: float = 2.5
+
+
+RECIPE = Recipe()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Clean sequences to learn, sequences held out, and the law of one token on its own (nats)."""
+
+    train: Dataset[Tensor]
+    held_out: Tensor
+    num_tokens: int
+    seq_len: int
+    independent: float
+    row_length: int | None
+
+    @property
+    def mask_id(self) -> int:
+        return self.num_tokens - 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The demo's options."""
+    parser.add_argument("--text", type=pathlib.Path, help="learn the characters of this UTF-8 file instead of digits")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps (default 1500)")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("fastmask-demo.png"), help="the picture")
+    parser.add_argument(
+        "--checkpoint", type=pathlib.Path, default=pathlib.Path("fastmask-demo.pt"), help="where Ctrl-C saves"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains, evaluates, generates, reports; returns the exit status (130 after Ctrl-C)."""
+    missing = _missing_packages()
+    if missing:
+        print(f"the demo needs {', '.join(missing)}: pip install 'fastmask[demo]'", file=sys.stderr)
+        return 1
+    torch.manual_seed(arguments.seed)
+    task = digits_task() if arguments.text is None else text_task(arguments.text)
+    model = build(task).to(arguments.device)
+    average = train(model, task, arguments)
+    if average is None:
+        print(f"\nstopped; --resume goes on from {arguments.checkpoint}")
+        return 130
+    report_bound(average, task)
+    if arguments.text is None:
+        report_digits(average, task, arguments.output)
+    else:
+        report_text(average, arguments.text)
+    return 0
+
+
+def _missing_packages() -> list[str]:
+    import importlib.util
+
+    packages = {
+        "tqdm": "tqdm",
+        "matplotlib": "matplotlib",
+        "sklearn": "scikit-learn",
+        "x_transformers": "x-transformers",
+    }
+    return [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
+
+
+# Data
+
+
+def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images [1500, 64] and labels, held-out images [297, 64] and labels; float32 in [0, 16]."""
+    from sklearn.datasets import load_digits
+
+    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order].float(), labels[order]
+    cut = HELD_OUT_DIGITS
+    return images[cut:], labels[cut:], images[:cut], labels[:cut]
+
+
+def digit_ids(images: Tensor) -> data.TokenSequences:
+    return data.from_images(images, levels=GREY_LEVELS, value_range=VALUE_RANGE)
+
+
+def stack(dataset: Any) -> Tensor:
+    """All items of a data set, [S, N] int64."""
+    return torch.stack([dataset[i] for i in range(len(dataset))])
+
+
+def digits_task() -> Task:
+    """The digits as sequences of 64 grey levels."""
+    train_images, _, held_out_images, _ = load_digits()
+    train, held_out = digit_ids(train_images), digit_ids(held_out_images)
+    train_ids, held_out_ids = stack(train), stack(held_out)
+    one_hot = nn.functional.one_hot(train_ids, GREY_LEVELS)
+    frequencies = (one_hot.sum(dim=0) + 1.0) / (len(train_ids) + GREY_LEVELS)  # of each level at each pixel
+    independent = -frequencies.log().expand(len(held_out_ids), -1, -1).gather(-1, held_out_ids[..., None])
+    return Task(train, held_out_ids, GREY_LEVELS + 1, SIDE * SIDE, float(independent.mean()), SIDE)
+
+
+def text_task(path: pathlib.Path) -> Task:
+    """The characters of a text, in windows; the last tenth of the windows is held out."""
+    characters = alphabet(path)
+    index = {character: i for i, character in enumerate(characters)}
+    windows = data.from_text(
+        [path],
+        lambda text: [index[character] for character in text],
+        TEXT_LENGTH,
+        num_tokens=len(characters) + 1,
+        mask_id=len(characters),
+        tail="drop",
+    )
+    if len(windows) < 20:
+        raise ValueError(
+            f"expected a text of at least {20 * TEXT_LENGTH} characters, received {path} with "
+            f"{len(windows) * TEXT_LENGTH}; give a longer one"
+        )
+    cut = len(windows) - len(windows) // 10
+    train = Subset(windows, range(cut))
+    held_out = stack(Subset(windows, range(cut, len(windows))))
+    counts = Counter(stack(train).flatten().tolist())
+    total = sum(counts.values()) + len(characters)
+    log_frequency = torch.tensor([math.log((counts[i] + 1) / total) for i in range(len(characters))])
+    return Task(train, held_out, len(characters) + 1, TEXT_LENGTH, float(-log_frequency[held_out].mean()), None)
+
+
+def alphabet(path: pathlib.Path) -> list[str]:
+    return sorted(set(path.read_text(encoding="utf-8")))
+
+
+# Network and training
+
+
+def build(task: Task) -> NonAutoregressiveWrapper:
+    """A small encoder; for images its positions start as sines of row and column, and each token also sees its
+    neighbours (x-transformers' token shift), which an image of 64 pixels learns from soonest."""
+    from x_transformers import Encoder, TransformerWrapper
+
+    net = TransformerWrapper(
+        num_tokens=task.num_tokens,
+        max_seq_len=task.seq_len,
+        attn_layers=Encoder(
+            dim=RECIPE.dim,
+            depth=RECIPE.depth,
+            heads=RECIPE.heads,
+            attn_dim_head=RECIPE.dim // RECIPE.heads,
+            attn_flash=True,
+            ff_mult=2,
+            shift_tokens=2 if task.row_length is None else task.row_length + 1,
+        ),
+    )
+    if task.row_length is not None:
+        with torch.no_grad():
+            net.pos_emb.emb.weight.copy_(_row_and_column_waves(task.row_length, RECIPE.dim))
+    # No kept or random tokens: the loss then is the bound itself.
+    return NonAutoregressiveWrapper(
+        net, mask_id=task.mask_id, no_replace_prob=0.0, random_token_prob=0.0, stratified_times=True
+    )
+
+
+def _row_and_column_waves(side: int, dim: int) -> Tensor:
+    """[side * side, dim]: sines and cosines of the row and the column."""
+    frequency = math.pi * torch.linspace(1 / 16, 0.8, dim // 4)
+    row, column = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
+    waves = [wave(place.reshape(-1, 1) * frequency) for place in (row, column) for wave in (torch.sin, torch.cos)]
+    return torch.cat(waves, dim=-1) * math.sqrt(2.0)
+
+
+def train(
+    model: NonAutoregressiveWrapper, task: Task, arguments: argparse.Namespace
+) -> NonAutoregressiveWrapper | None:
+    """The average of the weights over the last steps; None after Ctrl-C, with a checkpoint written."""
+    from tqdm.auto import tqdm
+
+    optimizer = torch.optim.AdamW(_parameter_groups(model), lr=RECIPE.learning_rate, betas=RECIPE.betas)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(arguments.steps))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(RECIPE.weight_average))
+    parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+    done = 0
+    if arguments.resume:
+        checkpoint = torch.load(arguments.checkpoint, map_location=arguments.device)
+        done = checkpoint["done"]
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])  # type: ignore[attr-defined]
+    batches = _endless_batches(task.train)
+    smooth = None
+    try:
+        with tqdm(total=arguments.steps, initial=done, desc="training", unit="step") as bar:
+            while done < arguments.steps:
+                loss = model(next(batches).to(arguments.device)).loss
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+                average.update_parameters(model)
+                done += 1
+                smooth = loss.detach() if smooth is None else smooth.lerp(loss.detach(), 0.05)
+                if done % 10 == 0:
+                    bar.set_postfix_str(f"bound {smooth.item() / math.log(2):.2f} bits/token", refresh=False)
+                bar.update()
+    except KeyboardInterrupt:
+        state = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
+        torch.save({"done": done, **state}, arguments.checkpoint)
+        return None
+    averaged: NonAutoregressiveWrapper = average.module  # type: ignore[assignment]
+    return averaged
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay on the layers' matrices only."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "attn_layers" in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        {"params": matrices, "weight_decay": RECIPE.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def _learning_rate(steps: int) -> Callable[[int], float]:
+    """Linear warm-up, then half a cosine down to 0."""
+    return lambda step: min((step + 1) / RECIPE.warm_up, 1.0) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def _endless_batches(dataset: Dataset[Tensor]) -> Iterator[Tensor]:
+    size = min(RECIPE.batch_size, len(dataset))  # type: ignore[arg-type]
+    loader = DataLoader(dataset, batch_size=size, shuffle=True, drop_last=True)
+    while True:
+        yield from loader
+
+
+# Evaluation
+
+
+def report_bound(model: NonAutoregressiveWrapper, task: Task) -> None:
+    """Prints held-out bits per token beside the two baselines."""
+    device = next(model.parameters()).device
+    held_out = task.held_out[:HELD_OUT_DIGITS].to(device)
+    generator = torch.Generator(device).manual_seed(1)
+    bound = float(model.nelbo(held_out, num_samples=8, generator=generator)) / math.log(2)
+    print(
+        f"held out: {bound:.2f} bits per token (bound); independent tokens {task.independent / math.log(2):.2f}; "
+        f"uniform {math.log2(task.num_tokens - 1):.2f}"
+    )
+
+
+def sample(model: NonAutoregressiveWrapper, count: int) -> tuple[Tensor, Trajectory]:
+    """Sequences [count, N] by the recipe, with their trajectory."""
+    ids, trajectory = model.generate(
+        count,
+        steps=RECIPE.generate_steps,
+        start_temperature=RECIPE.start_temperature,
+        filter_thres=None,
+        choice_temperature=RECIPE.choice_temperature,
+        progress=True,
+        return_trajectory=True,
+    )
+    return ids, trajectory
+
+
+def report_digits(model: NonAutoregressiveWrapper, task: Task, output: pathlib.Path) -> None:
+    """Generates digits, asks a classifier trained on real ones what it sees, and draws the picture."""
+    start = time.perf_counter()
+    ids, trajectory = sample(model, NUM_GENERATED)
+    ids, trajectory = ids.cpu(), Trajectory(*(value.cpu() for value in trajectory))
+    seconds = time.perf_counter() - start
+    confidence, label = judge(ids)
+    # Each pixel drawn from some real digit, independently: what the classifier must not be fooled by.
+    shuffled = torch.stack([pixel[torch.randperm(len(pixel))] for pixel in task.held_out.T], dim=-1)
+    shares = [float((judge(images)[0] > CONFIDENT).float().mean()) for images in (ids, task.held_out, shuffled)]
+    classes = label[confidence > CONFIDENT].unique()
+    print(
+        f"generated {len(ids)} digits in {seconds:.1f} s: a classifier trained on the real ones is over "
+        f"{CONFIDENT:.0%} sure of {shares[0]:.0%} (real held-out digits {shares[1]:.0%}, independent pixels "
+        f"{shares[2]:.0%}); "
+        f"{len(classes)} of 10 classes; {len(ids.unique(dim=0))} distinct"
+    )
+    draw(task.held_out, ids, trajectory, output)
+    print(f"picture: {output}")
+
+
+def judge(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence and label, [B] each, that the real training digits nearest to ids [B, 64] agree on."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    images, labels, _, _ = load_digits()
+    classifier = KNeighborsClassifier(NEIGHBOURS).fit(stack(digit_ids(images)).numpy(), labels.numpy())
+    confidence, label = torch.from_numpy(classifier.predict_proba(ids.numpy())).max(dim=-1)
+    return confidence, label
+
+
+def draw(real: Tensor, generated: Tensor, trajectory: Trajectory, output: pathlib.Path) -> None:
+    """Real digits, generated digits, and one digit step by step with its confidence, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns, rows = 16, 4
+    figure = pyplot.figure(figsize=(10, 8.2), layout="constrained")
+    panels: Any = figure.subfigures(3, 1, height_ratios=[rows, rows, 3.2])
+    for panel, title, ids in ((panels[0], "real", real), (panels[1], "generated", generated)):
+        panel.suptitle(title)
+        for axis, image in zip(panel.subplots(rows, columns).flat, ids, strict=False):
+            axis.imshow(image.view(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=GREY_LEVELS - 1)
+            axis.axis("off")
+    panels[2].suptitle("one digit, step by step: what stands (blue: still masked), and the confidence of each pixel")
+    steps = torch.linspace(0, len(trajectory.ids) - 1, columns // 2).round().long().tolist()
+    axes: Any = panels[2].subplots(2, len(steps))
+    for column, step in enumerate(steps):
+        ids, is_masked = trajectory.ids[step, 0].float(), trajectory.is_masked[step, 0]
+        grey = 1.0 - ids / (GREY_LEVELS - 1)
+        picture = torch.stack([grey, grey, grey], dim=-1)
+        picture[is_masked] = torch.tensor([0.62, 0.74, 0.9])
+        axes[0, column].imshow(picture.clamp(0, 1).view(SIDE, SIDE, 3).numpy())
+        axes[0, column].set_title(f"step {step + 1}", fontsize=8)
+        image = axes[1, column].imshow(
+            trajectory.log_probs[step, 0].exp().view(SIDE, SIDE).numpy(), cmap="viridis", vmin=0, vmax=1
+        )
+        for axis in axes[:, column]:
+            axis.axis("off")
+    panels[2].colorbar(image, ax=axes[1, :], shrink=0.9, label="confidence")
+    figure.savefig(output, dpi=110)
+    pyplot.close(figure)
+
+
+def report_text(model: NonAutoregressiveWrapper, path: pathlib.Path) -> None:
+    """Prints generated windows of text."""
+    characters = alphabet(path)
+    ids, _ = sample(model, 8)
+    for sequence in ids.tolist():
+        print(repr("".join(characters[i] for i in sequence)))

@@ -1,0 +1,133 @@
+"""The house itself: layout, imports without Triton, the doctor, the command line, README's commands."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastmask
+from fastmask import __main__, _dispatch
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = pathlib.Path(fastmask.__file__).parent
+
+in_checkout = pytest.mark.skipif(
+    not (ROOT / "pyproject.toml").exists(), reason="needs the checkout around the tests, not an installed wheel"
+)
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@in_checkout
+def test_kernels_are_a_link_and_never_a_top_level_package():
+    assert (ROOT / "fastmask" / "kernels").is_symlink()
+    assert (ROOT / "fastmask" / "kernels").readlink() == pathlib.Path("../kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@in_checkout
+def test_each_kernel_has_a_twin_and_a_test():
+    for kernel in (ROOT / "kernels").glob("[!_]*.py"):
+        assert (ROOT / "fastmask" / "reference" / kernel.name).exists(), kernel.name
+        assert (ROOT / "tests" / f"test_{kernel.name}").exists(), kernel.name
+
+
+@in_checkout
+def test_each_operation_has_a_benchmark_and_a_reference():
+    for operation in _dispatch.OPERATIONS:
+        assert (ROOT / "fastmask" / "reference" / f"{operation}.py").exists()
+        assert (ROOT / "benchmarks" / f"bench_{operation}.py").exists()
+        assert (ROOT / "tests" / f"test_{operation}.py").exists()
+
+
+def test_typed_marker_is_installed():
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_import_and_train_without_triton_tqdm_numpy_or_x_transformers():
+    code = """
+import sys
+missing = ("triton", "tqdm", "numpy", "x_transformers", "matplotlib", "sklearn")
+sys.modules.update(dict.fromkeys(missing))  # None: importing them raises ModuleNotFoundError
+import torch, fastmask
+net = torch.nn.Sequential(torch.nn.Embedding(5, 8), torch.nn.Linear(8, 5))
+net.num_tokens, net.max_seq_len = 5, 6
+model = fastmask.NonAutoregressiveWrapper(net, mask_id=4)
+model(torch.randint(0, 4, (2, 6))).loss.backward()
+assert model.generate(2, filter_thres=0.5, progress=True).shape == (2, 6)
+assert not any(sys.modules[name] for name in missing)
+print("trained")
+"""
+    assert run_python(code).strip() == "trained"
+
+
+def test_import_is_light():
+    loaded = run_python("import sys, fastmask; print(*sorted(sys.modules))").split()
+    extras = ("triton", "x_transformers", "matplotlib", "sklearn", "fastmask.kernels", "fastmask.demo")
+    assert not [name for name in loaded if name in extras]
+
+
+def test_imports_go_downstairs():
+    """reference and kernels never see each other, and only kernels/ imports triton."""
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        if path.parent.name == "kernels":
+            assert "fastmask.reference" not in text, path
+        else:
+            assert not re.search(r"^\s*(import|from) triton", text, re.MULTILINE), path
+        if path.parent.name == "reference":
+            assert not re.search(r"^\s*from fastmask\S* import .*(kernels|functional|wrapper)", text, re.MULTILINE), (
+                path
+            )
+            assert not re.search(r"^\s*(from|import) fastmask\.(kernels|functional|wrapper)", text, re.MULTILINE), (
+                path
+            )
+
+
+def test_doctor_names_versions_devices_and_a_reason_for_each_backend():
+    report = __main__.doctor()
+    assert f"fastmask {fastmask.__version__}" in report
+    assert f"torch {torch.__version__}" in report
+    for operation in _dispatch.OPERATIONS:
+        backend, reason = _dispatch.choose(operation, torch.device("cpu"))
+        assert re.search(rf"{operation} +{backend} \({re.escape(reason)}\)", report)
+
+
+def test_doctor_survives_a_wrong_environment_variable(monkeypatch):
+    monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "fast")
+    assert "error: expected FASTMASK_BACKEND= to be one of auto, triton, reference; received 'fast'" in (
+        __main__.doctor()
+    )
+
+
+def test_command_line(capsys):
+    assert __main__.main(["doctor"]) == 0
+    assert "mask_sampling" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        __main__.main(["nonsense"])
+
+
+@in_checkout
+def test_readme_commands_are_those_that_ci_runs():
+    commands = re.findall(r"^pip install -c constraints.txt .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands == [
+        "pip install -c constraints.txt -e '.[demo]' && python -m fastmask demo",
+        "pip install -c constraints.txt -e '.[test]' && python -m pytest",
+    ]
+
+
+@in_checkout
+def test_readme_python_blocks_run():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
