@@ -97,7 +97,7 @@ def mask_sampling(
             float32 tensor that autograd can differentiate, or a :class:`fastmask.Schedule`.
         mode: "exact" masks exactly k_b of the n_b maskable positions, a uniformly random subset;
             "bernoulli" masks each with probability schedule(t_b), and w_b = |schedule'| / schedule.
-        stratified: t_b = (u + b) / B mod 1 over the global batch, one u for all.
+        stratified: t_b = (u + b / B) mod 1 over the global batch, one u for all.
         times: [B] float32, t_b in place of drawn ones.
         counts: [B] int32|int64, k_b in place of the schedule's ("exact" only); clamped to [0, n_b].
         maskable: [B, N] bool, False where a token is never masked (padding, prompts); None for all.

@@ -45,7 +45,8 @@ def draw_times(seed: Tensor, batch: int, *, stratified: bool, sample_offset: int
         return philox.uniform(philox.draw(seed, streams.TIMES, sample=samples)[0])
     offset = philox.uniform(philox.draw(seed, streams.STRATUM)[0])
     # Divided by a tensor: CUDA multiplies by the reciprocal of a number, which rounds differently.
-    return (offset + samples % global_batch_size / torch.full_like(samples, global_batch_size)) % 1.0
+    stratum = (samples % global_batch_size).float()
+    return (offset + stratum / torch.full_like(stratum, global_batch_size)) % 1.0
 
 
 def mask_sampling(
@@ -160,10 +161,10 @@ def gate_counts(
     f = 1 - p_keep, p_random f a double rounded to float32. Where a coin is False its count is 0, and f is
     1 where the first is.
     """
-    kept = (counts * no_replace_prob).ceil().long().where(keep_coin, 0)
+    kept = (counts.float() * no_replace_prob).ceil().long().where(keep_coin, 0)
     left = counts - kept
-    after_keep = left * (random_token_prob * (1.0 - no_replace_prob))
-    random = torch.where(keep_coin, after_keep, left * random_token_prob).ceil().long()
+    after_keep = left.float() * (random_token_prob * (1.0 - no_replace_prob))
+    random = torch.where(keep_coin, after_keep, left.float() * random_token_prob).ceil().long()
     return kept, random.minimum(left).where(random_coin, 0)
 
 

@@ -1,0 +1,98 @@
+"""What every test shares: the backends, poisoned memory, and compilation without a device.
+
+Without a GPU, or where the user exports TRITON_INTERPRET=1, kernels run in Triton's interpreter on the CPU.
+Triton reads that variable when it is imported, so it is set here, before any test module is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.cuda.is_available()
+if _INTERPRETS:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_KERNEL_BACKEND = ["interpreter" if _INTERPRETS else "cuda"] if _HAS_TRITON else []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an operation: its twin, its kernel in the interpreter, or its kernel on a GPU."""
+
+    name: str
+    device: torch.device
+
+    def module(self, operation: str):
+        return importlib.import_module(f"{self.package}.{operation}")
+
+    def operation(self, operation: str) -> Callable:
+        """The function of that name, ``mask_sampling`` say."""
+        return getattr(self.module(operation), operation)
+
+    @property
+    def package(self) -> str:
+        return "fastmask.reference" if self.name == "reference" else "fastmask.kernels"
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.name != "reference"
+
+
+def _backend(name: str) -> Backend:
+    return Backend(name, torch.device("cpu" if _INTERPRETS else "cuda"))
+
+
+@pytest.fixture(scope="session", params=["reference", *_KERNEL_BACKEND])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each test that asks for it runs once for each backend of this machine."""
+    return _backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Backend:
+    """The specification, on the device the kernels run on."""
+    return _backend("reference")
+
+
+@pytest.fixture(scope="session", params=_KERNEL_BACKEND or [pytest.param(None, marks=pytest.mark.skip("no triton"))])
+def kernel(request: pytest.FixtureRequest) -> Backend:
+    """The kernels only, for tests that hold them to the reference."""
+    return _backend(request.param)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN, the largest integer or True: an unwritten output is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def compile_offline() -> Callable[[list[dict]], dict[str, dict[str, dict]]]:
+    """Launch plans to figures, by plan and target; see ``tests/offline.py``."""
+    if not _HAS_TRITON:
+        pytest.skip("no triton")
+
+    def compile_offline(plans: list[dict]) -> dict[str, dict[str, dict]]:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        script = Path(__file__).with_name("offline.py")
+        result = subprocess.run(
+            [sys.executable, script], input=json.dumps(plans), capture_output=True, text=True, env=environment
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        return json.loads(result.stdout)
+
+    return compile_offline

@@ -1,0 +1,123 @@
+"""Compile kernels for GPUs that are not there, and tell what the compilers made of them.
+
+Run as a script, without TRITON_INTERPRET: launch plans come as JSON on stdin, figures go as JSON to stdout.
+A plan is what the launcher would ask Triton for:
+
+    {"name": "1024", "module": "fastmask.kernels.x", "kernel": "_x_kernel", "options": {"num_warps": 4},
+     "args": {"x_ptr": "*i64:16", "N": "i32", "BLOCK_N": 1024}}
+
+A string such as "*i64:16" is a type (":16": divisible by 16); any other value is a constant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+_TYPE = re.compile(r"(\*?(?:i1|[iu](?:8|16|32|64)|bf16|fp16|fp32|fp64))(:16)?")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        plans = json.load(sys.stdin)
+        figures = {plan["name"]: {name: _figures(plan, name) for name in TARGETS} for plan in plans}
+    json.dump(figures, sys.stdout)
+
+
+def _figures(plan: dict, target_name: str) -> dict:
+    compiled = _compile(plan, target_name)
+    if target_name.startswith("sm_"):
+        return _nvidia_figures(compiled.asm["cubin"])
+    return _amd_figures(compiled.asm["amdgcn"])
+
+
+def _compile(plan: dict, target_name: str):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(plan["module"]), plan["kernel"])
+    missing = set(kernel.arg_names) ^ set(plan["args"])
+    assert not missing, f"plan {plan['name']}: arguments that differ from the kernel's: {sorted(missing)}"
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = plan["args"][name]
+        spec = _TYPE.fullmatch(value) if isinstance(value, str) else None
+        if spec is None:
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = spec[1]
+        if spec[2]:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target_name]), options=plan["options"])
+
+
+def _nvidia_figures(cubin: bytes) -> dict:
+    import triton.backends.nvidia
+
+    cuobjdump = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([cuobjdump, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    code = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+        if not text.startswith("NOP")
+    ]
+    # "No spill" is STACK 0 and no local loads or stores: LOCAL stays 0 even with thousands of spills.
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": sum(bool(re.search(r"\b(STL|LDL)\b", text)) for _, text in code),
+        "instructions": len(code),
+        "loops": _loops(code),
+        "load_bits": _widest(sass, "LDG"),
+        "store_bits": _widest(sass, "STG"),
+    }
+
+
+def _loops(code: list[tuple[int, str]]) -> list[int]:
+    """Instructions in each loop, outermost first where they nest: what a backward branch jumps over."""
+    sizes = []
+    for address, text in code:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            sizes.append(sum(int(target[1], 16) <= other <= address for other, _ in code))
+    return sorted(sizes, reverse=True)
+
+
+def _widest(sass: str, operation: str) -> int:
+    found = re.findall(rf"\b{operation}\S*", sass)
+    narrow = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+    return max((max([narrow.get(part, 0) for part in text.split(".")]) or 32 for text in found), default=0)
+
+
+def _amd_figures(assembly: str) -> dict:
+    def number(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s+(\d+)", assembly)[1])
+
+    body = re.findall(r"^\s+([sv]_\w+|(?:global|buffer|flat|ds|scratch)_\w+)", assembly, re.MULTILINE)
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count"),
+        "scalar_spills": number("sgpr_spill_count"),
+        "instructions": len(body),
+    }
+
+
+if __name__ == "__main__":
+    main()
