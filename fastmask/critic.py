@@ -7,9 +7,9 @@ https://aclanthology.org/2021.naacl-main.409/).
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,8 +41,12 @@ class SelfCritic(nn.Module):
 def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The critic's logits [B, N] on ids [B, N].
 
-    ``kwargs`` are the network's; a critic without cross-attention is spared the context.
+    ``kwargs`` are the network's: the critic gets those that its forward takes, and without cross-attention
+    it is spared the context.
     """
+    parameters = inspect.signature(critic.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        kwargs = {name: value for name, value in kwargs.items() if name in parameters}
     if getattr(getattr(critic, "attn_layers", None), "cross_attend", None) is False:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("context", "context_mask")}
     logits: Tensor = critic(ids, **kwargs)
@@ -56,16 +60,9 @@ def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Ten
     return logits
 
 
-def critic_loss(
-    logits: Tensor, is_wrong: Tensor, maskable: Tensor | None, num_tokens: Tensor | float | None
-) -> Tensor:
-    """Mean binary cross-entropy, nats, of logits [B, N] against is_wrong [B, N] bool, over ``maskable``.
-
-    ``num_tokens`` divides the sum in place of the number of positions.
-    """
+def critic_loss(logits: Tensor, is_wrong: Tensor, maskable: Tensor | None) -> Tensor:
+    """Mean binary cross-entropy, nats, of logits [B, N] against is_wrong [B, N] bool, over ``maskable``."""
     losses = F.binary_cross_entropy_with_logits(logits.float(), is_wrong.float(), reduction="none")
-    if maskable is not None:
-        losses = losses.where(maskable, 0.0)
-    if num_tokens is None:
-        num_tokens = losses.numel() if maskable is None else maskable.sum()
-    return losses.sum() / torch.as_tensor(num_tokens, device=losses.device).clamp(min=1)
+    if maskable is None:
+        return losses.sum() / max(1, losses.numel())
+    return losses.where(maskable, 0.0).sum() / maskable.sum().clamp(min=1)

@@ -195,8 +195,9 @@ class NonAutoregressiveWrapper(nn.Module):
             only_train_critic: no gradient for the generator; ``loss`` is the critic's.
             generator_sample_temperature: of the sample that the critic judges; drawn from U(0, 1) if None.
             maskable: [B, max_seq_len] bool, False where a token is never masked nor in the loss.
-            num_tokens: what the losses' sums are divided by in place of this batch's tokens (of its masked
-                tokens, without the MDLM weight): gradient accumulation, data parallelism.
+            num_tokens: tokens of the whole batch, of which this one is a part (gradient accumulation, data
+                parallelism); the losses are scaled by this batch's share of (maskable) tokens, so that the
+                parts' losses and gradients add up to the whole's.
             generator: for the masks and samples; default torch's own.
             sample_offset: global index of the first row.
             kwargs: passed to the network and to the critic (``mask=``, ``context=``).
@@ -221,7 +222,9 @@ class NonAutoregressiveWrapper(nn.Module):
         sum_embeds = self._training_self_cond(masked.masked_ids, generator, kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
             out = backbone.run(self.net, masked.masked_ids, **sum_embeds, **kwargs)
-            loss = self._generator_loss(out, x, masked, maskable, num_tokens)
+            loss = self._generator_loss(out, x, masked, maskable)
+        share = 1.0 if num_tokens is None else _num_maskable(x, maskable) / num_tokens
+        loss = loss * share
         if self.token_critic is None or only_train_generator:
             return Losses(loss, loss, None)
 
@@ -230,9 +233,7 @@ class NonAutoregressiveWrapper(nn.Module):
             temperature = _host_uniform(generator)
         generated, is_wrong = self._corrupt(out, x, masked, temperature, seed, generator, sample_offset)
         critic_kwargs = {} if self.compat else kwargs
-        critic = critic_loss(
-            critic_logits(self.token_critic, generated, critic_kwargs), is_wrong, maskable, num_tokens
-        )
+        critic = share * critic_loss(critic_logits(self.token_critic, generated, critic_kwargs), is_wrong, maskable)
         if only_train_critic:
             return Losses(critic, None, critic)
         return Losses(loss + critic * self.critic_loss_weight, loss, critic)
@@ -277,17 +278,13 @@ class NonAutoregressiveWrapper(nn.Module):
         x: Tensor,
         masked: MaskedTokens,
         maskable: Tensor | None,
-        num_tokens: Tensor | float | None,
     ) -> Tensor:
-        weights, denominator = None, num_tokens
-        if self.use_simple_mdlm_loss_weight and self.compat:
+        if not self.use_simple_mdlm_loss_weight:
+            return out.loss(x, masked.is_masked, None, None)
+        if self.compat:
             weights = compat.loss_weights(self.schedule_fn, masked.times)
-            denominator = masked.num_masked.clamp(min=1) if num_tokens is None else num_tokens
-        elif self.use_simple_mdlm_loss_weight:
-            weights = masked.loss_weights
-            if num_tokens is None:
-                denominator = _num_maskable(x, maskable)
-        return out.loss(x, masked.is_masked, weights, denominator)
+            return out.loss(x, masked.is_masked, weights, masked.num_masked.clamp(min=1))
+        return out.loss(x, masked.is_masked, masked.loss_weights, _num_maskable(x, maskable))
 
     @torch.no_grad()
     def _corrupt(

@@ -73,7 +73,7 @@ def sample_tokens(
 
     A row with NaN, +inf or no finite logit gives the lowest allowed id and log-probability NaN.
     """
-    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    chunk = max(1, _CHUNK_ELEMENTS // _padded(logits.shape[-1]))
     parts = []
     for start in range(0, max(1, len(logits)), chunk):
         part = slice(start, start + chunk)
@@ -181,9 +181,10 @@ def excludes(mask_id: int | None, num_tokens: int) -> bool:
 def _race(weights: Tensor, rows: Rows) -> Tensor:
     """Ids [M, 1], each with probability weights / sum of weights, [M, V]."""
     num_rows, num_tokens = weights.shape
+    padded = _padded(num_tokens)
     tiles = math.ceil(num_tokens / streams.TILE)
-    weights = F.pad(weights, (0, tiles * streams.TILE - num_tokens))
-    weights = weights.view(num_rows, tiles, streams.TILE // streams.SUB_TILE, streams.SUB_TILE)
+    weights = F.pad(weights, (0, padded - num_tokens))
+    weights = weights.view(num_rows, tiles, padded // streams.SUB_TILE // tiles, streams.SUB_TILE)
 
     row = torch.arange(num_rows, device=weights.device)
     tile = _winner(weights.sum(dim=(2, 3)), streams.TILE_RACE, rows, torch.zeros_like(row))
@@ -192,6 +193,12 @@ def _race(weights: Tensor, rows: Rows) -> Tensor:
     sub_tile = _winner(sub_tiles.sum(dim=-1), streams.SUB_TILE_RACE, rows, first)
     first = (first + sub_tile) * streams.SUB_TILE
     return (first + _winner(sub_tiles[row, sub_tile], streams.ELEMENT_RACE, rows, first))[:, None]
+
+
+def _padded(num_tokens: int) -> int:
+    """num_tokens up to whole tiles; a single tile only up to whole sub-tiles."""
+    unit = streams.SUB_TILE if num_tokens <= streams.TILE else streams.TILE
+    return math.ceil(num_tokens / unit) * unit
 
 
 def _winner(weights: Tensor, stream: int, rows: Rows, first: Tensor) -> Tensor:

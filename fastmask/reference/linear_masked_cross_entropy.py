@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastmask.reference.masked_cross_entropy import (
     CrossEntropy,
     active_rows,
     chunk_losses,
     chunk_rows,
+    first_order_only,
     mean_denominator,
     scatter_rows,
 )
@@ -115,7 +115,7 @@ class _LinearRows(torch.autograd.Function):
         return loss.sum() if reduce else loss, out.nll, out.correct
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         if ctx.in_forward:
             rows, *gradients = ctx.saved_tensors

@@ -15,11 +15,12 @@ taken from the sum over the other columns instead and keep their relative accura
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # A chunk's temporaries stay in a CPU core's cache.
 _CHUNK_ELEMENTS = 2**19
@@ -129,6 +130,36 @@ def chunk_losses(
     return RowLosses(loss.squeeze(-1), nll.squeeze(-1), correct.squeeze(-1), gradient)
 
 
+class _Undifferentiable(torch.autograd.Function):
+    """The identity on a gradient that has none of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("the masked cross-entropies cannot be differentiated twice (double backward)")
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a backward's own derivative raise.
+
+    torch's once_differentiable raises only where the incoming gradient requires grad: at the end of a loss
+    it does not, and a gradient penalty would silently count as a constant.
+    """
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *incoming: Tensor) -> Any:
+        with torch.no_grad():
+            gradients = backward(ctx, *incoming)
+        if not torch.is_grad_enabled():  # no create_graph
+            return gradients
+        return tuple(g if g is None else _Undifferentiable.apply(g.detach().requires_grad_()) for g in gradients)
+
+    return wrapped
+
+
 class _MaskedRows(torch.autograd.Function):
     """Losses of the rows ``rows`` of logits [R, V]; the gradient is recomputed in backward."""
 
@@ -141,7 +172,7 @@ class _MaskedRows(torch.autograd.Function):
         return loss, nll, correct
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         logits, targets, rows = ctx.saved_tensors
         grad_logits = torch.zeros_like(logits)

@@ -1,0 +1,637 @@
+"""Generation: how many positions remain masked, which, what is sampled there, and what stays untouched."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from x_transformers import Encoder, TransformerWrapper
+
+from fastmask import NonAutoregressiveWrapper, Schedule, Trajectory, functional
+from fastmask.schedules import as_schedule, step_counts
+
+V, N, MASK = 12, 18, 5
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Known(nn.Module):
+    """A network with logits that the test chose, which writes down how it was called."""
+
+    def __init__(self, logits: torch.Tensor, length: int = N) -> None:
+        super().__init__()
+        self.num_tokens, self.max_seq_len, self.emb_dim = logits.shape[-1], length, 4
+        self.logits = nn.Parameter(logits.expand(length, -1).clone())
+        self.calls: list[dict] = []
+
+    def forward(self, ids, return_embeddings=False, return_logits_and_embeddings=False, **kwargs):
+        self.calls.append({"ids": ids.clone(), "training": self.training, **kwargs})
+        logits = self.logits.expand(*ids.shape, -1)
+        embeddings = torch.full((*ids.shape, self.emb_dim), float(len(self.calls)), device=ids.device)
+        if return_logits_and_embeddings:
+            return logits, embeddings
+        return embeddings if return_embeddings else logits
+
+
+def uniform(vocabulary: int = V, length: int = N) -> Known:
+    return Known(torch.zeros(vocabulary), length)
+
+
+def varied(length: int = N) -> Known:
+    return Known(torch.randn(length, V, generator=torch.Generator().manual_seed(1)), length)
+
+
+class Context(nn.Module):
+    """A network whose logits depend on all ids at once, so that every difference shows."""
+
+    def __init__(self, length: int = N) -> None:
+        super().__init__()
+        self.num_tokens, self.max_seq_len = V, length
+        generator = torch.Generator().manual_seed(3)
+        self.table = nn.Parameter(torch.randn(length, V, length, V, generator=generator))
+
+    def forward(self, ids):
+        place = torch.arange(self.max_seq_len, device=ids.device)
+        return self.table[place, ids].sum(dim=1)
+
+
+def wrap(device, net=None, **options) -> NonAutoregressiveWrapper:
+    torch.manual_seed(0)
+    return NonAutoregressiveWrapper(net or varied(), mask_id=MASK, **options).to(device)
+
+
+class FixedCritic(nn.Module):
+    """The same logits [N] for every sequence."""
+
+    def __init__(self, logits) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.as_tensor(logits, dtype=torch.float32))
+
+    def forward(self, ids):
+        return self.logits.expand(ids.shape)[..., None]
+
+
+def assert_law(counts, shares, alpha=1e-4, effect=0.06) -> None:
+    """A chi-square that does not reject, and a small effect besides: n must be large enough to tell."""
+    counts, shares = np.asarray(counts, dtype=float), np.asarray(shares, dtype=float)
+    assert counts[shares == 0].sum() == 0
+    counts, shares = counts[shares > 0], shares[shares > 0]
+    result = stats.chisquare(counts, shares / shares.sum() * counts.sum())
+    assert result.pvalue > alpha, (counts, shares)
+    assert math.sqrt(result.statistic / counts.sum()) < effect, (counts, shares)
+
+
+# ---- counts ----
+
+
+def test_eighteen_steps_of_eighteen_positions(device):
+    _, trajectory = wrap(device).generate(3, return_trajectory=True)
+    expected = [17, 16, 15, 14, 13, 11, 11, 10, 9, 7, 7, 5, 5, 3, 3, 1, 1, 0]
+    assert trajectory.is_masked.sum(dim=-1).tolist() == [[count] * 3 for count in expected]
+
+
+def high_end(t):
+    return 1 - 0.5 * t
+
+
+@pytest.mark.parametrize("remask", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", high_end])
+@pytest.mark.parametrize("length", [1, 3, 4, 18])
+@pytest.mark.parametrize("steps", [1, 2, 5, 18, 25])
+def test_the_scheduled_number_remains_masked(schedule, length, steps, remask, device):
+    wrapper = wrap(device, varied(length), schedule=schedule, can_mask_prev_unmasked=remask)
+    ids, trajectory = wrapper.generate(4, steps=steps, return_trajectory=True)
+    assert isinstance(trajectory, Trajectory)
+    expected = step_counts(as_schedule(schedule), steps, torch.full((4,), length))
+    assert torch.equal(trajectory.is_masked.sum(dim=-1).cpu(), expected)
+    assert expected[-1].eq(0).all()
+    assert torch.equal(trajectory.ids == MASK, trajectory.is_masked)  # mask_id where masked, and only there
+    assert torch.equal(trajectory.ids[-1], ids)
+    assert (ids != MASK).all()
+    assert trajectory.ids.dtype == torch.int64
+    assert trajectory.log_probs.dtype == torch.float32
+    assert trajectory.ids.shape == trajectory.log_probs.shape == (steps, 4, length)
+
+
+@pytest.mark.parametrize("vocabulary", [10, 100, 1000])
+@pytest.mark.parametrize("mask_id", [0, 5])
+@pytest.mark.parametrize("filter_thres", [0.7, 0.0, 0.999, None])
+def test_the_filter_keeps_its_share_of_the_vocabulary(vocabulary, mask_id, filter_thres, device):
+    """ceil((1 - .7) V) of falling logits: 4, 31 and 301, for 1 - .7 is .30000000000000004."""
+    net = Known(-0.001 * torch.arange(vocabulary).float(), length=1)
+    wrapper = NonAutoregressiveWrapper(net, mask_id=mask_id, steps=2).to(device)
+    torch.manual_seed(0)
+    # So hot that all are as good as equally likely: 18 draws for each of at most 999.
+    ids = wrapper.generate(18 * vocabulary, start_temperature=20.0, filter_thres=filter_thres)
+    kept = vocabulary if filter_thres is None else math.ceil((1 - filter_thres) * vocabulary)
+    # mask_id is taken out before, so that as many remain.
+    allowed = [token for token in range(vocabulary) if token != mask_id][:kept]
+    assert set(ids.unique().tolist()) == set(allowed)
+    if filter_thres == 0.7:
+        assert kept == {10: 4, 100: 31, 1000: 301}[vocabulary]
+
+
+# ---- which steps are run ----
+
+
+def runs(wrapper: NonAutoregressiveWrapper, **options) -> int:
+    wrapper.net.calls.clear()
+    wrapper.generate(2, **options)
+    return len(wrapper.net.calls)
+
+
+def test_the_network_runs_where_something_is_committed(device):
+    assert runs(wrap(device, varied(4))) == 4
+    assert runs(wrap(device, varied(1))) == 1
+    assert runs(wrap(device, varied(18))) == len({17, 16, 15, 14, 13, 11, 10, 9, 7, 5, 3, 1, 0})
+    # The cosine leaves little to its first steps: 17, 17, 17, 16, ...
+    cosine = step_counts(as_schedule("cosine"), 18, torch.tensor([18])).squeeze(-1).tolist()
+    assert runs(wrap(device, varied(18), schedule="cosine")) == len({18, *cosine}) - 1 < 18
+
+
+@pytest.mark.parametrize("options", [{"self_cond": True}, {"can_mask_prev_unmasked": True}], ids=str)
+def test_where_a_step_can_matter_the_network_runs(options, device):
+    """4 (t - 1) falls below 1 at the fifteenth of 18 steps, after which nothing is open."""
+    assert step_counts(as_schedule("linear"), 18, torch.tensor([4])).squeeze(-1).tolist().index(0) == 13
+    assert runs(wrap(device, varied(4), **options)) == 14
+    assert runs(wrap(device, varied(4), **options), steps=4) == 4
+
+
+def test_nothing_to_do(device):
+    wrapper = wrap(device)
+    given = torch.arange(N, device=device) % V
+    everywhere = torch.ones(N, dtype=torch.bool, device=device)
+    ids, trajectory = wrapper.generate(prompt=given, prompt_mask=everywhere, return_trajectory=True)
+    assert torch.equal(ids, given)
+    assert wrapper.net.calls == []
+    assert not trajectory.is_masked.any()
+    assert (trajectory.log_probs == 0).all()
+    assert wrapper.generate(0).shape == (0, N)
+
+
+def test_a_step_that_is_not_run_repeats_the_one_before(device):
+    wrapper = wrap(device, varied(4))
+    _, trajectory = wrapper.generate(3, return_trajectory=True)
+    counts = [3, 3, 3, 3, 2, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert trajectory.is_masked.sum(dim=-1)[:, 0].tolist() == counts
+    for values in trajectory:
+        for step in range(1, 18):
+            if counts[step] == counts[step - 1]:
+                assert torch.equal(values[step], values[step - 1])
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize("critic", [False, True])
+def test_temperature_and_noise_keep_the_schedules_own_index(compat, critic, device, monkeypatch):
+    """With 4 positions in 18 steps, steps 0, 4, 9 and 13 are run: at shares 17/18, 13/18, 8/18 and 4/18."""
+    from fastmask import compat as compat_module
+
+    temperatures, noises, numbers = [], [], []
+
+    def recording(function, into, name):
+        def call(*arguments, **options):
+            into.append(options[name])
+            if "step" in options:
+                numbers.append(options["step"])
+            return function(*arguments, **options)
+
+        return call
+
+    module = compat_module if compat else functional
+    monkeypatch.setattr(module, "sample_tokens", recording(module.sample_tokens, temperatures, "temperature"))
+    scores, noise = ("critic_scores", "noise_scale") if critic else ("confidence_scores", "choice_temperature")
+    monkeypatch.setattr(functional, scores, recording(getattr(functional, scores), noises, noise))
+    options = {"token_critic": FixedCritic([0.0] * 4)} if critic else {}
+    wrapper = wrap(device, varied(4), compat=compat, **options)
+    wrapper.generate(2, start_temperature=2.0, noise_level_scale=3.0, choice_temperature=3.0)
+    left = [17 / 18, 13 / 18, 8 / 18, 4 / 18]
+    assert temperatures == pytest.approx([2.0 * share for share in left])
+    assert noises == pytest.approx([3.0 * share for share in left])
+    # The sampler's number and the scores'; upstream's sampler has no use for one.
+    assert sorted(numbers) == sorted([0, 4, 9, 13] * (1 if compat else 2))
+    temperatures.clear()
+    wrapper.generate(2, steps=1, start_temperature=2.0)
+    assert temperatures == [1e-3]  # the floor
+
+
+# ---- what is committed, and when ----
+
+
+def test_committed_positions_never_change(device):
+    _, trajectory = wrap(device, Context()).generate(8, start_temperature=2.0, return_trajectory=True)
+    for step in range(1, 18):
+        assert (trajectory.is_masked[step] <= trajectory.is_masked[step - 1]).all()
+        settled = ~trajectory.is_masked[step - 1]
+        assert torch.equal(trajectory.ids[step][settled], trajectory.ids[step - 1][settled])
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_remasking_really_opens_committed_positions(critic, device):
+    """And what is masked again is sampled again; what is not stays as it is."""
+    options = {"token_critic": Jumping()} if critic else {}
+    wrapper = wrap(device, Context(), can_mask_prev_unmasked=True, **options)
+    _, trajectory = wrapper.generate(16, start_temperature=2.0, return_trajectory=True)
+    before, after = trajectory.is_masked[:-1], trajectory.is_masked[1:]
+    assert (after & ~before).any()
+    stays = ~before & ~after
+    assert torch.equal(trajectory.ids[1:][stays], trajectory.ids[:-1][stays])
+    reopened = ((after & ~before).sum(dim=0) > 0) & (trajectory.ids[-1] != MASK)
+    assert reopened.any()
+
+
+class Jumping(nn.Module):
+    """A critic whose mind depends on how much of the sequence is there."""
+
+    def forward(self, ids):
+        return torch.sin(7.0 * ids + torch.arange(ids.shape[1], device=ids.device))
+
+
+def test_the_least_confident_are_masked_again(device):
+    """Place i is sure to degree i: the surest is committed first, one at a time."""
+    logits = torch.zeros(6, V)
+    logits[:, 0] = 2.0 + torch.arange(6)
+    wrapper = wrap(device, Known(logits, 6))
+    _, trajectory = wrapper.generate(4, steps=7, start_temperature=0.0, filter_thres=None, return_trajectory=True)
+    for step, count in enumerate([5, 4, 3, 2, 1, 0, 0]):
+        open_places = torch.arange(6, device=device) < count
+        assert torch.equal(trajectory.is_masked[step], open_places.expand(4, -1))
+    allowed = torch.cat([logits[:, :MASK], logits[:, MASK + 1 :]], dim=-1)  # mask_id has no share
+    expected = allowed.log_softmax(dim=-1)[:, 0].to(device)
+    torch.testing.assert_close(trajectory.log_probs[-1], expected.expand(4, -1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_critic_decides_what_is_masked_again(device):
+    """However sure the network is: place 0 is the most wrong, so it is settled last."""
+    wrapper = wrap(device, varied(6), token_critic=FixedCritic([6.0, 5.0, 4.0, 3.0, 2.0, 1.0]))
+    _, trajectory = wrapper.generate(4, steps=7, noise_level_scale=0.0, return_trajectory=True)
+    for step, count in enumerate([5, 4, 3, 2, 1, 0, 0]):
+        open_places = torch.arange(6, device=device) < count
+        assert torch.equal(trajectory.is_masked[step], open_places.expand(4, -1))
+    noisy = wrapper.generate(64, steps=7, noise_level_scale=100.0, return_trajectory=True)[1]
+    assert len(noisy.is_masked[0].unique(dim=0)) == 6  # any place may be the first
+
+
+def test_the_critic_judges_what_was_just_proposed(device):
+    """It sees no mask, and its own network's arguments."""
+    seen = []
+
+    class Watching(FixedCritic):
+        def forward(self, ids):
+            seen.append(ids)
+            return super().forward(ids)
+
+    wrap(device, Context(), token_critic=Watching([0.0] * N)).generate(3)
+    assert len(seen) == 13
+    assert all((ids != MASK).all() for ids in seen)
+
+
+@pytest.mark.parametrize("start_temperature", [1.0, 0.25])
+@pytest.mark.parametrize("filter_thres", [None, 0.5])
+def test_the_sampled_law_is_the_networks_softmax(start_temperature, filter_thres, device):
+    """One open position, committed at step 0 of N, when the temperature is (N - 1)/N of its start."""
+    wrapper, place, rows = wrap(device), 7, 20000
+    prompt = torch.arange(N, device=device) % V
+    prompt_mask = torch.arange(N, device=device) != place
+    torch.manual_seed(1)
+    ids, trajectory = wrapper.generate(
+        rows, start_temperature * N / (N - 1), filter_thres, prompt=prompt, prompt_mask=prompt_mask, steps=N,
+        return_trajectory=True,
+    )  # fmt: skip
+    assert torch.equal(ids[:, prompt_mask], prompt[prompt_mask].expand(rows, -1))
+    logits = wrapper.net.logits[place].detach().double().cpu()
+    logits[MASK] = -math.inf
+    if filter_thres is not None:
+        logits[logits < logits.topk(6).values[-1]] = -math.inf
+    assert_law(torch.bincount(ids[:, place].cpu(), minlength=V), (logits / start_temperature).softmax(dim=-1))
+    # Scores are not heated.
+    expected = logits.log_softmax(dim=-1).float().to(device)[ids[:, place]]
+    torch.testing.assert_close(trajectory.log_probs[-1, :, place], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_and_sequences_are_independent(device):
+    # Two ids besides mask_id, equally likely.
+    wrapper = NonAutoregressiveWrapper(uniform(vocabulary=3, length=2), mask_id=2).to(device)
+    torch.manual_seed(0)
+    ids = wrapper.generate(8000, steps=1, filter_thres=None)
+    assert_law(torch.bincount(2 * ids[:, 0].cpu() + ids[:, 1].cpu(), minlength=4), [0.25] * 4)
+    assert_law(torch.bincount(2 * ids[1:, 0].cpu() + ids[:-1, 0].cpu(), minlength=4), [0.25] * 4)
+
+
+class Oracle(nn.Module):
+    """The conditional marginals of a known law: ``modes`` sequences [M, N] with probabilities [M]."""
+
+    def __init__(self, modes: torch.Tensor, probabilities: torch.Tensor) -> None:
+        super().__init__()
+        self.num_tokens, self.max_seq_len = V, modes.shape[1]
+        self.register_buffer("modes", modes)
+        self.register_buffer("probabilities", probabilities)
+
+    def forward(self, ids):
+        agrees = ((ids[:, None] == self.modes) | (ids[:, None] == MASK)).all(dim=-1)
+        weights = agrees * self.probabilities  # [B, M]
+        one_hot = torch.nn.functional.one_hot(self.modes, V).float()
+        return (torch.einsum("bm,mnv->bnv", weights, one_hot) / weights.sum(dim=-1)[:, None, None]).log()
+
+
+def test_choice_temperature_keeps_the_modes_apart(device):
+    """DESIGN 3.3b row 6: a good model, greedily committed, gives one sequence over and over."""
+    generator = torch.Generator().manual_seed(4)
+    allowed = torch.tensor([token for token in range(V) if token != MASK])
+    modes = allowed[torch.randint(0, V - 1, (40, 8), generator=generator)]
+    probabilities = torch.cat([torch.tensor([0.22]), torch.full((39,), 0.02)])
+    wrapper = wrap(device, Oracle(modes, probabilities))
+    results = {}
+    for choice_temperature in (0.0, 4.5):
+        torch.manual_seed(1)
+        ids = wrapper.generate(
+            64, filter_thres=None, steps=8, choice_temperature=choice_temperature, start_temperature=8 / 7
+        ).cpu()  # fmt: skip
+        assert (ids[:, None] == modes).all(dim=-1).any(dim=-1).all()  # one position a step: always consistent
+        results[choice_temperature] = len(ids.unique(dim=0))
+    assert results[0.0] <= 16
+    assert results[4.5] >= 24  # 64 draws of the law itself: 30 or so
+
+
+# ---- prompts ----
+
+
+def test_prompts_are_untouched_each_row_with_its_own_number_of_open_positions(device):
+    wrapper = wrap(device, Context())
+    generator = torch.Generator().manual_seed(6)
+    prompt = torch.randint(0, V, (7, N), generator=generator).to(device)
+    given = (torch.rand(7, N, generator=generator) < torch.linspace(0, 1, 7)[:, None]).to(device)
+    assert (prompt[given] == MASK).any()  # ids equal to mask_id are ids
+    ids, trajectory = wrapper.generate(prompt=prompt, prompt_mask=given, return_trajectory=True)
+    for state in trajectory.ids:
+        assert torch.equal(state[given], prompt[given])
+    assert not (trajectory.is_masked & given).any()
+    assert (ids[~given] != MASK).all()
+    expected = step_counts(as_schedule("linear"), 18, (~given).sum(dim=-1).cpu())
+    assert torch.equal(trajectory.is_masked.sum(dim=-1).cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"can_mask_prev_unmasked": True}, {"self_cond": True}, {"compat": True}], ids=str
+)
+def test_prompts_are_untouched_whatever_the_options(options, device):
+    for critic in (None, FixedCritic(torch.arange(N))):
+        wrapper = wrap(device, token_critic=critic, **options)
+        prompt = torch.full((3, N), MASK, device=device)
+        given = torch.arange(N, device=device).expand(3, -1) % 3 == torch.arange(3, device=device)[:, None]
+        ids = wrapper.generate(prompt=prompt, prompt_mask=given, filter_thres=None, start_temperature=1e-3)
+        assert (ids[given] == MASK).all()
+        assert (ids[~given] != MASK).all() or options == {"compat": True}
+
+
+def test_what_stands_where_nothing_is_given_has_no_influence(device):
+    wrapper = wrap(device, Context())
+    given = torch.arange(N, device=device) < 5
+    outs = []
+    for filling in (0, MASK, -100):
+        prompt = torch.where(given, torch.arange(N, device=device) % V, filling)
+        torch.manual_seed(3)
+        outs.append(wrapper.generate(4, prompt=prompt, prompt_mask=given))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_shapes_of_prompts_and_outputs(dtype, device):
+    wrapper = wrap(device)
+    row = torch.zeros(N, dtype=dtype, device=device)
+    given = torch.arange(N, device=device) < 3
+    assert wrapper.generate().shape == (N,)
+    assert wrapper.generate(1).shape == (1, N)
+    assert wrapper.generate(3).shape == (3, N)
+    assert wrapper.generate(prompt=row, prompt_mask=given).shape == (N,)
+    assert wrapper.generate(1, prompt=row, prompt_mask=given).shape == (1, N)
+    assert wrapper.generate(4, prompt=row, prompt_mask=given).shape == (4, N)
+    batch = {"prompt": row.expand(2, -1), "prompt_mask": given.expand(2, -1)}
+    assert wrapper.generate(**batch).shape == (2, N)
+    ids, trajectory = wrapper.generate(2, **batch, return_trajectory=True)
+    assert ids.dtype == torch.int64
+    assert trajectory.ids.shape == (18, 2, N)
+    assert wrapper.generate(0, prompt=row, prompt_mask=given).shape == (0, N)
+
+
+# ---- self-conditioning ----
+
+
+def test_each_pass_is_conditioned_on_the_one_before(device):
+    wrapper = wrap(device, self_cond=True)
+    wrapper.generate(2, steps=5)
+    passed = [call["sum_embeds"] for call in wrapper.net.calls]
+    assert len(passed) == 5
+    torch.testing.assert_close(passed[0], wrapper.to_self_cond(wrapper.null_embed), rtol=0, atol=0)
+    for number, sum_embeds in enumerate(passed[1:], start=1):  # call n returns embeddings of n
+        expected = wrapper.to_self_cond(torch.full((2, N, 4), float(number), device=device))
+        torch.testing.assert_close(sum_embeds, expected)
+
+
+def test_without_self_conditioning_nothing_is_passed(device):
+    wrapper = wrap(device)
+    wrapper.generate(2, steps=2)
+    assert all("sum_embeds" not in call for call in wrapper.net.calls)
+
+
+# ---- randomness ----
+
+
+@pytest.mark.parametrize("options", [{}, {"choice_temperature": 4.5}], ids=str)
+@pytest.mark.parametrize("critic", [False, True])
+@pytest.mark.parametrize("remask", [False, True])
+def test_the_same_seed_gives_the_same_output(options, critic, remask, device):
+    critic = FixedCritic(torch.arange(N)) if critic else None
+    wrapper = wrap(device, Context(), token_critic=critic, can_mask_prev_unmasked=remask)
+
+    def seeded(seed, **more):
+        torch.manual_seed(seed)
+        return wrapper.generate(4, start_temperature=2.0, **options, **more)
+
+    def drawn(seed, **more):
+        generator = torch.Generator().manual_seed(seed)
+        return wrapper.generate(4, start_temperature=2.0, generator=generator, **options, **more)
+
+    for generate in (seeded, drawn):
+        assert torch.equal(generate(1), generate(1))
+        assert not torch.equal(generate(1), generate(2))
+        torch.manual_seed(5)
+    # One seed from torch's generator, whatever the number of steps and rows.
+    torch.manual_seed(1)
+    wrapper.generate(3, steps=2)
+    after = torch.rand(())
+    torch.manual_seed(1)
+    wrapper.generate(5, steps=7)
+    assert torch.rand(()) == after
+
+
+@pytest.mark.parametrize("critic", [False, True])
+@pytest.mark.parametrize("remask", [False, True])
+@pytest.mark.parametrize("self_cond", [False, True])
+@pytest.mark.parametrize("prompted", [False, True])
+def test_a_batch_may_be_split(critic, remask, self_cond, prompted, device):
+    torch.manual_seed(0)
+    layers = Encoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    net = TransformerWrapper(num_tokens=V, max_seq_len=N, attn_layers=layers)
+    critic = FixedCritic(torch.arange(N) % 3) if critic else None
+    wrapper = wrap(device, net, token_critic=critic, can_mask_prev_unmasked=remask, self_cond=self_cond, steps=7)
+    generator = torch.Generator().manual_seed(6)
+    prompt = torch.randint(0, V, (6, N), generator=generator).to(device)
+    given = (torch.rand(6, N, generator=generator) < torch.linspace(0, 1, 6)[:, None]).to(device)
+
+    def generate(rows: slice) -> torch.Tensor:
+        torch.manual_seed(2)
+        options = {"prompt": prompt[rows], "prompt_mask": given[rows]} if prompted else {}
+        return wrapper.generate(
+            rows.stop - rows.start, sample_offset=rows.start, choice_temperature=4.5, start_temperature=3.0, **options
+        )
+
+    whole = generate(slice(0, 6))
+    assert len(whole.unique(dim=0)) == 6
+    assert torch.equal(whole, torch.cat([generate(slice(0, 1)), generate(slice(1, 4)), generate(slice(4, 6))]))
+
+
+# ---- around the loop ----
+
+
+def test_progress(device, capsys):
+    seen = []
+    wrapper = wrap(device, varied(4))
+    wrapper.generate(1, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(step, 18) for step in range(1, 19)]
+    pytest.importorskip("tqdm")
+    for progress, bar in ((None, False), (False, False), (True, True)):
+        assert wrapper.generate(1, progress=progress).shape == (1, 4)
+        assert ("demasking" in capsys.readouterr().err) == bar
+
+
+def test_modes_are_restored_after_generation_and_after_an_exception(device):
+    """DESIGN 3.3b row 10: evaluation inside; afterwards each module as it was, a frozen one frozen."""
+    net = Known(torch.zeros(V))
+    net.frozen, net.hot = nn.Dropout(), nn.Dropout()
+    wrapper = wrap(device, net, token_critic=FixedCritic([0.0] * N)).train()
+    net.frozen.eval()
+
+    def modes() -> list[bool]:
+        return [module.training for module in (wrapper, net, net.frozen, net.hot, wrapper.token_critic)]
+
+    wrapper.generate(1, steps=2)
+    assert not any(call["training"] for call in net.calls)
+    assert modes() == [True, True, False, True, True]
+
+    def interrupt(done, total):
+        assert modes() == [False] * 5
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        wrapper.generate(1, progress=interrupt)
+    assert modes() == [True, True, False, True, True]
+    wrapper.eval()
+    wrapper.generate(1, steps=2)
+    assert modes() == [False] * 5
+
+
+def test_generation_needs_and_leaves_no_graph(device):
+    wrapper = wrap(device, self_cond=True)
+    _, trajectory = wrapper.generate(2, return_trajectory=True)
+    assert not trajectory.log_probs.requires_grad
+    assert all(not call["sum_embeds"].requires_grad for call in wrapper.net.calls)
+    assert torch.is_grad_enabled()
+
+
+def test_steps_of_the_call_and_of_the_wrapper(device):
+    wrapper = wrap(device, varied(4), steps=2)
+    assert len(wrapper.generate(1, return_trajectory=True)[1].ids) == 2
+    assert len(wrapper.generate(1, steps=5, return_trajectory=True)[1].ids) == 5
+
+
+def test_one_step_fills_everything(device):
+    wrapper = wrap(device)
+    torch.manual_seed(0)
+    ids = wrapper.generate(50, steps=1, filter_thres=None)
+    # Left share 0: the temperature is at its floor, so every place takes its favourite.
+    favourite = wrapper.net.logits.detach().clone()
+    favourite[:, MASK] = -math.inf
+    assert (ids == favourite.argmax(dim=-1)).float().mean() > 0.98
+
+
+def test_a_callable_schedule_may_rise_between(device):
+    """What is committed stays committed: counts never rise, unless remasking is allowed."""
+    rising = Schedule(lambda t: 0.5 + 0.4 * torch.sin(12 * t))
+    for remask in (False, True):
+        wrapper = wrap(device, schedule=rising, can_mask_prev_unmasked=remask)
+        ids, trajectory = wrapper.generate(3, return_trajectory=True)
+        counts = trajectory.is_masked.sum(dim=-1)[:, 0]
+        raw = step_counts(rising, 18, torch.tensor([N])).squeeze(-1)
+        assert torch.equal(counts.cpu(), raw if remask else raw.cummin(dim=0).values)
+        assert (ids != MASK).all()
+        assert (raw.diff() > 0).any()
+        assert len(wrapper.net.calls) == (18 if remask else len({N, *counts.tolist()}) - 1)
+
+
+# ---- the door ----
+
+
+ROW = torch.zeros(N, dtype=torch.int64)
+GIVEN = torch.zeros(N, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": -1}, ValueError, "expected batch_size of at least 0, received -1"),
+        ({"batch_size": 2.0}, TypeError, "expected batch_size to be an int, received float"),
+        ({"steps": 0}, ValueError, "expected steps of at least 1 and below 16777216, received 0"),
+        ({"steps": True}, TypeError, "expected steps to be an int, received bool"),
+        ({"start_temperature": -1.0}, ValueError, r"expected start_temperature in \[0, inf\), received -1.0"),
+        ({"noise_level_scale": math.nan}, ValueError, r"expected noise_level_scale in \[0, inf\), received nan"),
+        ({"choice_temperature": "4"}, TypeError, "expected choice_temperature to be a number, received str"),
+        ({"filter_thres": 1.0}, ValueError, r"expected filter_thres in \[0, 1\), received 1.0"),
+        ({"filter_thres": -0.1}, ValueError, r"expected filter_thres in \[0, 1\), received -0.1"),
+        ({"sample_offset": -1}, ValueError, "expected sample_offset of at least 0 and below 4294967296, received -1"),
+        ({"prompt": ROW}, ValueError, "expected prompt and prompt_mask together, received one of them; give both"),
+        ({"prompt_mask": GIVEN}, ValueError, "expected prompt and prompt_mask together, received one of them"),
+        ({"prompt": [0] * N, "prompt_mask": GIVEN}, TypeError, "expected prompt to be a torch.Tensor, received list"),
+        (
+            {"prompt": ROW.float(), "prompt_mask": GIVEN},
+            TypeError,
+            r"expected prompt of dtype int32\|int64, received fl",
+        ),
+        ({"prompt": ROW, "prompt_mask": ROW}, TypeError, "expected prompt_mask of dtype bool, received int64"),
+        (
+            {"prompt": ROW, "prompt_mask": GIVEN[1:]},
+            ValueError,
+            r"expected prompt_mask of shape \[as prompt\] = \[18\], received \[17\]",
+        ),
+        (
+            {"prompt": ROW[1:], "prompt_mask": GIVEN[1:]},
+            ValueError,
+            r"expected prompt of shape \[B, max_seq_len\] = \[1, 18\], received \[1, 17\]",
+        ),
+        (
+            {"batch_size": 2, "prompt": ROW.expand(3, -1), "prompt_mask": GIVEN.expand(3, -1)},
+            ValueError,
+            r"expected prompt of shape \[B, max_seq_len\] = \[2, 18\], received \[3, 18\]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("compat", [False, True])
+def test_arguments_that_do_not_fit(options, error, message, compat):
+    wrapper = wrap("cpu", compat=compat)
+    with pytest.raises(error, match=message):
+        wrapper.generate(**options)
+    assert wrapper.net.calls == [] or "sample_offset" in options
+
+
+def test_a_prompt_of_three_dimensions_is_refused():
+    with pytest.raises(
+        ValueError, match=r"expected prompt of shape \[B, max_seq_len\] = \[1, 18\], received \[1, 1, 18\]"
+    ):
+        wrap("cpu").generate(prompt=ROW[None, None], prompt_mask=GIVEN[None, None])
