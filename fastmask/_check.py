@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -50,21 +52,23 @@ def option(name: str, value: object, allowed: Sequence[str]) -> None:
 
 def number(name: str, value: object, low: float, high: float = math.inf, *, below_high: bool = False) -> None:
     """low <= value <= high (or < high); NaN and infinity are refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"expected {name} to be a number, received {type(value).__name__}")
-    below_high = below_high or math.isinf(high)
+    value, below_high = float(value), below_high or math.isinf(high)
     if not (low <= value < high if below_high else low <= value <= high):
         bracket = ")" if below_high else "]"
         raise ValueError(f"expected {name} in [{low:g}, {high:g}{bracket}, received {value!r}")
 
 
-def integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    """low <= value, and < high if given."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """``value`` as an int; low <= value, and < high if given."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
         raise TypeError(f"expected {name} to be an int, received {type(value).__name__}")
+    value = value.__index__()
     if value < low or (high is not None and value >= high):
         upper = "" if high is None else f" and below {high}"
         raise ValueError(f"expected {name} of at least {low}{upper}, received {value}")
+    return value
 
 
 def clean_tokens(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from functools import cache
+import sys
 from types import ModuleType
 
 import torch
@@ -13,6 +13,10 @@ import torch
 OPERATIONS = ("mask_sampling", "masked_cross_entropy", "linear_masked_cross_entropy", "demask")
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT_VARIABLE = "FASTMASK_BACKEND"
+
+# Found once and without running them, so that Triton need not be there and torch.compile can trace a choice.
+KERNELS = [name for name in OPERATIONS if importlib.util.find_spec(f"fastmask.kernels.{name}") is not None]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose(operation: str, device: torch.device, backend: str = "auto") -> tuple[str, str]:
@@ -35,7 +39,7 @@ def choose(operation: str, device: torch.device, backend: str = "auto") -> tuple
     if backend == "triton" and obstacle is None:
         return "triton", f"{source}triton"
     # The variable speaks of all operations, so it does not insist on a kernel that is not written yet.
-    if backend == "triton" and (source == "backend=" or _has_kernel(operation)):
+    if backend == "triton" and (source == "backend=" or operation in KERNELS):
         raise RuntimeError(f"{source}triton cannot run {operation}: {obstacle}; use backend='reference'")
     if obstacle is None and device.type == "cuda":
         return "triton", "kernel on this GPU"
@@ -46,24 +50,21 @@ def module(operation: str, device: torch.device, backend: str = "auto") -> Modul
     """The module that runs an operation on a device: ``fastmask.kernels.X`` or ``fastmask.reference.X``."""
     chosen, _ = choose(operation, device, backend)
     package = "kernels" if chosen == "triton" else "reference"
-    return importlib.import_module(f"fastmask.{package}.{operation}")
+    name = f"fastmask.{package}.{operation}"
+    if name not in sys.modules:  # torch.compile traces a look-up, not an import
+        importlib.import_module(name)
+    return sys.modules[name]
 
 
 def _obstacle(operation: str, device: torch.device) -> str | None:
     """Why Triton cannot run the operation there, or None."""
-    if not _has_kernel(operation):
+    if operation not in KERNELS:
         return f"no Triton kernel for {operation} yet"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if device.type != "cuda" and not _interpreting():
         return f"Triton does not run on {device.type} (TRITON_INTERPRET=1 interprets kernels, slowly)"
     return None
-
-
-@cache
-def _has_kernel(operation: str) -> bool:
-    # find_spec locates the file without running it, so Triton need not be there.
-    return importlib.util.find_spec(f"fastmask.kernels.{operation}") is not None
 
 
 def _interpreting() -> bool:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from fastmask import functional
@@ -25,6 +26,9 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     scale: float
+
+    def scaled(self, embeddings: Tensor) -> Tensor:
+        return embeddings if self.scale == 1.0 else embeddings * self.scale
 
 
 class Output(NamedTuple):
@@ -42,7 +46,7 @@ class Output(NamedTuple):
         else:
             assert self.embeddings is not None
             out = functional.linear_masked_cross_entropy(
-                self.embeddings * self.head.scale,
+                self.head.scaled(self.embeddings),
                 self.head.weight,
                 targets,
                 is_masked,
@@ -58,7 +62,7 @@ class Output(NamedTuple):
             assert self.logits is not None
             options["seq_len"] = self.logits.shape[1]
             return functional.sample_tokens(
-                self.logits.flatten(0, 1)[row_indices], row_indices=row_indices, **options
+                rearrange(self.logits, "b n v -> (b n) v")[row_indices], row_indices=row_indices, **options
             )
         assert self.embeddings is not None
         options["seq_len"] = self.embeddings.shape[1]
@@ -70,13 +74,13 @@ class Output(NamedTuple):
         """The logits [M, V] of the rows ``row_indices`` [M]."""
         if self.head is None:
             assert self.logits is not None
-            return self.logits.flatten(0, 1)[row_indices]
+            return rearrange(self.logits, "b n v -> (b n) v")[row_indices]
         return F.linear(self._head_input(row_indices), self.head.weight, self.head.bias)
 
     def _head_input(self, row_indices: Tensor) -> Tensor:
         assert self.embeddings is not None
         assert self.head is not None
-        return self.embeddings.flatten(0, 1)[row_indices] * self.head.scale
+        return self.head.scaled(rearrange(self.embeddings, "b n d -> (b n) d")[row_indices])
 
 
 def run(net: Any, ids: Tensor, *, with_embeddings: bool = False, **kwargs: Any) -> Output:

@@ -33,7 +33,8 @@ def sample_tokens(
         values, indices = logits.topk(k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter_(-1, indices, values)
     if generator is not None and generator.device != logits.device:
-        generator = None
+        seed = torch.randint(2**62, (), device=generator.device, generator=generator)
+        generator = torch.Generator(logits.device).manual_seed(int(seed))
     uniform = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
     noise = -_log(-_log(uniform))
     ids = (logits / max(temperature, 1e-10) + noise).argmax(dim=-1)

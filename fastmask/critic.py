@@ -44,7 +44,7 @@ def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Ten
     ``kwargs`` are the network's: the critic gets those that its forward takes, and without cross-attention
     it is spared the context.
     """
-    parameters = inspect.signature(critic.forward).parameters
+    parameters = inspect.signature(getattr(critic, "forward", critic)).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         kwargs = {name: value for name, value in kwargs.items() if name in parameters}
     if getattr(getattr(critic, "attn_layers", None), "cross_attend", None) is False:

@@ -29,6 +29,7 @@ GREY_LEVELS = 5
 VALUE_RANGE = (0.0, 16.0)
 HELD_OUT_DIGITS = 297
 TEXT_LENGTH = 64
+MAX_HELD_OUT = 512  # windows of text: a longer evaluation would take longer than the training
 NEIGHBOURS = 10  # of the classifier; its confidence is the share of them that agree
 CONFIDENT = 0.9
 NUM_GENERATED = 256
@@ -74,14 +75,21 @@ class Task:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo's options."""
     parser.add_argument("--text", type=pathlib.Path, help="learn the characters of this UTF-8 file instead of digits")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (default 1500)")
+    parser.add_argument("--steps", type=_positive, default=1500, help="training steps (default 1500)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("fastmask-demo.png"), help="the picture")
     parser.add_argument(
-        "--checkpoint", type=pathlib.Path, default=pathlib.Path("fastmask-demo.pt"), help="where Ctrl-C saves"
+        "--checkpoint", type=pathlib.Path, default=pathlib.Path("fastmask-demo.pt"), help="where training is saved"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, received {number}")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -89,6 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
     missing = _missing_packages()
     if missing:
         print(f"the demo needs {', '.join(missing)}: pip install 'fastmask[demo]'", file=sys.stderr)
+        return 1
+    if arguments.resume and not arguments.checkpoint.exists():
+        print(f"nothing to resume: there is no {arguments.checkpoint}; leave --resume out", file=sys.stderr)
         return 1
     torch.manual_seed(arguments.seed)
     task = digits_task() if arguments.text is None else text_task(arguments.text)
@@ -170,7 +181,7 @@ def text_task(path: pathlib.Path) -> Task:
         )
     cut = len(windows) - len(windows) // 10
     train = Subset(windows, range(cut))
-    held_out = stack(Subset(windows, range(cut, len(windows))))
+    held_out = stack(Subset(windows, range(cut, min(len(windows), cut + MAX_HELD_OUT))))
     counts = Counter(stack(train).flatten().tolist())
     total = sum(counts.values()) + len(characters)
     log_frequency = torch.tensor([math.log((counts[i] + 1) / total) for i in range(len(characters))])
@@ -178,7 +189,9 @@ def text_task(path: pathlib.Path) -> Task:
 
 
 def alphabet(path: pathlib.Path) -> list[str]:
-    return sorted(set(path.read_text(encoding="utf-8")))
+    """The characters of a text, line ends as they are."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return sorted(set(file.read()))
 
 
 # Network and training
@@ -222,7 +235,7 @@ def _row_and_column_waves(side: int, dim: int) -> Tensor:
 def train(
     model: NonAutoregressiveWrapper, task: Task, arguments: argparse.Namespace
 ) -> NonAutoregressiveWrapper | None:
-    """The average of the weights over the last steps; None after Ctrl-C, with a checkpoint written."""
+    """The average of the weights over the last steps; None after Ctrl-C. Either way a checkpoint is written."""
     from tqdm.auto import tqdm
 
     optimizer = torch.optim.AdamW(_parameter_groups(model), lr=RECIPE.learning_rate, betas=RECIPE.betas)
@@ -253,9 +266,10 @@ def train(
                     bar.set_postfix_str(f"bound {smooth.item() / math.log(2):.2f} bits/token", refresh=False)
                 bar.update()
     except KeyboardInterrupt:
+        return None
+    finally:
         state = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
         torch.save({"done": done, **state}, arguments.checkpoint)
-        return None
     averaged: NonAutoregressiveWrapper = average.module  # type: ignore[assignment]
     return averaged
 
@@ -289,9 +303,8 @@ def _endless_batches(dataset: Dataset[Tensor]) -> Iterator[Tensor]:
 def report_bound(model: NonAutoregressiveWrapper, task: Task) -> None:
     """Prints held-out bits per token beside the two baselines."""
     device = next(model.parameters()).device
-    held_out = task.held_out[:HELD_OUT_DIGITS].to(device)
     generator = torch.Generator(device).manual_seed(1)
-    bound = float(model.nelbo(held_out, num_samples=8, generator=generator)) / math.log(2)
+    bound = float(model.nelbo(task.held_out.to(device), num_samples=8, generator=generator)) / math.log(2)
     print(
         f"held out: {bound:.2f} bits per token (bound); independent tokens {task.independent / math.log(2):.2f}; "
         f"uniform {math.log2(task.num_tokens - 1):.2f}"

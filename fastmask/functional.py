@@ -44,11 +44,12 @@ def draw_seed(device: torch.device | str, generator: torch.Generator | None = No
         device: where the seed is wanted.
         generator: default torch's own of the device. One of another device is drawn from there.
 
-    Randomness: one int64 of the generator, so ``torch.manual_seed`` reproduces all that follows.
+    Randomness: four integers of the generator, so ``torch.manual_seed`` reproduces all that follows.
     """
     home = torch.device(device) if generator is None else generator.device
-    bounds = torch.iinfo(torch.int64)
-    seed = torch.randint(bounds.min, bounds.max, (), device=home, dtype=torch.int64, generator=generator)
+    # Four words of 16 bits: not every backend draws 64 bits at once.
+    words = torch.randint(2**16, (4,), device=home, generator=generator)
+    seed = (words << torch.arange(0, 64, 16, device=home)).sum()
     return seed.to(device, non_blocking=True)
 
 
@@ -58,8 +59,9 @@ def _as_seed(seed: int | Tensor | None, device: torch.device, generator: torch.G
     if isinstance(seed, Tensor):
         _check.tensor("seed", seed, [torch.int64], ndim=0)
         return seed.to(device, non_blocking=True)
-    _check.integer("seed", seed, -(2**63), 2**64)
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
+    seed = _check.integer("seed", seed, -(2**63), 2**64)
+    seed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def mask_sampling(
@@ -143,8 +145,8 @@ def mask_sampling(
     batch, length = tokens.shape
     if length == 0:
         raise ValueError("expected tokens [B, N] with N of at least 1, received N = 0")
-    _check.integer("num_tokens", num_tokens, 1, 2**31)
-    _check.integer("mask_id", mask_id, 0, 2**31)
+    num_tokens = _check.integer("num_tokens", num_tokens, 1, 2**31)
+    mask_id = _check.integer("mask_id", mask_id, 0, 2**31)
     _check.option("mode", mode, ["exact", "bernoulli"])
     _check.number("no_replace_prob", no_replace_prob, 0.0, 1.0)
     _check.number("random_token_prob", random_token_prob, 0.0, 1.0)
@@ -331,7 +333,7 @@ def masked_cross_entropy(
 
     Args:
         logits: [..., V] float16|bfloat16|float32|float64, unnormalised.
-        targets: [...] int32|int64; never read where unmasked.
+        targets: [...] int32|int64; never read where unmasked (for labels with -100, is_masked=labels != -100).
         is_masked: [...] bool, the positions in the loss; None for all.
         weights: [...] float32|float64, w of each position, or [B] of each sequence of targets [B, N];
             constant; 0 is as good as unmasked. None for 1.
@@ -484,8 +486,8 @@ def sample_tokens(
     A_i are the ids that are neither mask_id nor filtered out; the probability is not heated.
 
     Args:
-        logits: [B, N, V] float16|bfloat16|float32, one row for each position; or [M, V], compact rows,
-            with ``row_indices`` and ``seq_len``.
+        logits: [B, N, V] float16|bfloat16|float32|float64 (worked on in float32), one row for each
+            position; or [M, V], compact rows, with ``row_indices`` and ``seq_len``.
         temperature: T >= 0; 0 takes the argmax, ties to the lower id.
         filter_thres: in [0, 1): keeps the ceil((1 - filter_thres) V) largest logits, and all that tie
             with the last of them. None keeps all.

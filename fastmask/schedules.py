@@ -42,8 +42,8 @@ class Schedule:
         """
         if self.derivative is not None:
             return self.derivative(t)
-        with torch.enable_grad():
-            t = t.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            t = t.detach().clone().requires_grad_()
             ratio = self.ratio(t)
             if not ratio.requires_grad:
                 raise ValueError(
@@ -53,9 +53,25 @@ class Schedule:
             return torch.autograd.grad(ratio.sum(), t)[0]
 
 
+def _linear(t: Tensor) -> Tensor:
+    return 1 - t
+
+
+def _linear_slope(t: Tensor) -> Tensor:
+    return torch.full_like(t, -1.0)
+
+
+def _cosine(t: Tensor) -> Tensor:
+    return torch.cos(t * math.pi / 2)
+
+
+def _cosine_slope(t: Tensor) -> Tensor:
+    return -math.pi / 2 * torch.sin(t * math.pi / 2)
+
+
 # cosine: Chang et al., "MaskGIT", https://arxiv.org/abs/2202.04200
-LINEAR = Schedule(lambda t: 1 - t, lambda t: torch.full_like(t, -1.0), "linear")
-COSINE = Schedule(lambda t: torch.cos(t * math.pi / 2), lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2), "cosine")
+LINEAR = Schedule(_linear, _linear_slope, "linear")
+COSINE = Schedule(_cosine, _cosine_slope, "cosine")
 
 
 def as_schedule(schedule: str | TensorFn | Schedule) -> Schedule:

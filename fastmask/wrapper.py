@@ -138,10 +138,11 @@ class NonAutoregressiveWrapper(nn.Module):
         compat: bool = False,
     ) -> None:
         super().__init__()
-        for name in ("num_tokens", "max_seq_len") + ("emb_dim",) * self_cond:
+        _check.integer("net.num_tokens", getattr(net, "num_tokens", None), 2)
+        for name in ("max_seq_len",) + ("emb_dim",) * self_cond:
             _check.integer(f"net.{name}", getattr(net, name, None), 1)
-        _check.integer("mask_id", mask_id, 0, net.num_tokens)
-        _check.integer("steps", steps, 1, 2**24)
+        mask_id = _check.integer("mask_id", mask_id, 0, net.num_tokens)
+        steps = _check.integer("steps", steps, 1, 2**24)
         _check.number("self_cond_train_prob", self_cond_train_prob, 0.0, 1.0)
         _check.number("no_replace_prob", no_replace_prob, 0.0, 1.0)
         _check.number("random_token_prob", random_token_prob, 0.0, 1.0)
@@ -150,13 +151,15 @@ class NonAutoregressiveWrapper(nn.Module):
             raise ValueError("expected token_critic or self_token_critic=True, received both; leave one out")
 
         self.net = net
+        self.dim: int | None = getattr(net, "emb_dim", None)
         self.num_tokens: int = net.num_tokens
         self.max_seq_len: int = net.max_seq_len
         self.mask_id = mask_id
         self.steps = steps
         self.no_replace_prob = no_replace_prob
         self.random_token_prob = random_token_prob
-        self.schedule_fn = as_schedule(schedule)
+        # A schedule with parameters of its own stays a submodule, as upstream.
+        self.schedule_fn: Any = schedule if isinstance(schedule, nn.Module) else as_schedule(schedule)
         self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
         self.mask_mode = mask_mode
@@ -185,6 +188,7 @@ class NonAutoregressiveWrapper(nn.Module):
         num_tokens: Tensor | float | None = None,
         generator: torch.Generator | None = None,
         sample_offset: int = 0,
+        global_batch_size: int | None = None,
         **kwargs: Any,
     ) -> Losses:
         """The loss of one training step.
@@ -195,18 +199,20 @@ class NonAutoregressiveWrapper(nn.Module):
             only_train_critic: no gradient for the generator; ``loss`` is the critic's.
             generator_sample_temperature: of the sample that the critic judges; drawn from U(0, 1) if None.
             maskable: [B, max_seq_len] bool, False where a token is never masked nor in the loss.
-            num_tokens: tokens of the whole batch, of which this one is a part (gradient accumulation, data
-                parallelism); the losses are scaled by this batch's share of (maskable) tokens, so that the
-                parts' losses and gradients add up to the whole's.
+            num_tokens: (maskable) tokens of the whole batch, of which this one is a part (gradient
+                accumulation, data parallelism): the losses are scaled by this part's share of them. The
+                parts of the weighted loss then add up to the whole's; a mean over masked tokens (without the
+                weight, or compat) is averaged over the parts by their share.
             generator: for the masks and samples; default torch's own.
             sample_offset: global index of the first row.
+            global_batch_size: rows of the whole batch, over which stratified times are spread.
             kwargs: passed to the network and to the critic (``mask=``, ``context=``).
 
         Returns:
             Losses(loss, generator_loss, critic_loss).
 
         Raises:
-            TypeError, ValueError: x, maskable or flags that do not fit.
+            TypeError, ValueError: x, maskable, num_tokens or flags that do not fit.
 
         Randomness: one seed of the generator, and where there is self-conditioning or a critic one uniform
         each of it (of torch's CPU generator if it lies on a GPU, so that nothing waits).
@@ -217,33 +223,41 @@ class NonAutoregressiveWrapper(nn.Module):
                 "expected only_train_critic=True with a critic and without only_train_generator=True; give "
                 "token_critic= or self_token_critic=True to the wrapper, or leave the flag out"
             )
+        if num_tokens is not None and not isinstance(num_tokens, Tensor):
+            _check.number("num_tokens", num_tokens, 1.0)
+        share = 1.0 if num_tokens is None else _num_maskable(x, maskable) / num_tokens
         seed = functional.draw_seed(x.device, generator)
-        masked = self._mask(x, maskable, seed, sample_offset)
+        masked = self._mask(x, maskable, seed, sample_offset, global_batch_size)
         sum_embeds = self._training_self_cond(masked.masked_ids, generator, kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
             out = backbone.run(self.net, masked.masked_ids, **sum_embeds, **kwargs)
-            loss = self._generator_loss(out, x, masked, maskable)
-        share = 1.0 if num_tokens is None else _num_maskable(x, maskable) / num_tokens
-        loss = loss * share
-        if self.token_critic is None or only_train_generator:
+        loss = None if only_train_critic else share * self._generator_loss(out, x, masked, maskable)
+        if loss is not None and (self.token_critic is None or only_train_generator):
             return Losses(loss, loss, None)
 
+        assert self.token_critic is not None
         temperature = generator_sample_temperature
         if temperature is None:
             temperature = _host_uniform(generator)
         generated, is_wrong = self._corrupt(out, x, masked, temperature, seed, generator, sample_offset)
         critic_kwargs = {} if self.compat else kwargs
         critic = share * critic_loss(critic_logits(self.token_critic, generated, critic_kwargs), is_wrong, maskable)
-        if only_train_critic:
+        if loss is None:
             return Losses(critic, None, critic)
         return Losses(loss + critic * self.critic_loss_weight, loss, critic)
 
-    def _mask(self, x: Tensor, maskable: Tensor | None, seed: Tensor, sample_offset: int) -> MaskedTokens:
+    @property
+    def _schedule(self) -> Schedule:
+        return as_schedule(self.schedule_fn)
+
+    def _mask(
+        self, x: Tensor, maskable: Tensor | None, seed: Tensor, sample_offset: int, global_batch_size: int | None
+    ) -> MaskedTokens:
         return functional.mask_sampling(
             x,
             mask_id=self.mask_id,
             num_tokens=self.num_tokens,
-            schedule=self.schedule_fn,
+            schedule=self._schedule,
             mode=self.mask_mode,
             stratified=self.stratified_times,
             maskable=maskable,
@@ -252,6 +266,7 @@ class NonAutoregressiveWrapper(nn.Module):
             random_may_be_mask=self.compat,
             seed=seed,
             sample_offset=sample_offset,
+            global_batch_size=global_batch_size,
         )
 
     def _training_self_cond(
@@ -282,7 +297,7 @@ class NonAutoregressiveWrapper(nn.Module):
         if not self.use_simple_mdlm_loss_weight:
             return out.loss(x, masked.is_masked, None, None)
         if self.compat:
-            weights = compat.loss_weights(self.schedule_fn, masked.times)
+            weights = compat.loss_weights(self._schedule, masked.times)
             return out.loss(x, masked.is_masked, weights, masked.num_masked.clamp(min=1))
         return out.loss(x, masked.is_masked, masked.loss_weights, _num_maskable(x, maskable))
 
@@ -358,7 +373,7 @@ class NonAutoregressiveWrapper(nn.Module):
                     tokens,
                     mask_id=self.mask_id,
                     num_tokens=self.num_tokens,
-                    schedule=self.schedule_fn,
+                    schedule=self._schedule,
                     mode=self.mask_mode,
                     stratified=True,
                     maskable=maskable,
@@ -420,7 +435,7 @@ class NonAutoregressiveWrapper(nn.Module):
         Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2).
         """
         steps = self.steps if steps is None else steps
-        _check.integer("steps", steps, 1, 2**24)
+        steps = _check.integer("steps", steps, 1, 2**24)
         _check.number("start_temperature", start_temperature, 0.0)
         if filter_thres is not None:
             _check.number("filter_thres", filter_thres, 0.0, 1.0, below_high=True)
@@ -463,7 +478,7 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> tuple[Tensor, Tensor, bool]:
         """The ids to start from, [B, N] int64, where they are given, and whether one sequence is wanted."""
         if batch_size is not None:
-            _check.integer("batch_size", batch_size, 0)
+            batch_size = _check.integer("batch_size", batch_size, 0)
         if (prompt is None) != (prompt_mask is None):
             raise ValueError("expected prompt and prompt_mask together, received one of them; give both")
         if prompt is None or prompt_mask is None:
@@ -484,7 +499,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _plan(self, steps: int, num_maskable: Tensor, device: torch.device) -> list[_Step]:
         """Every step of a generation, from the schedule and how many positions [B] (CPU) are open."""
-        counts = step_counts(self.schedule_fn, steps, num_maskable)
+        counts = step_counts(self._schedule, steps, num_maskable)
         if not self.can_mask_prev_unmasked:  # what is committed stays committed
             counts = torch.cat([num_maskable[None], counts]).cummin(dim=0).values[1:]
         before = torch.cat([num_maskable[None], counts[:-1]])

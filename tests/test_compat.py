@@ -9,6 +9,7 @@ and the greedy confidence is the default of both (``choice_temperature=0``).
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -279,9 +280,10 @@ def test_hot_generation_is_upstreams_where_the_noise_can_be_aligned(schedule, fi
 # ---- what differs, row by row ----
 
 
-def test_default_learns_what_upstreams_default_unlearns(device):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_default_learns_what_upstreams_default_unlearns(device, seed):
     """Row 1. x_i = c + i mod 16: any visible token tells all others."""
-    vocabulary, length, steps, batch = 17, 8, 150, 64
+    vocabulary, length, steps, batch = 17, 8, 250, 64
     places = torch.arange(length, device=device)
 
     def draw(count: int, seed: int) -> torch.Tensor:
@@ -292,19 +294,22 @@ def test_default_learns_what_upstreams_default_unlearns(device):
     seen = held_out.masked_fill(places % 2 == 0, vocabulary - 1)
 
     def train(kind, **options) -> tuple[float, float]:
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
+        random.seed(seed)  # upstream's coins
         layers = Encoder(dim=32, depth=2, heads=2, attn_dim_head=16)
         net = TransformerWrapper(num_tokens=vocabulary, max_seq_len=length, attn_layers=layers)
         wrapper = kind(net, mask_id=vocabulary - 1, **options).to(device)
         optimizer = torch.optim.Adam(wrapper.parameters(), lr=3e-3)
+        losses = []
         for step in range(steps):
             loss = wrapper(draw(batch, step)).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            losses.append(loss.item())
         with torch.no_grad():
             correct = (net(seen).argmax(dim=-1) == held_out)[:, ::2]
-        return loss.item(), correct.float().mean().item()
+        return sum(losses[-20:]) / 20, correct.float().mean().item()  # one batch alone is noisy
 
     loss, accuracy = train(NonAutoregressiveWrapper)
     # The entropy of the start, log 16 nats, spread over 8 tokens: .35 nats per token at best.

@@ -83,6 +83,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(demo.NonAutoregressiveWrapper, "forward", _counting(steps))
     assert demo.train(demo.build(task), task, resumed) is not None
     assert len(steps) == 3
+    assert torch.load(options.checkpoint)["done"] == 6
 
 
 def _counting(steps: list[int]):
@@ -109,6 +110,21 @@ def test_text(tmp_path, capsys):
     samples = [line for line in lines if line.startswith("'")]
     assert len(samples) == 8
     assert all(len(eval(line)) == demo.TEXT_LENGTH for line in samples)
+
+
+def test_text_with_the_line_ends_of_any_system(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one line\r\nanother line\rand a third\n" * 60)
+    assert {"\r", "\n"} < set(demo.alphabet(path))
+    assert len(demo.text_task(path).train) > 10
+
+
+def test_resume_without_a_checkpoint_and_steps_below_one_are_refused(tmp_path, capsys):
+    assert demo.run(arguments(tmp_path, "--resume")) == 1
+    assert "nothing to resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, "--steps", "0")
+    assert "expected at least 1, received 0" in capsys.readouterr().err
 
 
 def test_text_too_short(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import random
 
 import pytest
@@ -405,6 +406,15 @@ def test_times_are_stratified(device, drawn):
     for offset in (0, 8):
         wrapper(clean(device), sample_offset=offset)
         assert sorted((drawn[-1].times.double() * 8).floor().tolist()) == list(range(8))
+    # Two ranks of four rows, told of each other, share the eight strata.
+    torch.manual_seed(3)
+    wrapper(clean(device))
+    whole = drawn[-1]
+    for offset in (0, 4):
+        torch.manual_seed(3)
+        wrapper(clean(device)[offset : offset + 4], sample_offset=offset, global_batch_size=8)
+        assert torch.equal(drawn[-1].times, whole.times[offset : offset + 4])
+        assert torch.equal(drawn[-1].masked_ids, whole.masked_ids[offset : offset + 4])
     # Independent times leave some eighth empty in all but 8!/8^8 = .24 % of cases.
     build(device)(clean(device))
     assert len(set((drawn[-1].times.double() * 8).floor().tolist())) < 8
@@ -813,3 +823,89 @@ def test_a_schedule_without_derivative_is_refused_where_it_is_needed():
 def test_sample_offset_that_does_not_fit():
     with pytest.raises(ValueError, match="expected sample_offset of at least 0"):
         build("cpu")(GOOD, sample_offset=-1)
+
+
+# ---- what users do with a model ----
+
+
+class Power(nn.Module):
+    """A schedule with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exponent = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, t):
+        return 1 - t**self.exponent
+
+
+def test_a_module_as_schedule_is_a_submodule_as_upstream(device):
+    ours, theirs = (
+        build(device, kind, schedule=Power())
+        for kind in (NonAutoregressiveWrapper, upstream.NonAutoregressiveWrapper)
+    )
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert "schedule_fn.exponent" in ours.state_dict()
+    ours(clean(device)).loss.backward()
+    assert (ours.generate(2) != MASK).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nelbo_under_inference_mode(schedule, device):
+    wrapper, generator = build(device, schedule=SCHEDULES[schedule]), torch.Generator(device)
+    expected = wrapper.nelbo(clean(device), generator=generator.manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(wrapper.nelbo(clean(device), generator=generator.manual_seed(0)), expected)
+
+
+def test_a_critic_may_be_any_callable_and_gets_what_its_signature_takes(device):
+    seen = []
+
+    def critic(ids, context=None):
+        seen.append(context)
+        return torch.zeros(*ids.shape, 1, device=ids.device)
+
+    def net(ids, mask=None, context=None):
+        return torch.zeros(*ids.shape, V, device=ids.device)
+
+    net.num_tokens, net.max_seq_len = V, N
+    wrapper = NonAutoregressiveWrapper(net, mask_id=MASK, token_critic=critic)
+    everything = {"mask": torch.ones(8, N, dtype=torch.bool, device=device), "context": torch.zeros(1, device=device)}
+    losses = wrapper(clean(device), **everything)
+    assert losses.critic_loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert seen == [everything["context"]]
+
+
+def test_a_wrapper_can_be_pickled(device):
+    wrapper = build(device, schedule="cosine", self_cond=True, critic="self")
+    copy = pickle.loads(pickle.dumps(wrapper))
+    torch.manual_seed(1)
+    expected = wrapper(clean(device)).loss
+    torch.manual_seed(1)
+    assert torch.equal(copy(clean(device)).loss, expected)
+
+
+def test_only_train_critic_does_not_work_out_the_generators_loss(device, monkeypatch):
+    wrapper = build(device, critic="own")
+    monkeypatch.setattr(wrapper, "_generator_loss", lambda *_: pytest.fail("the loss is dropped"))
+    assert wrapper(clean(device), only_train_critic=True).generator_loss is None
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "error", "message"),
+    [
+        (0, ValueError, r"expected num_tokens in \[1, inf\), received 0"),
+        (-3.0, ValueError, r"expected num_tokens in \[1, inf\), received -3"),
+        ("all", TypeError, "expected num_tokens to be a number, received str"),
+    ],
+)
+def test_num_tokens_is_checked(num_tokens, error, message, device):
+    with pytest.raises(error, match=message):
+        build(device)(clean(device), num_tokens=num_tokens)
+
+
+def test_a_vocabulary_of_the_mask_alone_is_refused():
+    net = transformer()
+    net.num_tokens = 1
+    with pytest.raises(ValueError, match=r"expected net\.num_tokens of at least 2, received 1"):
+        NonAutoregressiveWrapper(net, mask_id=0)

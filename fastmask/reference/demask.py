@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from fastmask import _streams as streams
@@ -159,7 +160,7 @@ def filter_threshold(z: Tensor, filter_thres: float | None) -> Tensor | None:
     first_kept = z.shape[-1] - num_kept
     if first_kept <= 0:
         return None
-    if z.device.type == "cpu" and np is not None:  # six times as fast as topk
+    if z.device.type == "cpu" and np is not None and not torch.compiler.is_compiling():  # six times as fast as topk
         return torch.from_numpy(np.partition(z.numpy(), first_kept, axis=-1)[:, first_kept, None])
     return z.topk(num_kept, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
 
@@ -184,7 +185,7 @@ def _race(weights: Tensor, rows: Rows) -> Tensor:
     padded = _padded(num_tokens)
     tiles = math.ceil(num_tokens / streams.TILE)
     weights = F.pad(weights, (0, padded - num_tokens))
-    weights = weights.view(num_rows, tiles, padded // streams.SUB_TILE // tiles, streams.SUB_TILE)
+    weights = rearrange(weights, "m (tile sub id) -> m tile sub id", tile=tiles, id=streams.SUB_TILE)
 
     row = torch.arange(num_rows, device=weights.device)
     tile = _winner(weights.sum(dim=(2, 3)), streams.TILE_RACE, rows, torch.zeros_like(row))

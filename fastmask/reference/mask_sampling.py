@@ -101,15 +101,17 @@ def mask_sampling(
         threshold = (ratios.clamp(0.0, 1.0) * 2.0**32).long()
         is_masked = candidate & (bernoulli_word < threshold[:, None])
         counts = is_masked.sum(dim=-1)
+        rank = _rank(key, is_masked)
     else:
         if counts is None:
             counts = exact_counts(ratios, num_candidates)
         counts = counts.long().clamp(min=0).minimum(num_candidates)
-        is_masked = candidate & (_rank(key, candidate) < counts[:, None])
+        rank = _rank(key, candidate)
+        is_masked = rank < counts[:, None]
 
     masked_ids = _gate(
         tokens,
-        key,
+        rank,
         is_masked,
         counts,
         id_high,
@@ -169,13 +171,15 @@ def gate_counts(
 
 
 def _rank(key: Tensor, candidate: Tensor) -> Tensor:
-    """The rank of each key among its row's candidates; non-candidates come last."""
-    return key.where(candidate, torch.iinfo(torch.int64).max).argsort(dim=-1).argsort(dim=-1)
+    """The rank of each key among its row's candidates; the others come last."""
+    order = key.where(candidate, torch.iinfo(torch.int64).max).argsort(dim=-1)
+    ranks = torch.arange(key.shape[-1], device=key.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
 
 
 def _gate(
     tokens: Tensor,
-    key: Tensor,
+    rank: Tensor,
     is_masked: Tensor,
     counts: Tensor,
     id_high: Tensor,
@@ -198,7 +202,6 @@ def _gate(
     random_ids = philox.below(num_tokens - skips_mask, id_high, id_low)
     if skips_mask:
         random_ids = random_ids + (random_ids >= mask_id)
-    rank = _rank(key, is_masked)
     visible = torch.where(rank < (kept + random)[:, None], random_ids.to(tokens.dtype), mask_id)
     visible = torch.where(rank < kept[:, None], tokens, visible)
     return torch.where(is_masked, visible, tokens)

@@ -50,10 +50,11 @@ def draw(
         stream, step: which stream, and the step within it (below 2**24).
         sample, position, element: int64 tensors or ints, the counter's coordinates.
     """
-    element, position, sample = (
-        torch.as_tensor(c, dtype=torch.int64, device=seed.device) & _WORD for c in (element, position, sample)
+    # Numbers are filled in on the device: copying them there would wait for it.
+    element, position, sample, c3 = (
+        (c if isinstance(c, Tensor) else seed.new_full((), c)) & _WORD
+        for c in (element, position, sample, (stream << STEP_BITS) | step)
     )
-    c3 = torch.as_tensor((stream << STEP_BITS) | step, device=seed.device)
     return philox4x32(element, position, sample, c3, seed & _WORD, (seed >> 32) & _WORD)
 
 

@@ -1,0 +1,748 @@
+"""A demasking step: the law of the samples, their probabilities, the scores and the choice of what to remask."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from x_transformers import nonautoregressive_wrapper as upstream
+
+from fastmask import _streams as streams
+from fastmask import functional
+from fastmask.functional import Sampled
+from fastmask.reference import demask as reference_module
+from fastmask.reference import philox
+
+HAS_KERNEL = importlib.util.find_spec("fastmask.kernels.demask") is not None
+
+if not HAS_KERNEL:
+
+    @pytest.fixture(name="backend")
+    def only_the_reference(reference):
+        """Until there is a kernel, the conftest's second backend would only be skipped."""
+        return reference
+
+
+class Door:
+    """The public functions on one backend: arguments go to its device, results come back."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def __getattr__(self, name):
+        def move(value):
+            return value.to(self.backend.device) if isinstance(value, torch.Tensor) else value
+
+        def run(*tensors, **options):
+            options = {key: move(value) for key, value in options.items()}
+            chosen = "triton" if self.backend.is_kernel else "reference"
+            out = getattr(functional, name)(*map(move, tensors), backend=chosen, **options)
+            return Sampled(*(value.cpu() for value in out)) if isinstance(out, tuple) else out.cpu()
+
+        return run
+
+
+@pytest.fixture
+def door(backend):
+    return Door(backend)
+
+
+@pytest.fixture
+def law_door(reference):
+    """Laws are shown on the reference; a kernel is held to it id by id."""
+    return Door(reference)
+
+
+def draw(*shape, seed=0, scale=1.0, dtype=torch.float32) -> torch.Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def kept_by(z: np.ndarray, filter_thres: float | None) -> np.ndarray:
+    """Which logits [V] stay: the ceil((1 - filter_thres) V) largest and what ties with the last of them."""
+    kept = len(z) if filter_thres is None else math.ceil((1 - filter_thres) * len(z))
+    return z >= np.sort(z)[::-1][kept - 1]
+
+
+def probabilities(logits, temperature=1.0, filter_thres=None, mask_id=None) -> np.ndarray:
+    """The law of one row [V] in float64."""
+    z = logits.double().numpy().copy()
+    if mask_id is not None:
+        z[mask_id] = -np.inf
+    z[~kept_by(z, filter_thres)] = -np.inf
+    weights = np.exp((z - z.max()) / temperature)
+    return weights / weights.sum()
+
+
+NUM_LAW_TESTS = 200  # Bonferroni: what all calls of assert_law of this file share
+
+
+def assert_law(counts, law, effect=0.1):
+    """Observed counts follow the law: a chi-square that does not reject, and a small effect besides.
+
+    The effect (Cohen's w, less what chance alone adds) keeps it honest where there are few draws, and tells
+    how wrong a law is that fails.
+    """
+    counts, law = np.asarray(counts, dtype=float), np.asarray(law, dtype=float)
+    assert counts[law == 0].sum() == 0, "an impossible outcome"
+    total = counts.sum()
+    order = np.argsort(law)
+    counts, expected = counts[order], law[order] / law.sum() * total
+    # Outcomes too rare for a chi-square are pooled, rarest first.
+    rare = max(int(np.searchsorted(expected, 5.0)), int(np.searchsorted(expected.cumsum(), 5.0)) + 1)
+    counts, expected = (np.append(x[rare:], x[:rare].sum()) for x in (counts, expected))
+    if len(counts) == 1:
+        return
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(counts) - 1
+    pvalue = stats.chi2.sf(statistic, freedom)
+    assert pvalue > 1e-3 / NUM_LAW_TESTS, (pvalue, counts, expected)
+    assert math.sqrt(max(0.0, statistic - freedom) / total) < effect, (counts, expected)
+
+
+def assert_independent(a, b, num_a, num_b):
+    table = np.zeros((num_a, num_b))
+    np.add.at(table, (np.asarray(a), np.asarray(b)), 1)
+    table = table[table.sum(1) > 0][:, table.sum(0) > 0]
+    result = stats.chi2_contingency(table, correction=False)
+    assert result.pvalue > 1e-3 / NUM_LAW_TESTS, table
+    assert math.sqrt(max(0.0, result.statistic - result.dof) / table.sum()) < 0.1
+
+
+def sample_ids(door, logits, draws, *, per_sequence=200, **options) -> np.ndarray:
+    """Draws from one row's law, at ``draws`` different positions and samples."""
+    rows = logits.expand(draws // per_sequence, per_sequence, len(logits))
+    return door.sample_tokens(rows, **{"seed": 1, **options}).ids.flatten().numpy()
+
+
+# ---- the law ----
+
+
+@pytest.mark.parametrize("filter_thres", [None, 0.7])
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("vocabulary", [2, 5, 64, 65])
+def test_law_of_small_vocabularies(law_door, vocabulary, temperature, filter_thres):
+    logits = draw(vocabulary, seed=vocabulary)
+    options = {"temperature": temperature, "filter_thres": filter_thres, "mask_id": vocabulary // 2}
+    ids = sample_ids(law_door, logits, 8000, **options)
+    assert_law(np.bincount(ids, minlength=vocabulary), probabilities(logits, **options))
+
+
+LARGE = [
+    *itertools.product([4096, 4097, 8192], [0.1, 0.7, 1.0, 2.0], [None], [4000]),
+    *itertools.product([4097, 8192], [0.7], [0.7], [4000]),
+    *itertools.product([50257], [1.0], [None, 0.9], [1400]),
+]
+
+
+@pytest.mark.parametrize(("vocabulary", "temperature", "filter_thres", "draws"), LARGE)
+def test_law_over_tiles_sub_tiles_and_elements(law_door, vocabulary, temperature, filter_thres, draws):
+    logits = draw(vocabulary, seed=vocabulary, scale=1.5)
+    options = {"temperature": temperature, "filter_thres": filter_thres, "mask_id": 100}
+    ids = sample_ids(law_door, logits, draws, **options)
+    law = probabilities(logits, **options)
+    assert (law[ids] > 0).all()
+    every = np.arange(vocabulary)
+    for level in (every // 4096, every // 64 % 64, every % 64, every // 64, every):
+        bins = level.max() + 1
+        assert_law(np.bincount(level[ids], minlength=bins), np.bincount(level, law, minlength=bins))
+
+
+@pytest.mark.parametrize("level", ["tiles", "sub-tiles", "elements"])
+def test_law_where_the_mass_is_spread_over_one_level(law_door, level):
+    """Two ids in each of three groups hold nearly all the mass: the groups race with their sums."""
+    vocabulary = 3 * 4096
+    places = {"tiles": [5, 6, 4096, 8000, 8192, 12287], "sub-tiles": [0, 63, 64, 127, 640, 641]}
+    places = {**places, "elements": [4096, 4100, 4110, 4120, 4130, 4159]}[level]
+    logits = torch.full((vocabulary,), -14.0)  # 12288 e^-14 = 1 % of the mass of one of the places
+    logits[places] = torch.tensor([0.0, -0.5, 0.3, 0.3, -1.0, 0.5])
+    ids = sample_ids(law_door, logits, 4000)
+    index = np.full(vocabulary, len(places))
+    index[places] = np.arange(len(places))
+    law = np.bincount(index, probabilities(logits))
+    assert_law(np.bincount(index[ids], minlength=len(law)), law)
+
+
+def test_levels_are_independent(law_door):
+    ids = sample_ids(law_door, torch.zeros(2 * 4096), 4000)
+    tile, sub_tile, element = ids // 4096, ids // 64 % 64, ids % 64
+    assert_independent(tile, sub_tile // 4, 2, 16)
+    assert_independent(tile, element // 4, 2, 16)
+    assert_independent(sub_tile // 8, element // 8, 8, 8)
+    assert_independent(sub_tile % 8, element % 8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "gap", "draws"),
+    [
+        (64, 9.21, 20000),  # 63 ids of p 1e-4 in the head's own sub-tile: about 125 of 20000 draws
+        (64, 11.51, 50000),  # of p 1e-5: about 31 of 50000
+        (4096, 13.82, 10000),  # 4095 ids of p 1e-6, nearly all in other sub-tiles: about 41 of 10000
+        (131072, 16.12, 2000),  # 131071 ids of p 1e-7, nearly all in other tiles: about 26 of 2000
+    ],
+)
+def test_the_tail_is_drawn_at_its_rate(law_door, vocabulary, gap, draws):
+    logits = torch.full((vocabulary,), -gap)
+    logits[1] = 0.0
+    ids = sample_ids(law_door, logits, draws, seed=3)
+    hits = (ids != 1).sum()
+    rate = 1 - probabilities(logits)[1]
+    test = stats.binomtest(int(hits), draws, rate)
+    assert test.pvalue > 1e-3 / NUM_LAW_TESTS
+    assert 0.5 < hits / (rate * draws) < 2.0
+    # And evenly over the vocabulary, not at a few ids that one uniform's steps favour.
+    quarter = np.arange(vocabulary) * 4 // vocabulary
+    tail = np.bincount(quarter) - (np.arange(4) == 0)
+    assert_law(np.bincount(quarter[ids[ids != 1]], minlength=4), tail / tail.sum(), effect=0.5)
+
+
+def gumbel_ids(logits, draws, chunk=40):
+    """Upstream's sampler: one Gumbel variable for each logit, in the logits' dtype."""
+    torch.manual_seed(0)
+    return torch.cat([upstream.gumbel_sample(logits.expand(chunk, -1)) for _ in range(draws // chunk)]).numpy()
+
+
+def test_the_gate_can_tell(law_door):
+    """Upstream's sampler on bfloat16 logits, all equal over 50257 ids, fails what ours passes."""
+    logits, draws = torch.zeros(50257, dtype=torch.bfloat16), 1200
+    bins = np.arange(50257) * 8 // 50257
+    law = np.bincount(bins) / 50257
+    ours, theirs = sample_ids(law_door, logits, draws), gumbel_ids(logits, draws)
+    error = 50257 / math.sqrt(12 * draws)  # of the mean of so many uniform ids
+    assert abs(ours.mean() - 25128) < 4 * error
+    assert abs(theirs.mean() - 25128) > 50 * error
+    assert_law(np.bincount(bins[ours], minlength=8), law)
+    with pytest.raises(AssertionError):
+        assert_law(np.bincount(bins[theirs], minlength=8), law)
+
+
+@pytest.mark.parametrize("wrong", ["temperature", "shifted", "mask_id"])
+def test_the_gate_can_tell_small_errors(law_door, wrong):
+    logits = draw(5, seed=5)
+    ids = sample_ids(law_door, logits, 20000, temperature=0.7)
+    law = {
+        "temperature": probabilities(logits, 0.75),
+        "shifted": np.roll(probabilities(logits, 0.7), 1),
+        "mask_id": probabilities(logits, 0.7, mask_id=0),
+    }[wrong]
+    with pytest.raises(AssertionError):
+        assert_law(np.bincount(ids, minlength=5), law)
+
+
+def test_draws_are_independent(law_door):
+    """Of positions, samples, steps, seeds, and of the noise on the scores."""
+    logits, rows = draw(5, seed=5), 6000
+
+    def ids(**options):
+        return law_door.sample_tokens(logits.expand(rows, 2, 5), **{"seed": 1, **options}).ids
+
+    first = ids()
+    others = [
+        (first[:, 0], first[:, 1]),
+        (first[:-1, 0], first[1:, 0]),
+        (first[:, 0], ids(step=1)[:, 0]),
+        (first[:, 0], ids(seed=2)[:, 0]),
+        (first[:, 0], ids(sample_offset=rows)[:, 0]),
+    ]
+    for a, b in others:
+        assert_independent(a, b, 5, 5)
+    noise = law_door.critic_scores(torch.zeros(rows, 2), noise_scale=1.0, seed=1)
+    quartile = np.searchsorted([-0.327, 0.367, 1.246], noise[:, 0].numpy())
+    assert_independent(first[:, 0], quartile, 5, 4)
+
+
+# ---- the contract of the random numbers ----
+
+
+def race(row, seed, position, sample, step):
+    """DESIGN 3.6 word for word, on float64 weights [V]: tiles, sub-tiles and ids race for argmax w / E."""
+    seed = torch.tensor(seed)
+
+    def winner(weights, stream, first):
+        if len(weights) == 1:
+            return 0
+        elements = first + torch.arange(len(weights))
+        high, low, _, _ = philox.draw(seed, stream, step, sample=sample, position=position, element=elements)
+        uniform = [(int(h) * 2**32 + int(low_) + 0.5) / 2**64 for h, low_ in zip(high, low, strict=True)]
+        exponentials = np.array([-math.log1p(-v) for v in uniform])
+        return int(np.argmax(weights / exponentials))
+
+    padded = np.append(row, np.zeros(-len(row) % 4096)).reshape(-1, 64, 64)
+    tile = winner(padded.sum((1, 2)), streams.TILE_RACE, 0)
+    sub_tile = winner(padded[tile].sum(1), streams.SUB_TILE_RACE, tile * 64)
+    first = (tile * 64 + sub_tile) * 64
+    return first + winner(padded[tile, sub_tile], streams.ELEMENT_RACE, first)
+
+
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(50, 1.0), (300, 0.5), (9000, 2.0), (8192, 1.0)])
+def test_ids_are_those_of_the_contract(door, vocabulary, temperature):
+    seed, step, offset = 2**40 + 12345, 7, 2**33 % (2**32) + 2**31  # words beyond 31 bits
+    logits = draw(2, 8, vocabulary, seed=vocabulary)
+    options = {"temperature": temperature, "mask_id": 3}
+    ids = door.sample_tokens(logits, seed=seed, step=step, sample_offset=offset, **options).ids
+    for b, n in itertools.product(range(2), range(8)):
+        row = probabilities(logits[b, n], **options)
+        assert ids[b, n] == race(row, seed, n, offset + b, step)
+
+
+@pytest.mark.parametrize("position", [398339, 499918])
+def test_a_race_is_decided_by_64_bits(door, position):
+    """At these positions of seed 0 one id has an exponential near 3e-9 or 1e-8, found by search over 2**25 ids.
+
+    A uniform of 24 or 32 bits would move the gap to the head at which that id stops winning.
+    """
+    rare = {398339: 42, 499918: 2}[position]
+    elements = torch.tensor([0, rare])
+    high, low, _, _ = philox.draw(torch.tensor(0), streams.ELEMENT_RACE, position=position, element=elements)
+    uniform = [(int(h) * 2**32 + int(low_) + 0.5) / 2**64 for h, low_ in zip(high, low, strict=True)]
+    assert int(high[1]) < 64
+    head, tail = (-math.log1p(-v) for v in uniform)
+    for margin, winner in ((-0.001, rare), (0.001, 0)):
+        logits = torch.full((1, 64), -math.inf)
+        logits[0, 0], logits[0, rare] = 0.0, -(math.log(head / tail) + margin)
+        out = door.sample_tokens(logits, row_indices=torch.tensor([position]), seq_len=2**20, seed=0)
+        assert out.ids.item() == winner
+
+
+def test_the_same_seed_gives_the_same_ids(door):
+    logits = draw(3, 50, 100)
+
+    def ids(**options):
+        return door.sample_tokens(logits, **options).ids
+
+    first = ids(seed=5)
+    assert torch.equal(first, ids(seed=5))
+    assert torch.equal(first, ids(seed=torch.tensor(5)))
+    for other in ({"seed": 6}, {"seed": 5 + 2**32}, {"seed": 5, "step": 1}, {"seed": 5, "sample_offset": 3}):
+        assert (first != ids(**other)).float().mean() > 0.5
+    # Nor do rows of one law repeat each other.
+    assert door.sample_tokens(torch.zeros(3, 50, 100), seed=5).ids.unique().numel() > 60
+
+
+def test_any_split_of_a_batch_gives_the_same_ids(door):
+    logits = draw(6, 9, 5000)
+    options = {"temperature": 0.8, "filter_thres": 0.5, "mask_id": 7, "seed": 11, "step": 2}
+    whole = door.sample_tokens(logits, sample_offset=40, **options)
+    parts = [
+        door.sample_tokens(logits[start:stop], sample_offset=40 + start, **options)
+        for start, stop in [(0, 1), (1, 4), (4, 6)]
+    ]
+    assert torch.equal(whole.ids, torch.cat([part.ids for part in parts]))
+    assert torch.equal(whole.log_probs, torch.cat([part.log_probs for part in parts]))
+    rows = torch.tensor([53, 0, 17, 9, 44])  # any order
+    compact = door.sample_tokens(logits.flatten(0, 1)[rows], row_indices=rows, seq_len=9, sample_offset=40, **options)
+    assert torch.equal(compact.ids, whole.ids.flatten()[rows])
+    assert torch.equal(compact.log_probs, whole.log_probs.flatten()[rows])
+
+
+def test_rows_across_the_references_chunks(door):
+    """At V = 8192 the reference works on 128 rows at once."""
+    logits = draw(1, 1, 8192).expand(1, 257, 8192)
+    kept = torch.full((1, 257), -1)
+    kept[0, 128] = 5
+    out = door.sample_tokens(logits, seed=4, kept_ids=kept)
+    assert out.ids[0, 128] == 5
+    for n in (0, 127, 129, 255, 256):
+        alone = door.sample_tokens(logits[0, :1], seed=4, row_indices=torch.tensor([n]), seq_len=257)
+        assert out.ids[0, n] == alone.ids[0]
+
+
+# ---- temperature 0, and rows without a law ----
+
+
+def test_temperature_0_is_the_argmax_with_ties_to_the_lower_id(door):
+    logits = torch.tensor([[[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 1.0, 2.0, 5.0]]])
+
+    def ids(**options):
+        return door.sample_tokens(logits, temperature=0.0, **options).ids.tolist()
+
+    assert ids() == ids(seed=9, filter_thres=0.9) == [[1, 0, 3]]
+    assert ids(mask_id=1) == [[2, 0, 3]]
+    assert ids(mask_id=0) == [[1, 1, 3]]
+    assert ids(mask_id=3) == [[1, 0, 2]]
+    out = door.sample_tokens(logits, temperature=0.0)
+    torch.testing.assert_close(out.log_probs, logits.log_softmax(-1).amax(-1))
+
+
+def test_a_tie_far_apart_goes_to_the_lower_id(door):
+    logits = torch.zeros(1, 1, 9000)
+    logits[0, 0, [4095, 4096, 8999]] = 1.0
+    assert door.sample_tokens(logits, temperature=0.0).ids.item() == 4095
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 5e-324])
+def test_a_temperature_near_0_is_uniform_over_the_largest(door, temperature):
+    logits = draw(1, 60, 300).clamp(max=3.0)
+    logits[..., 0], logits[..., [7, 250]] = 9.5, 9.0
+    out = door.sample_tokens(logits, temperature=temperature, mask_id=0, seed=0)
+    assert out.ids.unique().tolist() == [7, 250]
+
+
+LAWLESS = {
+    "nan": [0.0, 1.0, math.nan, 2.0],
+    "all -inf": [-math.inf] * 4,
+    "+inf": [0.0, math.inf, 1.0, 2.0],
+    "two +inf": [math.inf, 0.0, math.inf, 0.0],
+    "nan and -inf": [-math.inf, -math.inf, -math.inf, math.nan],
+}
+
+
+@pytest.mark.parametrize("filter_thres", [None, 0.5])
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("mask_id", "lowest"), [(None, 0), (3, 0), (0, 1), (4, 0), (-1, 0)])
+@pytest.mark.parametrize("row", LAWLESS)
+def test_a_row_without_a_law_gives_the_lowest_allowed_id(door, row, mask_id, lowest, temperature, filter_thres):
+    healthy = [0.0, 0.5, 5.0, 1.0]
+    logits = torch.tensor([[healthy, LAWLESS[row], healthy]])
+    options = {"temperature": temperature, "mask_id": mask_id, "filter_thres": filter_thres, "seed": 1}
+    out = door.sample_tokens(logits, **options)
+    alone = door.sample_tokens(torch.tensor([[healthy] * 3]), **options)
+    assert out.ids[0, 1] == lowest
+    assert out.log_probs[0, 1].isnan()
+    assert torch.equal(out.ids[0, ::2], alone.ids[0, ::2])
+    assert torch.equal(out.log_probs[0, ::2], alone.log_probs[0, ::2])
+
+
+@pytest.mark.parametrize("content", [math.nan, math.inf, 1e30])
+def test_the_masks_column_does_not_matter(door, content):
+    logits = draw(2, 20, 6)
+    options = {"mask_id": 2, "filter_thres": 0.4, "temperature": 1.3, "seed": 3}
+    expected = door.sample_tokens(logits, **options)
+    logits[..., 2] = content
+    out = door.sample_tokens(logits, **options)
+    assert torch.equal(out.ids, expected.ids)
+    assert torch.equal(out.log_probs, expected.log_probs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0, 2.0])
+def test_a_row_with_one_finite_logit(door, temperature):
+    for vocabulary, only in ((4, 0), (4, 3), (9000, 4096), (9000, 8999)):
+        logits = torch.full((1, 30, vocabulary), -math.inf)
+        logits[..., only] = -50.0
+        for filter_thres in (None, 0.5):
+            out = door.sample_tokens(logits, temperature=temperature, filter_thres=filter_thres, seed=0, mask_id=1)
+            assert (out.ids == only).all()
+            assert not out.log_probs.any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+def test_vocabularies_of_one_and_two(door, temperature):
+    out = door.sample_tokens(torch.full((1, 3, 1), 7.0), temperature=temperature, seed=0)
+    assert (out.ids.tolist(), out.log_probs.tolist()) == ([[0, 0, 0]], [[0.0, 0.0, 0.0]])
+    out = door.sample_tokens(torch.zeros(1, 1, 1), temperature=temperature, mask_id=0, seed=0)
+    assert out.ids.item() == 0
+    assert out.log_probs.isnan().all()
+    out = door.sample_tokens(torch.zeros(1, 30, 2), temperature=temperature, mask_id=0, seed=0)
+    assert (out.ids == 1).all()
+    assert not out.log_probs.any()
+
+
+def test_mask_id_is_never_sampled(door):
+    for mask_id in (0, 2, 4):
+        logits = torch.zeros(20, 100, 5)
+        logits[..., mask_id] = 20.0
+        ids = door.sample_tokens(logits, mask_id=mask_id, seed=0).ids
+        assert sorted(ids.unique().tolist()) == [v for v in range(5) if v != mask_id]
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 6), (3, 0, 6)], ids=str)
+def test_empty_batches(door, shape):
+    out = door.sample_tokens(torch.zeros(shape), filter_thres=0.5, seed=0)
+    assert (out.ids.shape, out.ids.dtype) == (shape[:2], torch.int64)
+    assert (out.log_probs.shape, out.log_probs.dtype) == (shape[:2], torch.float32)
+    compact = door.sample_tokens(torch.zeros(0, 6), row_indices=torch.zeros(0).long(), seq_len=4, seed=0)
+    assert compact.ids.shape == (0,)
+    linear = door.linear_sample_tokens(torch.zeros(*shape[:2], 2), torch.zeros(6, 2), seed=0)
+    assert linear.ids.shape == shape[:2]
+
+
+# ---- probabilities ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("filter_thres", [None, 0.7])
+@pytest.mark.parametrize("vocabulary", [6, 507, 5000])
+def test_log_probs_are_unheated_over_what_the_filter_keeps(door, vocabulary, filter_thres, dtype):
+    logits = draw(3, 20, vocabulary, scale=3.0, dtype=dtype)
+    options = {"filter_thres": filter_thres, "mask_id": 1}
+    out = door.sample_tokens(logits, temperature=1.7, seed=2, **options)
+    assert out.log_probs.dtype == torch.float32
+    laws = np.stack([probabilities(row.float(), **options) for row in logits.flatten(0, 1)])
+    expected = torch.from_numpy(laws[np.arange(60), out.ids.flatten()]).log().float().view(3, 20)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(out.log_probs, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_16_bit_logits_are_the_same_numbers_in_float32(door):
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = draw(2, 30, 300, dtype=dtype)
+        half, single = (door.sample_tokens(z, filter_thres=0.6, seed=3) for z in (logits, logits.float()))
+        assert torch.equal(half.ids, single.ids)
+        assert torch.equal(half.log_probs, single.log_probs)
+
+
+def test_kept_ids_are_kept_with_their_probability(door):
+    logits = draw(2, 10, 12)
+    options = {"temperature": 0.6, "filter_thres": 0.5, "mask_id": 4, "seed": 8}
+    kept = torch.full((2, 10), -1)
+    kept[0], kept[1, 0] = torch.arange(10), -100
+    sampled, out = door.sample_tokens(logits, **options), door.sample_tokens(logits, kept_ids=kept, **options)
+    assert torch.equal(out.ids[0], kept[0])
+    assert torch.equal(out.ids[1], sampled.ids[1])
+    assert torch.equal(out.log_probs[1], sampled.log_probs[1])
+    laws = np.stack([probabilities(row, filter_thres=0.5, mask_id=4) for row in logits[0]])
+    expected = torch.from_numpy(laws[np.arange(10), np.arange(10)]).log().float()
+    torch.testing.assert_close(out.log_probs[0], expected, rtol=1e-6, atol=1e-6)
+    assert expected.isinf().sum() >= 3
+    assert out.log_probs[0, 4] == -math.inf  # the mask's own id
+
+
+def test_a_kept_id_of_a_row_without_a_law_stays(door):
+    logits = torch.tensor([[[0.0, math.nan, 1.0]]])
+    out = door.sample_tokens(logits, kept_ids=torch.tensor([[2]]), seed=0)
+    assert out.ids.item() == 2
+    assert out.log_probs.isnan().all()
+
+
+# ---- the filter ----
+
+
+def survivors(door, logits, **options):
+    """Which ids of one row [V] the filter keeps: those whose probability is not 0."""
+    vocabulary = len(logits)
+    rows = torch.arange(vocabulary)
+    out = door.sample_tokens(
+        logits.expand(vocabulary, -1), row_indices=rows, seq_len=vocabulary, kept_ids=rows, seed=0, **options
+    )
+    return out.log_probs.isfinite()
+
+
+@pytest.mark.parametrize("thres", [0.0, 0.05, 0.1, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("vocabulary", [1, 3, 10, 100, 1000])
+def test_filter_keeps_what_upstreams_top_k_keeps(door, vocabulary, thres):
+    logits = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0)).float() / 100
+    theirs = upstream.top_k(logits[None, None], thres)[0, 0].isfinite()
+    ours = survivors(door, logits, filter_thres=thres)
+    assert torch.equal(ours, theirs)
+    assert ours.sum() == math.ceil((1 - thres) * vocabulary)
+
+
+def test_filter_keeps_ties_and_spends_no_place_on_the_mask(door):
+    logits = torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0, 0.0, 9.0, -1.0, -2.0, -3.0])
+    keep = {"filter_thres": 0.8}  # two of ten
+    assert survivors(door, logits, **keep).nonzero().flatten().tolist() == [0, 6]
+    assert survivors(door, logits, mask_id=6, **keep).nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert survivors(door, torch.zeros(10), filter_thres=0.9).all()
+
+
+def test_filter_over_rows_with_few_finite_logits(door):
+    logits = torch.full((10,), -math.inf)
+    logits[[2, 5]] = torch.tensor([1.0, 0.0])
+    assert survivors(door, logits, filter_thres=0.5).nonzero().flatten().tolist() == [2, 5]
+    out = door.sample_tokens(logits.expand(5, 40, 10), filter_thres=0.5, seed=0)
+    assert sorted(out.ids.unique().tolist()) == [2, 5]
+
+
+def test_samples_come_from_the_survivors_only(door):
+    logits = draw(10, seed=1)
+    for thres, number in ((0.7, 4), (0.9, 1), (0.5, 5)):  # (1 - .7) 10 is a little more than 3
+        ids = sample_ids(door, logits, 2000, temperature=50.0, filter_thres=thres)
+        assert sorted(np.unique(ids)) == sorted(logits.topk(number).indices.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_filter_without_numpy_is_the_same(reference, dtype, monkeypatch):
+    door = Door(reference)
+    logits = draw(4, 30, 507, dtype=dtype)  # bfloat16: with ties
+    options = {"filter_thres": 0.7, "mask_id": 3, "seed": 1}
+    with_numpy = door.sample_tokens(logits, **options)
+    monkeypatch.setattr(reference_module, "np", None)
+    without = door.sample_tokens(logits, **options)
+    assert torch.equal(with_numpy.ids, without.ids)
+    assert torch.equal(with_numpy.log_probs, without.log_probs)
+
+
+# ---- the head ----
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_sample_tokens_is_sample_tokens_of_the_logits(door, monkeypatch, with_bias):
+    monkeypatch.setattr(reference_module, "_HEAD_CHUNK_ROWS", 7)
+    # Small integers: their products are exact in whatever order they are summed.
+    integers = torch.Generator().manual_seed(0)
+    embeddings, weight = (torch.randint(-2, 3, shape, generator=integers).float() for shape in ((4, 10, 6), (300, 6)))
+    bias = torch.randint(-2, 3, (300,), generator=integers).float() if with_bias else None
+    kept = torch.where(torch.arange(40).view(4, 10) % 3 == 0, torch.arange(40).view(4, 10), -1)
+    logits = F.linear(embeddings, weight, bias)
+    for options in ({}, {"temperature": 0.0}, {"temperature": 0.5, "filter_thres": 0.9, "kept_ids": kept}):
+        options = {"seed": 3, "step": 4, "sample_offset": 5, "mask_id": 2, **options}
+        ours = door.linear_sample_tokens(embeddings, weight, bias=bias, **options)
+        theirs = door.sample_tokens(logits, **options)
+        assert torch.equal(ours.ids, theirs.ids)
+        assert torch.equal(ours.log_probs, theirs.log_probs)
+    rows = torch.tensor([33, 4, 8, 39, 0, 1, 2, 3, 11])
+    compact = door.linear_sample_tokens(
+        embeddings.flatten(0, 1)[rows], weight, bias=bias, row_indices=rows, seq_len=10, seed=3
+    )
+    whole = door.sample_tokens(logits, seed=3)
+    assert torch.equal(compact.ids, whole.ids.flatten()[rows])
+
+
+def test_linear_sample_tokens_in_bfloat16_and_under_autocast(door, backend):
+    embeddings, weight = draw(2, 8, 4, dtype=torch.bfloat16), draw(20, 4, seed=1, dtype=torch.bfloat16)
+    half = door.linear_sample_tokens(embeddings, weight, seed=0)
+    with torch.autocast(backend.device.type, torch.bfloat16):
+        cast = door.linear_sample_tokens(embeddings.float(), weight.float(), seed=0)
+    assert torch.equal(half.ids, cast.ids)
+    assert half.log_probs.dtype == cast.log_probs.dtype == torch.float32
+
+
+def test_inputs_are_not_written_and_no_graph_is_built(door):
+    logits, weight = draw(2, 5, 7), draw(9, 7)
+    before = logits.clone(), weight.clone()
+    logits.requires_grad_()
+    weight.requires_grad_()
+    out = door.sample_tokens(logits, mask_id=1, filter_thres=0.5, temperature=0.5)
+    linear = door.linear_sample_tokens(logits, weight, mask_id=1)
+    assert torch.equal(logits, before[0])
+    assert torch.equal(weight, before[1])
+    assert not out.log_probs.requires_grad
+    assert not linear.log_probs.requires_grad
+
+
+def test_strided_logits(door):
+    logits = draw(7, 4, 3).permute(2, 1, 0)
+    strided, dense = (door.sample_tokens(z, filter_thres=0.5, seed=0) for z in (logits, logits.contiguous()))
+    assert torch.equal(strided.ids, dense.ids)
+    assert torch.equal(strided.log_probs, dense.log_probs)
+
+
+# ---- scores ----
+
+
+def test_confidence_is_one_minus_p(door):
+    p = torch.tensor([[1.0, 0.75, 0.5, 1e-6, 0.0]])
+    torch.testing.assert_close(door.confidence_scores(p.log()), 1 - p, rtol=1e-6, atol=0.0)
+    # 1 - p of a certain token is not lost to rounding.
+    nearly = door.confidence_scores(torch.tensor([[-1e-9, math.nan]]))
+    assert nearly[0, 0].item() == pytest.approx(1e-9)
+    assert nearly[0, 1].isnan()
+
+
+def test_noise_on_the_confidence_and_on_the_critic_is_gumbel(law_door):
+    log_probs, shape = torch.tensor(-2.0), (200, 150)
+    options = {"seed": 4, "step": 3}
+    for scale in (0.5, 4.5):
+        confidence = law_door.confidence_scores(log_probs.expand(shape), choice_temperature=scale, **options)
+        critic = law_door.critic_scores(torch.full(shape, 0.3), noise_scale=scale, **options)
+        assert confidence.dtype == critic.dtype == torch.float32
+        # Noise that favours a token lowers its score for remasking, and raises a critic's.
+        confident, critical = -(confidence + log_probs) / scale, (critic - 0.3) / scale
+        torch.testing.assert_close(confident, critical, rtol=1e-4, atol=1e-4)
+        for noise in (confident.flatten().double().numpy(), critical.flatten().double().numpy()):
+            assert stats.kstest(noise, "gumbel_r").pvalue > 1e-3
+            assert noise.mean() == pytest.approx(np.euler_gamma, abs=4 * math.pi / math.sqrt(6 * noise.size))
+            assert noise.var() == pytest.approx(math.pi**2 / 6, rel=0.05)
+            assert abs(np.corrcoef(noise[1:], noise[:-1])[0, 1]) < 4 / math.sqrt(noise.size)
+
+
+def test_score_noise_follows_seed_step_and_sample(door):
+    zeros = torch.zeros(6, 30)
+
+    def scores(rows=zeros, **options):
+        return door.critic_scores(rows, noise_scale=1.0, **{"seed": 1, **options})
+
+    first = scores()
+    assert torch.equal(first, scores())
+    for other in ({"seed": 2}, {"step": 1}, {"sample_offset": 1}):
+        assert (first != scores(**other)).float().mean() > 0.9
+    assert torch.equal(first[2:5], scores(zeros[2:5], sample_offset=2))
+    assert torch.equal(first[:, :7], scores(zeros[:, :7]))
+    assert first.unique().numel() == first.numel()
+    high, low, _, _ = philox.draw(torch.tensor(1), streams.SCORE_NOISE, 9, sample=5, position=2)
+    expected = -math.log(-math.log1p(-(int(high) * 2**32 + int(low) + 0.5) / 2**64))
+    assert scores(zeros[:1], step=9, sample_offset=5)[0, 2].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_noise_the_critics_scores_are_its_logits(door):
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = draw(3, 4, dtype=dtype)
+        assert torch.equal(door.critic_scores(logits), logits.float())
+    torch.testing.assert_close(
+        door.critic_scores(logits.float(), noise_scale=2.0, seed=1),
+        logits.float() + 2.0 * door.critic_scores(torch.zeros(3, 4), noise_scale=1.0, seed=1),
+    )
+
+
+# ---- what to mask again ----
+
+
+def brute_force(scores, eligible, counts):
+    chosen = torch.zeros_like(eligible)
+    for b, row in enumerate(scores.tolist()):
+        allowed = [i for i in range(len(row)) if eligible[b, i]]
+        nans = [i for i in allowed if math.isnan(row[i])]
+        others = sorted((i for i in allowed if not math.isnan(row[i])), key=lambda i: (-row[i], i))
+        for i in (nans + others)[: max(0, int(counts[b]))]:
+            chosen[b, i] = True
+    return chosen
+
+
+VALUES = [0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, math.nan, -math.nan, 1e-45, -1e-45, 3e38]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 300])
+def test_selection_against_brute_force(door, length, dtype):
+    generator = torch.Generator().manual_seed(length)
+    rows = 40
+    scores = torch.tensor(VALUES, dtype=torch.float64)[
+        torch.randint(len(VALUES), (rows, length), generator=generator)
+    ]
+    mixed = torch.rand(rows, length, generator=generator) < 0.5  # half of them hardly ever tie
+    scores = torch.where(mixed, scores, torch.randn(rows, length, generator=generator)).to(dtype)
+    eligible = torch.rand(rows, length, generator=generator) < 0.7
+    counts = torch.randint(0, length + 2, (rows,), generator=generator)
+    counts[:3] = torch.tensor([0, length, length + 1])
+    for number in (counts, counts.int()):
+        chosen = door.select_to_remask(scores, eligible, number)
+        assert chosen.dtype == torch.bool
+        assert torch.equal(chosen, brute_force(scores.double(), eligible, number))
+    assert torch.equal(chosen.sum(-1), counts.minimum(eligible.sum(-1)))
+    assert not (chosen & ~eligible).any()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.one_of(st.sampled_from(VALUES), st.floats(width=32)), st.booleans()), min_size=1, max_size=12
+    ),
+    st.integers(-1, 14),
+)
+def test_selection_of_any_scores(row, count):
+    scores, eligible = torch.tensor([[s for s, _ in row]]), torch.tensor([[e for _, e in row]])
+    counts = torch.tensor([count])
+    chosen = functional.select_to_remask(scores, eligible, counts, backend="reference")
+    assert torch.equal(chosen, brute_force(scores, eligible, counts))
+
+
+def test_selection_of_nothing(door):
+    for shape in ((0, 4), (3, 0)):
+        empty = door.select_to_remask(torch.zeros(shape), torch.ones(shape).bool(), torch.zeros(shape[0]).long())
+        assert empty.shape == shape
+    nowhere = door.select_to_remask(torch.zeros(2, 3), torch.zeros(2, 3).bool(), torch.tensor([1, 3]))
+    assert not nowhere.any()
+
+
+def test_selection_does_not_write_its_inputs(door):
+    scores, eligible, counts = draw(3, 8), torch.ones(3, 8).bool(), torch.tensor([1, 2, 3])
+    before = scores.clone(), eligible.clone(), counts.clone()
+    door.select_to_remask(scores, eligible, counts)
+    assert all(torch.equal(x, y) for x, y in zip(before, (scores, eligible, counts), strict=True))

@@ -1,0 +1,504 @@
+"""The public door: what it refuses and says, which backend it takes, and where its seeds come from."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import fastmask
+from fastmask import _check, _dispatch, functional
+
+B, N, V, D = 2, 4, 6, 3
+TOKENS = torch.arange(B * N).view(B, N) % (V - 1)
+LOGITS, EMBEDDINGS, WEIGHT = torch.zeros(B, N, V), torch.zeros(B, N, D), torch.zeros(V, D)
+TARGETS, MASKED = TOKENS, torch.ones(B, N, dtype=torch.bool)
+META = torch.device("meta")
+
+
+def mask(tokens=TOKENS, **options):
+    return functional.mask_sampling(tokens, **{"mask_id": V - 1, "num_tokens": V, **options})
+
+
+def dense(logits=LOGITS, targets=TARGETS, is_masked=MASKED, weights=None, **options):
+    return functional.masked_cross_entropy(logits, targets, is_masked, weights, **options)
+
+
+def linear(embeddings=EMBEDDINGS, weight=WEIGHT, targets=TARGETS, is_masked=MASKED, weights=None, **options):
+    return functional.linear_masked_cross_entropy(embeddings, weight, targets, is_masked, weights, **options)
+
+
+def sample(logits=LOGITS, **options):
+    return functional.sample_tokens(logits, **options)
+
+
+def linear_sample(embeddings=EMBEDDINGS, weight=WEIGHT, **options):
+    return functional.linear_sample_tokens(embeddings, weight, **options)
+
+
+def confidence(log_probs=LOGITS[0], **options):
+    return functional.confidence_scores(log_probs, **options)
+
+
+def critic(logits=LOGITS[0], **options):
+    return functional.critic_scores(logits, **options)
+
+
+def select(scores=LOGITS[0], eligible=LOGITS[0] == 0, counts=TOKENS[0], **options):
+    return functional.select_to_remask(scores, eligible, counts, **options)
+
+
+def refused(error, message, function, *arguments, **options):
+    """A case: the call, and what it must raise, in so many words."""
+    return pytest.param(error, message, function, arguments, options, id=f"{function.__name__}: {message[:60]}")
+
+
+def test_the_cases_are_accepted_as_they_stand():
+    """Otherwise the refusals below could have another cause than the one they name."""
+    for function in (mask, dense, linear, sample, linear_sample, confidence, critic, select):
+        function()
+
+
+# The checks that several functions share, in the words of each.
+SEED_CASES = [
+    (TypeError, "expected seed to be an int, received str", {"seed": "7"}),
+    (TypeError, "expected seed to be an int, received float", {"seed": 1.0}),
+    (TypeError, "expected seed to be an int, received bool", {"seed": True}),
+    (ValueError, f"expected seed of at least {-(2**63)} and below {2**64}, received {2**64}", {"seed": 2**64}),
+    (ValueError, f"expected seed of at least {-(2**63)} and below", {"seed": -(2**63) - 1}),
+    (TypeError, "expected seed of dtype int64, received int32; convert it with seed.to(torch.int64)",
+     {"seed": torch.tensor(1, dtype=torch.int32)}),
+    (ValueError, "expected seed with 0 dimensions, received shape (1,)", {"seed": torch.tensor([1])}),
+    (ValueError, "expected sample_offset of at least 0 and below 4294967296, received -1", {"sample_offset": -1}),
+    (ValueError, "expected sample_offset of at least 0 and below", {"sample_offset": 2**32}),
+]  # fmt: skip
+STEP_CASES = [
+    (ValueError, "expected step of at least 0 and below 16777216, received 16777216", {"step": 2**24}),
+    (TypeError, "expected step to be an int, received float", {"step": 1.0}),
+]
+LOSS_CASES = [
+    (TypeError, "expected targets of dtype int32|int64, received float32; convert it with targets.to(torch.int64)",
+     {"targets": TARGETS.float()}),
+    (TypeError, "expected targets to be a torch.Tensor, received list", {"targets": [1, 2]}),
+    (ValueError, "expected targets of shape [...] = [2, 4], received [8]", {"targets": TARGETS.flatten()}),
+    (TypeError, "expected is_masked of dtype bool, received int64", {"is_masked": TARGETS}),
+    (ValueError, "expected is_masked of shape [...] = [2, 4], received [2]", {"is_masked": MASKED[:, 0]}),
+    (ValueError, "expected reduction to be one of 'none', 'sum', 'mean'; received 'average'",
+     {"reduction": "average"}),
+    (ValueError, "expected denominator with reduction='mean', received reduction='sum'",
+     {"reduction": "sum", "denominator": 3.0}),
+    (ValueError, "expected denominator to be one number, received shape [2]", {"denominator": torch.ones(2)}),
+    (ValueError, "expected denominator without gradient, received requires_grad=True; use denominator.detach()",
+     {"denominator": torch.ones((), requires_grad=True)}),
+    (TypeError, "expected denominator to be a number, received str", {"denominator": "8"}),
+    (ValueError, "expected denominator in [0, inf), received -1", {"denominator": -1}),
+    (ValueError, "expected denominator in [0, inf), received nan", {"denominator": math.nan}),
+    (TypeError, "expected weights of dtype float64|float32, received bfloat16",
+     {"weights": torch.ones(B, N).bfloat16()}),
+    (TypeError, "expected weights of dtype float64|float32, received int64", {"weights": TARGETS}),
+    (ValueError, "expected weights without gradient, received requires_grad=True; use weights.detach()",
+     {"weights": torch.ones(B, requires_grad=True)}),
+    (ValueError, "expected weights of the targets' shape [2, 4], or [B] for targets [B, N]; received [4]",
+     {"weights": torch.ones(N)}),
+    (ValueError, "expected weights of the targets' shape [2, 4], or [B] for targets [B, N]; received [2, 1]",
+     {"weights": torch.ones(B, 1)}),
+    (ValueError, "expected label_smoothing in [0, 1], received 1.5", {"label_smoothing": 1.5}),
+    (ValueError, "expected label_smoothing in [0, 1], received nan", {"label_smoothing": math.nan}),
+    (TypeError, "expected label_smoothing to be a number, received NoneType", {"label_smoothing": None}),
+    (ValueError, "expected z_loss in [0, inf), received -0.1", {"z_loss": -0.1}),
+    (ValueError, "expected z_loss in [0, inf), received inf", {"z_loss": math.inf}),
+    (TypeError, "expected z_loss to be a number, received bool", {"z_loss": True}),
+    (ValueError, "expected exclude_id of at least 0 and below 6, received 6", {"exclude_id": V}),
+    (ValueError, "expected exclude_id of at least 0 and below 6, received -1", {"exclude_id": -1}),
+    (TypeError, "expected exclude_id to be an int, received float", {"exclude_id": 1.0}),
+    (ValueError, "expected targets in [0, 6), received 6 at [0, 1] and 1 more; clean the data",
+     {"targets": torch.tensor([[0, 6, 1, 2], [3, 4, -1, 0]]), "check": True}),
+    (ValueError, "expected targets in [0, 6) other than 2, received 2 at [0, 2] and 0 more",
+     {"targets": torch.tensor([[0, 5, 2, 5], [3, 4, 3, 0]]), "exclude_id": 2, "check": True}),
+]  # fmt: skip
+SAMPLER_CASES = [
+    (ValueError, "expected temperature in [0, inf), received -0.5", {"temperature": -0.5}),
+    (ValueError, "expected temperature in [0, inf), received inf", {"temperature": math.inf}),
+    (ValueError, "expected temperature in [0, inf), received nan", {"temperature": math.nan}),
+    (TypeError, "expected temperature to be a number, received Tensor", {"temperature": torch.tensor(1.0)}),
+    (ValueError, "expected filter_thres in [0, 1), received 1", {"filter_thres": 1}),
+    (ValueError, "expected filter_thres in [0, 1), received -0.1", {"filter_thres": -0.1}),
+    (TypeError, "expected row_indices of dtype int64, received int32", {"row_indices": torch.zeros(B).int()}),
+    (TypeError, "expected kept_ids of dtype int64, received int32", {"kept_ids": TOKENS.int()}),
+    (ValueError, "expected kept_ids of shape [as the rows] = [2, 4], received [8]", {"kept_ids": TOKENS.flatten()}),
+]
+HEAD_CASES = [
+    (TypeError, "expected embeddings of dtype float16|bfloat16|float32|float64, received int64", [TOKENS], {}),
+    (TypeError, "expected weight to be a torch.Tensor, received NoneType", [EMBEDDINGS, None], {}),
+    (TypeError, "expected weight of dtype float16|bfloat16|float32|float64", [EMBEDDINGS, WEIGHT.long()], {}),
+    (ValueError, "expected weight with 2 dimensions, received shape (6, 3, 1)", [EMBEDDINGS, WEIGHT[..., None]], {}),
+    (ValueError, "expected embeddings [..., D] and weight [V, D] of one D, received [2, 4, 3] and [3, 6]",
+     [EMBEDDINGS, WEIGHT.mT], {}),
+    (ValueError, "of one D, received [3] and [6, 3]", [EMBEDDINGS[0, 0]], {}),
+    (ValueError, "of one D, received [] and [6, 3]", [EMBEDDINGS[0, 0, 0]], {}),
+    (ValueError, "expected weight [V, D] with V of at least 1, received V = 0", [EMBEDDINGS, WEIGHT[:0]], {}),
+    (TypeError, "expected bias of dtype float32, received float64", [], {"bias": torch.zeros(V).double()}),
+    (ValueError, "expected bias of shape [V] = [6], received [3]", [], {"bias": torch.zeros(D)}),
+    (TypeError, "expected embeddings and weight of one dtype, received torch.bfloat16 and torch.float32; "
+     "convert one, or use torch.autocast", [EMBEDDINGS.bfloat16()], {}),
+    (ValueError, "received embeddings on cpu, weight on meta", [EMBEDDINGS, WEIGHT.to(META)], {}),
+    (ValueError, "weight on cpu, bias on meta", [], {"bias": torch.zeros(V, device=META)}),
+]  # fmt: skip
+
+CASES = [
+    refused(TypeError, "expected tokens to be a torch.Tensor, received list", mask, [[1, 2]]),
+    refused(TypeError, "expected tokens of dtype int32|int64, received float32", mask, TOKENS.float()),
+    refused(TypeError, "expected tokens of dtype int32|int64, received int16", mask, TOKENS.short()),
+    refused(ValueError, "expected tokens with 2 dimensions, received shape (8,)", mask, TOKENS.flatten()),
+    refused(ValueError, "expected tokens [B, N] with N of at least 1, received N = 0", mask, TOKENS[:, :0]),
+    refused(ValueError, "expected num_tokens of at least 1 and below 2147483648, received 0", mask, num_tokens=0),
+    refused(TypeError, "expected num_tokens to be an int, received float", mask, num_tokens=6.0),
+    refused(ValueError, "expected mask_id of at least 0 and below 2147483648, received -1", mask, mask_id=-1),
+    refused(TypeError, "expected mask_id to be an int, received NoneType", mask, mask_id=None),
+    refused(ValueError, "expected mode to be one of 'exact', 'bernoulli'; received 'random'", mask, mode="random"),
+    refused(ValueError, "expected no_replace_prob in [0, 1], received 1.1", mask, no_replace_prob=1.1),
+    refused(ValueError, "expected random_token_prob in [0, 1], received -0.1", mask, random_token_prob=-0.1),
+    refused(ValueError, "expected global_batch_size of at least 1, received 0", mask, global_batch_size=0),
+    refused(ValueError, "expected an id besides mask_id 0 to draw random tokens from, received num_tokens 1; "
+            "set random_token_prob=0", mask, mask_id=0, num_tokens=1, random_token_prob=0.1),
+    refused(TypeError, "expected times of dtype float32, received float64", mask, times=torch.zeros(B).double()),
+    refused(ValueError, "expected times of shape [B] = [2], received [4]", mask, times=torch.zeros(N)),
+    refused(ValueError, "expected counts with mode='exact', received mode='bernoulli'; leave counts out", mask,
+            counts=torch.ones(B).long(), mode="bernoulli"),
+    refused(TypeError, "expected counts of dtype int32|int64, received float32", mask, counts=torch.ones(B)),
+    refused(ValueError, "expected counts of shape [B] = [2], received []", mask, counts=torch.tensor(1)),
+    refused(TypeError, "expected maskable of dtype bool, received int64", mask, maskable=TOKENS),
+    refused(ValueError, "expected maskable of shape [B, N] = [2, 4], received [4]", mask, maskable=MASKED[0]),
+    refused(ValueError, "expected all tensors on one device, received tokens on cpu, maskable on meta; move them "
+            "with .to(device)", mask, maskable=MASKED.to(META)),
+    refused(ValueError, "expected tokens in [0, 6) other than 5, received 5 at [1, 0] and 0 more", mask,
+            torch.tensor([[0, 1, 2, 3], [5, 4, 3, 2]]), check=True),
+    refused(ValueError, "received 6 at [0, 3] and 2 more", mask,
+            torch.tensor([[0, 1, 2, 6], [-1, 4, 3, 99]]), check=True),
+    refused(ValueError, "expected schedule(t) to be a tensor of t's shape [2], received []", mask,
+            schedule=fastmask.Schedule(lambda t: t.sum(), lambda t: -torch.ones_like(t))),
+    refused(ValueError, "expected the schedule's derivative to be a tensor of t's shape [2], received float", mask,
+            schedule=fastmask.Schedule(lambda t: 1 - t, lambda t: -1.0)),
+    *(refused(error, message, mask, **options) for error, message, options in SEED_CASES),
+    *(refused(*case[:2], function, **case[2]) for function in (dense, linear) for case in LOSS_CASES),
+    refused(TypeError, "expected logits of dtype float16|bfloat16|float32|float64, received int64", dense, TOKENS),
+    refused(ValueError, "expected logits of shape [..., V] with V of at least 1, received [6]", dense, LOGITS[0, 0]),
+    refused(ValueError, "with V of at least 1, received [2, 4, 0]", dense, LOGITS[..., :0]),
+    refused(ValueError, "expected a column besides exclude_id, received logits with V = 1", dense, LOGITS[..., :1],
+            exclude_id=0),
+    refused(ValueError, "received logits on cpu, targets on meta, is_masked on cpu", dense,
+            targets=TARGETS.to(META)),
+    refused(ValueError, "is_masked on cpu, weights on meta", dense, weights=torch.ones(B).to(META)),
+    *(refused(*case[:2], function, *case[2], **case[3]) for function in (linear, linear_sample)
+      for case in HEAD_CASES),
+    refused(ValueError, "expected a column besides exclude_id", linear, EMBEDDINGS, WEIGHT[:1], exclude_id=0),
+    *(refused(*case[:2], function, **case[2])
+      for function in (sample, linear_sample) for case in SEED_CASES + STEP_CASES + SAMPLER_CASES),
+    refused(TypeError, "expected logits of dtype float16|bfloat16|float32|float64, received int64", sample, TOKENS),
+    refused(ValueError, "expected logits [B, N, ...], received shape [4, 6]; compact rows need row_indices= and "
+            "seq_len=", sample, LOGITS[0]),
+    refused(ValueError, "expected logits [B, N, ...], received shape []", sample, LOGITS[0, 0, 0]),
+    refused(ValueError, "expected seq_len of at least 0, received -1", sample, LOGITS[0], row_indices=TOKENS[0],
+            seq_len=-1),
+    refused(TypeError, "expected seq_len to be an int, received float", sample, LOGITS[0], row_indices=TOKENS[0],
+            seq_len=4.0),
+    refused(ValueError, "expected a vocabulary of at least 1 id, received 0", sample, LOGITS[..., :0]),
+    refused(ValueError, "expected compact logits [M, ...] with row_indices [M] and seq_len, received [4, 6], [4] "
+            "and seq_len=None", sample, LOGITS[0], row_indices=TOKENS[0]),
+    refused(ValueError, "received [4, 6], [2] and seq_len=4", sample, LOGITS[0], row_indices=TOKENS[0, :2],
+            seq_len=4),
+    refused(ValueError, "received [2, 4, 6], [2] and seq_len=4", sample, row_indices=TOKENS[0, :2], seq_len=4),
+    refused(ValueError, "received logits on cpu, row_indices on meta", sample, LOGITS[0],
+            row_indices=TOKENS[0].to(META), seq_len=4),
+    refused(ValueError, "received logits on cpu, kept_ids on meta", sample, kept_ids=TOKENS.to(META)),
+    refused(ValueError, "expected embeddings [B, N, ...], received shape [4, 3]", linear_sample, EMBEDDINGS[0]),
+    refused(ValueError, "expected compact embeddings [M, ...] with row_indices [M] and seq_len", linear_sample,
+            EMBEDDINGS[0], row_indices=TOKENS[0]),
+    refused(TypeError, "expected log_probs of dtype float32, received float64", confidence, LOGITS[0].double()),
+    refused(ValueError, "expected log_probs with 2 dimensions", confidence, LOGITS),
+    refused(ValueError, "expected choice_temperature in [0, inf), received -1", confidence, choice_temperature=-1),
+    refused(TypeError, "expected critic_logits of dtype", critic, TOKENS),
+    refused(ValueError, "expected critic_logits with 2 dimensions", critic, LOGITS),
+    refused(ValueError, "expected noise_scale in [0, inf), received nan", critic, noise_scale=math.nan),
+    *(refused(*case[:2], confidence, choice_temperature=1.0, **case[2]) for case in SEED_CASES + STEP_CASES),
+    *(refused(*case[:2], critic, noise_scale=1.0, **case[2]) for case in SEED_CASES + STEP_CASES),
+    refused(TypeError, "expected scores of dtype", select, TOKENS),
+    refused(ValueError, "expected scores with 2 dimensions", select, LOGITS),
+    refused(TypeError, "expected eligible of dtype bool, received float32", select, eligible=LOGITS[0]),
+    refused(ValueError, "expected eligible of shape [B, N] = [4, 6], received [2, 4]", select, eligible=MASKED),
+    refused(TypeError, "expected counts of dtype int32|int64, received bool", select, counts=MASKED[0]),
+    refused(ValueError, "expected counts of shape [B] = [4], received [2]", select, counts=TOKENS[:, 0]),
+    refused(ValueError, "received scores on cpu, eligible on cpu, counts on meta", select,
+            counts=TOKENS[0].to(META)),
+    *(refused(ValueError, "expected backend= to be one of auto, triton, reference; received 'cuda'", function,
+              backend="cuda") for function in (mask, dense, linear, sample, linear_sample, select)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "function", "arguments", "options"), CASES)
+def test_refused_in_so_many_words(error, message, function, arguments, options):
+    with pytest.raises(error, match=re.escape(message)):
+        function(*arguments, **options)
+
+
+def test_values_are_not_read_without_check():
+    """Unclean tokens pass: reading them would wait for the GPU."""
+    mask(torch.full((B, N), -5))
+    dense(targets=torch.full((B, N), 10**9), is_masked=~MASKED)
+
+
+def test_a_mask_id_outside_the_vocabulary_needs_no_other_id():
+    out = mask(TOKENS * 0, mask_id=1, num_tokens=1, random_token_prob=1.0, seed=0, check=True)
+    assert set(out.masked_ids.unique().tolist()) <= {0, 1}
+
+
+def test_check_accepts_an_empty_tensor():
+    _check.clean_tokens("tokens", torch.zeros(0, 3).long(), 5, 4)
+
+
+def test_dtypes_of_two_kinds_pass_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(EMBEDDINGS.bfloat16()).loss.item() == pytest.approx(math.log(V), rel=1e-3)
+
+
+# ---- backends ----
+
+
+@pytest.fixture
+def dispatch(monkeypatch):
+    """_dispatch with nothing set: no variable, no interpreter."""
+    monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return monkeypatch
+
+
+def pretend(monkeypatch, *, kernel=True, triton=True):
+    """Which kernels there are, and whether Triton is, whatever this machine has."""
+    monkeypatch.setattr(_dispatch, "KERNELS", _dispatch.OPERATIONS if kernel else [])
+    monkeypatch.setattr(_dispatch, "HAS_TRITON", triton)
+
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+def test_auto_takes_the_kernel_on_a_gpu_and_the_reference_elsewhere(dispatch):
+    pretend(dispatch)
+    assert _dispatch.choose("demask", CUDA) == ("triton", "kernel on this GPU")
+    assert _dispatch.choose("demask", CPU)[0] == "reference"
+    assert "does not run on cpu" in _dispatch.choose("demask", CPU)[1]
+    assert _dispatch.choose("demask", MPS)[0] == "reference"
+    dispatch.setenv("TRITON_INTERPRET", "1")
+    assert _dispatch.choose("demask", CPU) == ("reference", "auto interprets no kernels on cpu")
+
+
+def test_auto_falls_back_where_triton_or_the_kernel_is_missing(dispatch):
+    pretend(dispatch, triton=False)
+    assert _dispatch.choose("demask", CUDA) == ("reference", "Triton is not installed (pip install triton)")
+    pretend(dispatch, kernel=False)
+    assert _dispatch.choose("demask", CUDA) == ("reference", "no Triton kernel for demask yet")
+
+
+def test_triton_that_cannot_run_says_why_and_what_to_do(dispatch):
+    remedy = re.escape("; use backend='reference'")
+    pretend(dispatch)
+    interpret = re.escape("(TRITON_INTERPRET=1 interprets kernels, slowly)")
+    with pytest.raises(
+        RuntimeError, match=f"backend=triton cannot run demask: .* not run on cpu {interpret}{remedy}"
+    ):
+        _dispatch.choose("demask", CPU, "triton")
+    with pytest.raises(RuntimeError, match="does not run on mps"):
+        _dispatch.choose("demask", MPS, "triton")
+    for value in ("1", "true", "ON", "yes"):
+        dispatch.setenv("TRITON_INTERPRET", value)
+        assert _dispatch.choose("demask", CPU, "triton") == ("triton", "backend=triton")
+    dispatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="does not run on cpu"):
+        _dispatch.choose("demask", CPU, "triton")
+    assert _dispatch.choose("demask", CUDA, "triton") == ("triton", "backend=triton")
+    pretend(dispatch, triton=False)
+    with pytest.raises(RuntimeError, match=rf"Triton is not installed \(pip install triton\){remedy}"):
+        _dispatch.choose("demask", CUDA, "triton")
+    pretend(dispatch, kernel=False)
+    with pytest.raises(RuntimeError, match=f"no Triton kernel for demask yet{remedy}"):
+        _dispatch.choose("demask", CUDA, "triton")
+
+
+def test_the_variable_overrides_auto_only(dispatch):
+    pretend(dispatch)
+    dispatch.setenv("FASTMASK_BACKEND", "reference")
+    assert _dispatch.choose("demask", CUDA) == ("reference", "FASTMASK_BACKEND=reference")
+    assert _dispatch.choose("demask", CUDA, "triton") == ("triton", "backend=triton")
+    dispatch.setenv("FASTMASK_BACKEND", "triton")
+    assert _dispatch.choose("demask", CUDA) == ("triton", "FASTMASK_BACKEND=triton")
+    assert _dispatch.choose("demask", CUDA, "reference") == ("reference", "backend=reference")
+    with pytest.raises(RuntimeError, match="FASTMASK_BACKEND=triton cannot run demask"):
+        _dispatch.choose("demask", CPU)
+    for value in ("", "auto"):
+        dispatch.setenv("FASTMASK_BACKEND", value)
+        assert _dispatch.choose("demask", CUDA)[0] == "triton"
+
+
+def test_the_variable_does_not_insist_on_a_kernel_that_is_not_written(dispatch):
+    pretend(dispatch, kernel=False)
+    dispatch.setenv("FASTMASK_BACKEND", "triton")
+    assert _dispatch.choose("demask", CUDA) == ("reference", "no Triton kernel for demask yet")
+
+
+def test_an_unknown_name_names_its_source(dispatch):
+    with pytest.raises(ValueError, match="expected backend= to be one of auto, triton, reference; received 'gpu'"):
+        _dispatch.choose("demask", CPU, "gpu")
+    dispatch.setenv("FASTMASK_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"expected FASTMASK_BACKEND= to be one of .*; received 'fast'"):
+        sample()
+
+
+def test_every_operation_has_its_reference(dispatch):
+    for operation in _dispatch.OPERATIONS:
+        module = _dispatch.module(operation, CPU, "reference")
+        assert module.__name__ == f"fastmask.reference.{operation}"
+        assert _dispatch.module(operation, CPU) is module
+
+
+def test_the_door_hands_backend_on(monkeypatch):
+    """Each function asks for its own operation, with the caller's backend."""
+    asked, module = [], _dispatch.module
+
+    def spy(operation, device, backend):
+        asked.append((operation, backend))
+        return module(operation, device, "reference")
+
+    monkeypatch.setattr(_dispatch, "module", spy)
+    demask = [sample, linear_sample, select]
+    calls = [(mask, "mask_sampling"), (dense, "masked_cross_entropy"), (linear, "linear_masked_cross_entropy")]
+    for function, operation in [*calls, *((function, "demask") for function in demask)]:
+        function(backend="triton")
+        assert asked.pop() == (operation, "triton")
+    critic(noise_scale=1.0, backend="triton")
+    confidence(choice_temperature=1.0, backend="triton")
+    assert asked == [("demask", "triton")] * 2
+
+
+# ---- seeds ----
+
+
+def ids(**options):
+    return functional.sample_tokens(torch.zeros(4, 30, 50), **options).ids
+
+
+def masks(**options):
+    return mask(TOKENS.repeat(8, 8), **options).is_masked
+
+
+def critics(**options):
+    return functional.critic_scores(torch.zeros(4, 30), noise_scale=1.0, **options)
+
+
+def confidences(**options):
+    return functional.confidence_scores(torch.zeros(4, 30), choice_temperature=1.0, **options)
+
+
+DRAWS = [ids, masks, critics, confidences]
+
+
+@pytest.mark.parametrize("random", DRAWS)
+@pytest.mark.parametrize("seed", [0, 1, -1, -(2**63), 2**63 - 1, 2**63, 2**64 - 1])
+def test_seeds_are_64_bits(random, seed):
+    """An int beyond int64 is its two's complement, and a tensor is the same seed as its int."""
+    wrapped = (seed + 2**63) % 2**64 - 2**63
+    expected = random(seed=seed)
+    assert torch.equal(expected, random(seed=wrapped))
+    assert torch.equal(expected, random(seed=torch.tensor(wrapped)))
+    assert not torch.equal(expected, random(seed=wrapped ^ 1))
+    assert not torch.equal(expected, random(seed=wrapped ^ 2**40))  # the high word counts
+
+
+@pytest.mark.parametrize("random", DRAWS)
+def test_manual_seed_reproduces(random):
+    torch.manual_seed(3)
+    first, second = random(), random()
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(first, random())
+    assert torch.equal(second, random())
+    torch.manual_seed(4)
+    assert not torch.equal(first, random())
+
+
+@pytest.mark.parametrize("random", DRAWS)
+def test_a_generator_reproduces_and_leaves_torchs_own_alone(random):
+    before = torch.get_rng_state()
+    first = random(generator=torch.Generator().manual_seed(9))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, random(generator=torch.Generator().manual_seed(9)))
+    generator = torch.Generator().manual_seed(9)
+    seed = functional.draw_seed("cpu", generator)
+    assert torch.equal(first, random(seed=seed))
+    assert not torch.equal(first, random(generator=generator))  # which has moved on
+
+
+@pytest.mark.parametrize("random", DRAWS)
+def test_a_given_seed_leaves_every_generator_alone(random):
+    before = torch.get_rng_state()
+    random(seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_draw_seed():
+    generator = torch.Generator().manual_seed(0)
+    seeds = [functional.draw_seed("cpu", generator) for _ in range(200)]
+    assert all(seed.dtype == torch.int64 and seed.shape == () for seed in seeds)
+    values = torch.stack(seeds)
+    assert values.unique().numel() == 200
+    # All 64 bits are drawn: each is set in about half of the seeds.
+    shares = torch.stack([(values >> bit) & 1 for bit in range(64)]).double().mean(1)
+    assert ((shares > 0.3) & (shares < 0.7)).all()
+    torch.manual_seed(5)
+    first = functional.draw_seed(CPU)
+    torch.manual_seed(5)
+    assert torch.equal(first, functional.draw_seed("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a generator of another device")
+def test_a_seed_lies_where_it_is_wanted():
+    seed = functional.draw_seed("cuda", torch.Generator().manual_seed(0))
+    assert seed.device.type == "cuda"
+    assert seed.item() == functional.draw_seed("cpu", torch.Generator().manual_seed(0)).item()
+
+
+def test_what_is_exported_is_documented():
+    for name in functional.__all__:
+        assert getattr(functional, name).__doc__
+
+
+def test_kernels_are_those_in_the_folder():
+    folder = pathlib.Path(fastmask.__file__).parent / "kernels"
+    assert [name for name in _dispatch.OPERATIONS if (folder / f"{name}.py").exists()] == _dispatch.KERNELS
+    assert "mask_sampling" in _dispatch.KERNELS
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda: mask(no_replace_prob=0.5, random_token_prob=0.5, seed=1).masked_ids,
+        lambda: sample(torch.arange(48.0).sin().view(B, N, V), filter_thres=0.5, mask_id=1, seed=1).ids,
+        lambda: functional.select_to_remask(TOKENS.float(), MASKED, torch.tensor([1, 2])),
+    ],
+    ids=["mask_sampling", "sample_tokens", "select_to_remask"],
+)
+def test_compiles_without_a_graph_break(operation):
+    """The door too: checks, dispatch and Philox are traced whole (masked losses have as many rows as are masked)."""
+    compiled = torch.compile(operation, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(), operation())
+
+
+def test_numpys_numbers_are_numbers():
+    plain = mask(no_replace_prob=0.5, seed=3)
+    same = functional.mask_sampling(
+        TOKENS, mask_id=np.int64(V - 1), num_tokens=np.int32(V), no_replace_prob=np.float32(0.5), seed=np.int64(3)
+    )
+    for one, other in zip(plain, same, strict=True):
+        assert torch.equal(one, other)
