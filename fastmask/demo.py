@@ -250,6 +250,9 @@ def train(
             part.load_state_dict(checkpoint[name])  # type: ignore[attr-defined]
     batches = _endless_batches(task.train)
     smooth = None
+    # So small a network gains little from a second CPU thread, and beside another program loses a lot by it.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         with tqdm(total=arguments.steps, initial=done, desc="training", unit="step") as bar:
             while done < arguments.steps:
@@ -268,6 +271,7 @@ def train(
     except KeyboardInterrupt:
         return None
     finally:
+        torch.set_num_threads(threads)
         state = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
         torch.save({"done": done, **state}, arguments.checkpoint)
     averaged: NonAutoregressiveWrapper = average.module  # type: ignore[assignment]

@@ -453,3 +453,20 @@ def test_a_network_that_does_not_give_logits_is_named(device):
 def test_x_transformers_is_not_imported_on_its_account(device, monkeypatch):
     monkeypatch.delitem(backbone.sys.modules, "x_transformers.x_transformers")
     assert backbone.linear_head(transformer()) is None
+
+
+def test_a_critic_is_spared_arguments_that_it_does_not_take(device):
+    """``mask=`` and what else the network wants, for a critic whose forward names only some of them."""
+    seen = []
+
+    class Bare(Recorder):
+        def forward(self, ids, mask=None):
+            seen.append(mask)
+            return self.embedding(ids)
+
+    wrapper = NonAutoregressiveWrapper(Recorder(), mask_id=MASK, token_critic=Bare(outputs=1)).to(device)
+    mask = torch.ones(5, N, dtype=torch.bool, device=device)
+    wrapper(clean(device), mask=mask, anything="else")
+    wrapper.generate(5, steps=1, mask=mask, anything="else")
+    assert len(seen) == 2
+    assert all(value is mask for value in seen)

@@ -538,3 +538,22 @@ def test_restored_weights(name, device):
     weights = compat.loss_weights(ours.schedule_fn, times)
     torch.testing.assert_close(weights, theirs.loss_weight_fn(times), rtol=1e-6, atol=0)
     assert (weights < 0).all()
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_a_generator_decides_everything(critic, device):
+    """Also what the restored sampler draws: for the critic in training, and in generation."""
+    ours, _ = pair(device, critic=critic, self_cond=True)
+
+    def step(seed: int):
+        torch.seed()  # torch's own generator has no say
+        generator = torch.Generator(device).manual_seed(seed)
+        losses = ours(clean(device), generator=generator)
+        return [
+            *(loss for loss in losses if loss is not None),
+            ours.generate(4, filter_thres=None, generator=generator),
+        ]
+
+    for one, other in zip(step(1), step(1), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(step(1)[-1], step(2)[-1])

@@ -746,3 +746,36 @@ def test_selection_does_not_write_its_inputs(door):
     before = scores.clone(), eligible.clone(), counts.clone()
     door.select_to_remask(scores, eligible, counts)
     assert all(torch.equal(x, y) for x, y in zip(before, (scores, eligible, counts), strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0])
+def test_ids_are_kept_at_any_temperature(door, temperature):
+    logits = draw(2, 10, 12)
+    kept = torch.full((2, 10), -1)
+    kept[0] = torch.arange(10)
+    options = {"temperature": temperature, "seed": 8, "mask_id": 11}
+    sampled, out = door.sample_tokens(logits, **options), door.sample_tokens(logits, kept_ids=kept, **options)
+    assert torch.equal(out.ids[0], kept[0])
+    assert torch.equal(out.ids[1], sampled.ids[1])
+    expected = logits[..., :11].log_softmax(-1).gather(-1, out.ids[..., None]).squeeze(-1)
+    torch.testing.assert_close(out.log_probs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_all_rows_never_exist(reference):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    rows, vocabulary = 4096, 600
+    embeddings, weight = draw(4, rows // 4, 2), draw(vocabulary, 2, seed=1)
+    with Sizes():
+        functional.linear_sample_tokens(
+            embeddings.to(reference.device), weight.to(reference.device), seed=0, backend="reference"
+        )
+    assert max(sizes) <= 1024 * 640 < rows * vocabulary  # the padded chunk

@@ -138,3 +138,51 @@ def test_missing_extras_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_missing_packages", lambda: ["scikit-learn"])
     assert demo.run(arguments(tmp_path)) == 1
     assert "pip install 'fastmask[demo]'" in capsys.readouterr().err
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
+    """Weights, their average, the optimiser and the learning rate all go on: same batches, same masks, same end."""
+    task, taken, stop = demo.digits_task(), [], [None]
+    batch = task.held_out[:8]
+
+    def batches(dataset):
+        while len(taken) != stop[0]:
+            torch.manual_seed(len(taken))  # the masks of this step
+            taken.append(1)
+            yield batch
+        raise KeyboardInterrupt
+
+    def run(seed: int, *options: str):
+        torch.manual_seed(seed)
+        return demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "6", *options))
+
+    monkeypatch.setattr(demo, "_endless_batches", batches)
+    whole = run(0)
+    taken.clear()
+    stop[0] = 3
+    assert run(0) is None
+    stop[0] = None
+    resumed = run(1, "--resume")  # another initialisation: nothing of it may remain
+    assert len(taken) == 6
+    expected = whole.state_dict()
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_held_out_text_is_not_trained_on(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(0x4E00 + i) for i in range(40 * demo.TEXT_LENGTH)), encoding="utf-8")
+    task = demo.text_task(path)  # every character stands once
+    trained, held_out = demo.stack(task.train).flatten().tolist(), task.held_out.flatten().tolist()
+    assert len(held_out) == 4 * demo.TEXT_LENGTH
+    assert sorted(trained + held_out) == list(range(40 * demo.TEXT_LENGTH))
+
+
+def test_what_is_reported_is_what_training_returned_from_the_seed_given(tmp_path, monkeypatch):
+    reported, seeds = [], []
+    monkeypatch.setattr(demo, "train", lambda *_: seeds.append(torch.initial_seed()) or "the average")
+    monkeypatch.setattr(demo, "report_bound", lambda model, *_: reported.append(model))
+    monkeypatch.setattr(demo, "report_digits", lambda model, *_: reported.append(model))
+    assert demo.run(arguments(tmp_path, "--seed", "7")) == 0
+    assert reported == ["the average"] * 2
+    assert seeds == [7]

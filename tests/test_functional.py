@@ -502,3 +502,19 @@ def test_numpys_numbers_are_numbers():
     )
     for one, other in zip(plain, same, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", lambda t: 1 - t, lambda t: 1 - t**2], ids=["linear", "same", "other"])
+def test_masks_do_not_depend_on_the_split_of_the_batch(schedule, stratified):
+    """A callable's times are drawn at the door, the others' behind it: both from the global sample and batch."""
+    tokens = torch.arange(60).view(6, 10) % (V - 1)
+    options = {"schedule": schedule, "stratified": stratified, "global_batch_size": 12, "seed": 5}
+    whole = mask(tokens, sample_offset=3, **options)
+    parts = [mask(tokens[:2], sample_offset=3, **options), mask(tokens[2:], sample_offset=5, **options)]
+    for field in ("masked_ids", "times", "counts", "loss_weights"):
+        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field)), field
+    assert torch.equal(whole.times, mask(tokens, sample_offset=3, **{**options, "schedule": "linear"}).times)
+    assert whole.times.unique().numel() == 6
+    if stratified:  # six twelfths of [0, 1), side by side
+        assert len({int(12 * t) for t in whole.times.tolist()}) == 6

@@ -635,3 +635,51 @@ def test_a_prompt_of_three_dimensions_is_refused():
         ValueError, match=r"expected prompt of shape \[B, max_seq_len\] = \[1, 18\], received \[1, 1, 18\]"
     ):
         wrap("cpu").generate(prompt=ROW[None, None], prompt_mask=GIVEN[None, None])
+
+
+@pytest.mark.parametrize("options", [{}, {"can_mask_prev_unmasked": True}, {"self_cond": True}], ids=str)
+@pytest.mark.parametrize("critic", [False, True])
+@pytest.mark.parametrize("prompted", [False, True])
+def test_no_step_waits_for_the_device(options, critic, prompted, device):
+    """DESIGN 4: nothing in the loop brings a value to the host, nor has a shape that depends on one."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    waits, aten = [], torch.ops.aten
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (
+                aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2
+            ):  # fmt: skip
+                waits.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    if critic:
+        options = {**options, "token_critic": FixedCritic(torch.arange(N))}
+    wrapper = wrap(device, **options)
+    prompt = {"prompt": torch.zeros(2, N, dtype=torch.int64, device=device),
+              "prompt_mask": torch.arange(2 * N, device=device).view(2, N) % 5 == 0}  # fmt: skip
+    mode = Waits()
+
+    def progress(done, total):  # on from the end of the first step to the end of the last
+        if done == 1:
+            mode.__enter__()
+        if done == total:
+            mode.__exit__(None, None, None)
+
+    wrapper.generate(2, filter_thres=None, choice_temperature=1.0, progress=progress, **(prompt if prompted else {}))
+    assert waits == []
+    with mode:  # it can tell
+        torch.ones(2).nonzero()
+    assert waits == ["aten.nonzero.default"]
+
+
+def test_a_schedule_that_touches_zero_and_rises_again_is_followed(device):
+    """With remasking: between, nothing is masked, and the network runs on for what is opened later."""
+    swinging = Schedule(lambda t: torch.cos(4 * math.pi * t).clamp(min=0.0))
+    wrapper = wrap(device, schedule=swinging, can_mask_prev_unmasked=True)
+    raw = step_counts(swinging, 18, torch.tensor([N])).squeeze(-1)
+    assert (raw[4:6] == 0).all()
+    assert (raw[6:12] > 0).any()
+    _, trajectory = wrapper.generate(3, return_trajectory=True)
+    assert torch.equal(trajectory.is_masked.sum(dim=-1).cpu(), raw[:, None].expand(-1, 3))

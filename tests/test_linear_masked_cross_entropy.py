@@ -501,3 +501,39 @@ def test_autocast_takes_embeddings_and_weight_of_two_dtypes(linear_cross_entropy
         loss = linear_cross_entropy(half, w, targets, is_masked, bias=b).loss
     grads = torch.autograd.grad(loss, (half, w, b))
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_autocast_under_a_loss_scale(linear_cross_entropy, backend, reduction):
+    """float32 leaves, float16 products: gradients of 2e-9 must not be formed in float16 before the scale comes."""
+    leaves, targets, _ = draw_case(8, width=64, vocabulary=4096)
+    with torch.no_grad():
+        leaves[1].mul_(0.03)
+    x, w, b = leaves
+    options = {"denominator": 1e5} if reduction == "mean" else {"reduction": "none"}
+    with torch.autocast(backend.device.type, torch.float16):
+        loss = linear_cross_entropy(x, w, targets, bias=b, **options).loss
+    loss = loss if reduction == "mean" else loss.sum() / 1e5
+    ours = torch.autograd.grad(65536.0 * loss, leaves)
+    x, w, b = exact = copies(leaves, torch.float64)
+    expected = torch.autograd.grad(
+        65536.0 / 1e5 * F.cross_entropy(F.linear(x, w, b), targets, reduction="sum"), exact
+    )
+    for got, reference in zip(ours, expected, strict=True):
+        assert (got - reference).norm() < 0.005 * reference.norm()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_float64_weights_and_denominator_keep_their_digits(linear_cross_entropy, reduction):
+    (x, w, b), targets, is_masked = draw_case(2, 5, dtype=torch.float64)
+    third = torch.full((2, 5), 1 / 3, dtype=torch.float64)
+    out = linear_cross_entropy(x, w, targets, is_masked, third, bias=b, reduction=reduction, **(
+        {"denominator": third[0, 0]} if reduction == "mean" else {}))  # fmt: skip
+    expected = out.nll / 3 if reduction == "none" else out.nll.sum()
+    torch.testing.assert_close(out.loss.detach(), expected, rtol=1e-14, atol=0)
+
+
+def test_check_spares_rows_of_weight_0_without_a_mask(linear_cross_entropy):
+    (x, w, _), targets, _ = draw_case(2, 8)
+    targets[0] = 10**9
+    assert linear_cross_entropy(x, w, targets, None, torch.tensor([0.0, 1.0]), check=True).loss.isfinite()

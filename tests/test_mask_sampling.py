@@ -654,3 +654,20 @@ def test_a_round_of_the_search_is_short(figures):
     """At 1024 positions four rounds on average: rows' counts and the search are the program's two loops."""
     assert max(figures["1024"]["sm_90"]["loops"]) <= 115
     assert len(figures["1024"]["sm_90"]["loops"]) == 2
+
+
+@pytest.mark.parametrize("random_token_prob", [0.2, 0.8])
+def test_gates_of_awkward_products_split_the_masked_set(backend, random_token_prob):
+    """p * f is a double rounded once: in float32 .2 * (1 - .2) is another number, and 25 tokens become 26."""
+    keep = {0.2: 0.2, 0.8: 0.1}[random_token_prob]
+    counts = torch.arange(130)
+    output = sample(
+        backend, foreign(130, 130), BOTH_COINS, counts=counts, no_replace_prob=keep,
+        random_token_prob=random_token_prob,
+    )  # fmt: skip
+    kept = (counts.float() * keep).ceil().long()
+    left = counts - kept
+    replaced = (left.float() * (random_token_prob * (1.0 - keep))).ceil().long().minimum(left)
+    visible = output.masked_ids
+    assert torch.equal(((visible == FOREIGN) & output.is_masked).sum(-1), kept)
+    assert torch.equal(((visible < 7) & (visible != 3)).sum(-1), replaced)

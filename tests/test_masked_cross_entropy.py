@@ -564,3 +564,39 @@ def test_autocast_does_not_reach_the_loss(cross_entropy, backend, reduction):
         ours = cross_entropy(logits, targets, is_masked, reduction=reduction, label_smoothing=0.1, z_loss=0.1)
     assert torch.equal(ours.loss, expected.loss)
     assert torch.equal(*gradient(ours.loss.sum(), logits), *gradient(expected.loss.sum(), logits))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_float64_weights_and_denominator_keep_their_digits(cross_entropy, reduction):
+    logits, targets, is_masked, _ = small()
+    third = torch.full((2, 4), 1 / 3, dtype=torch.float64)
+    options = {"denominator": third[0, 0]} if reduction == "mean" else {}
+    out = cross_entropy(logits.double(), targets, is_masked, third, reduction=reduction, **options)
+    expected = out.nll / 3 if reduction == "none" else out.nll.sum()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-14, atol=0)
+
+
+def test_check_spares_rows_of_weight_0_without_a_mask(cross_entropy):
+    logits, targets, _, _ = small()
+    targets[0] = 10**9
+    assert cross_entropy(logits, targets, None, torch.tensor([0.0, 1.0]), check=True).loss.isfinite()
+
+
+def test_the_reference_works_on_chunks(reference):
+    """Forward allocates nothing as large as the logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    large = set()
+
+    class Large(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() > 4 * 2**19:
+                large.add(out.untyped_storage().data_ptr())
+            return out
+
+    logits = draw(2048, 600).to(reference.device).requires_grad_()
+    targets = draw_targets(2048, vocabulary=600).to(reference.device)
+    with Large():
+        functional.masked_cross_entropy(logits, targets, backend="reference")
+    assert large <= {logits.untyped_storage().data_ptr()}

@@ -78,19 +78,20 @@ def test_import_is_light():
 
 def test_imports_go_downstairs():
     """reference and kernels never see each other, and only kernels/ imports triton."""
-    for path in PACKAGE.rglob("*.py"):
+    kernels = {path for path in (PACKAGE / "kernels").glob("*.py")}
+    assert {path.name for path in kernels} >= {"mask_sampling.py", "philox.py"}
+    for path in {*PACKAGE.rglob("*.py"), *kernels}:
         text = path.read_text()
+        imports = "\n".join(re.findall(r"^\s*(?:from|import) .*", text, re.MULTILINE))
         if path.parent.name == "kernels":
-            assert "fastmask.reference" not in text, path
+            assert "reference" not in imports, path
+            assert not re.search(
+                r"fastmask\S* import .*(functional|wrapper)|fastmask\.(functional|wrapper)", imports
+            ), path
         else:
             assert not re.search(r"^\s*(import|from) triton", text, re.MULTILINE), path
         if path.parent.name == "reference":
-            assert not re.search(r"^\s*from fastmask\S* import .*(kernels|functional|wrapper)", text, re.MULTILINE), (
-                path
-            )
-            assert not re.search(r"^\s*(from|import) fastmask\.(kernels|functional|wrapper)", text, re.MULTILINE), (
-                path
-            )
+            assert not re.search(r"kernels|functional|wrapper", imports.replace("torch.nn.functional", "")), path
 
 
 def test_doctor_names_versions_devices_and_a_reason_for_each_backend():
@@ -131,3 +132,14 @@ def test_readme_python_blocks_run():
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_doctor_tells_variables_and_packages(monkeypatch):
+    monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "reference")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    report = __main__.doctor()
+    assert "\nFASTMASK_BACKEND = reference\n" in report
+    assert "\nTRITON_INTERPRET = (not set)\n" in report
+    for package in ("triton", "numpy", "x-transformers", "tqdm", "matplotlib", "scikit-learn"):
+        assert re.search(rf"^{package} \S+", report, re.MULTILINE), package
+    assert re.search(r"^cpu: ", report, re.MULTILINE)

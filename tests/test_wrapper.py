@@ -909,3 +909,63 @@ def test_a_vocabulary_of_the_mask_alone_is_refused():
     net.num_tokens = 1
     with pytest.raises(ValueError, match=r"expected net\.num_tokens of at least 2, received 1"):
         NonAutoregressiveWrapper(net, mask_id=0)
+
+
+@pytest.mark.parametrize("flags", [{}, {"only_train_critic": True}], ids=str)
+def test_no_grad_reaches_network_and_critic(flags, device):
+    """A validation loss must not keep the network's activations."""
+    net, critic = Recorder(), Recorder(outputs=1)
+    wrapper = build(device, net=net, token_critic=critic)
+    with torch.no_grad():
+        losses = wrapper(clean(device), **flags)
+    assert not any(call["grad"] for call in net.calls + critic.calls)
+    assert not losses.loss.requires_grad
+
+
+def test_the_temperature_of_the_critics_sample_is_uniform(device, monkeypatch):
+    temperatures, sampler = [], functional.sample_tokens
+
+    def recording(*arguments, **options):
+        temperatures.append(options["temperature"])
+        return sampler(*arguments, **options)
+
+    monkeypatch.setattr(functional, "sample_tokens", recording)
+    wrapper = build(device, net=Recorder(), token_critic=Recorder(outputs=1))
+    for _ in range(300):
+        wrapper(clean(device, 1))
+    quarters = torch.bincount((4 * torch.tensor(temperatures)).long(), minlength=4)
+    assert quarters.sum() == 300
+    assert len(quarters) == 4
+    assert ((quarters - 75).abs() < 5 * math.sqrt(300 * 0.25 * 0.75)).all()
+
+
+def test_nelbo_is_the_bound_whatever_the_training_loss(device):
+    bounds = []
+    for weighted in (True, False):
+        wrapper = build(device, use_simple_mdlm_loss_weight=weighted)
+        torch.manual_seed(3)
+        bounds.append(wrapper.nelbo(clean(device)))
+    assert bounds[0] == bounds[1]
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("path", ["embeddings", "logits"])
+def test_losses_of_a_16_bit_network_are_float32(critic, path, device):
+    wrapper = build(device, critic=critic).bfloat16()
+    if path == "logits":
+        wrapper.net.to_logits.register_forward_hook(lambda module, arguments, output: None)
+    losses = wrapper(clean(device))
+    assert [loss.dtype for loss in losses if loss is not None] == [torch.float32] * (2 if critic == "none" else 3)
+    losses.loss.backward()
+    assert wrapper.nelbo(clean(device)).dtype == torch.float32
+    assert (wrapper.generate(2, steps=2) != MASK).all()
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_batch_with_nothing_maskable_costs_nothing(critic, weighted, device):
+    wrapper = build(device, critic=critic, use_simple_mdlm_loss_weight=weighted)
+    losses = wrapper(clean(device), maskable=torch.zeros(8, N, dtype=torch.bool, device=device))
+    assert all(loss == 0 for loss in losses if loss is not None)
+    losses.loss.backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in wrapper.parameters())
