@@ -601,7 +601,7 @@ def test_validate_shows_a_bar_where_it_can(monkeypatch, capsys):
     validate(data, progress=False)
     validate(data, progress=lambda done, total: None)
     assert capsys.readouterr() == ("", "")
-    without(monkeypatch, "tqdm")
+    without(monkeypatch, "tqdm.auto")
     validate(data)
     assert capsys.readouterr() == ("", "")
 
