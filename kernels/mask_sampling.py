@@ -49,9 +49,9 @@ def _draw_times(seed, samples, global_batch_size, STRATIFIED: tl.constexpr):
 
 @triton.jit
 def _quarter_sine(x):
-    """sin(pi x / 2) for x in [0, 1]: seven terms of its Taylor series, remainder 7e-10.
+    """sin(pi x / 2) for x in [0, 1]: seven terms of its Taylor series, remainder 7e-10; the twin's own.
 
-    The library's cosine keeps a table for huge arguments on the stack.
+    The library's cosine keeps a table for huge arguments on the stack, and rounds unlike torch's.
     """
     square = x * x
     total = 5.692172921967926e-08 * square - 3.598843235212085e-06
@@ -491,6 +491,7 @@ def mask_sampling(
             BLOCK_N=block_n,
             BLOCK_B=_BLOCK_B,
             num_warps=num_warps,
+            enable_fp_fusion=False,  # products and sums round one by one, as in the twin
         )
         if not one_launch:
             _row_list_kernel[(num_rows,)](
