@@ -102,7 +102,8 @@ def test_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert "--resume goes on from" in capsys.readouterr().out
 
 
-def test_text(tmp_path, capsys):
+def test_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where the default checkpoint goes
     path = tmp_path / "text.txt"
     path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
     assert __main__.main(["demo", "--text", str(path), "--steps", "5", "--device", "cpu"]) == 0
