@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class Task:
     seq_len: int
     independent: float
     row_length: int | None
+    characters: str = ""
 
     @property
     def mask_id(self) -> int:
@@ -112,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text is None:
         report_digits(average, task, arguments.output)
     else:
-        report_text(average, arguments.text)
+        report_text(average, task.characters)
     return 0
 
 
@@ -185,13 +187,14 @@ def text_task(path: pathlib.Path) -> Task:
     counts = Counter(stack(train).flatten().tolist())
     total = sum(counts.values()) + len(characters)
     log_frequency = torch.tensor([math.log((counts[i] + 1) / total) for i in range(len(characters))])
-    return Task(train, held_out, len(characters) + 1, TEXT_LENGTH, float(-log_frequency[held_out].mean()), None)
+    independent = float(-log_frequency[held_out].mean())
+    return Task(train, held_out, len(characters) + 1, TEXT_LENGTH, independent, None, characters)
 
 
-def alphabet(path: pathlib.Path) -> list[str]:
+def alphabet(path: pathlib.Path) -> str:
     """The characters of a text, line ends as they are."""
     with path.open(encoding="utf-8", newline="") as file:
-        return sorted(set(file.read()))
+        return "".join(sorted(set(file.read())))
 
 
 # Network and training
@@ -352,12 +355,16 @@ def report_digits(model: NonAutoregressiveWrapper, task: Task, output: pathlib.P
 
 def judge(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Confidence and label, [B] each, that the real training digits nearest to ids [B, 64] agree on."""
+    confidence, label = torch.from_numpy(_classifier().predict_proba(ids.numpy())).max(dim=-1)
+    return confidence, label
+
+
+@cache
+def _classifier() -> Any:
     from sklearn.neighbors import KNeighborsClassifier
 
     images, labels, _, _ = load_digits()
-    classifier = KNeighborsClassifier(NEIGHBOURS).fit(stack(digit_ids(images)).numpy(), labels.numpy())
-    confidence, label = torch.from_numpy(classifier.predict_proba(ids.numpy())).max(dim=-1)
-    return confidence, label
+    return KNeighborsClassifier(NEIGHBOURS).fit(stack(digit_ids(images)).numpy(), labels.numpy())
 
 
 def draw(real: Tensor, generated: Tensor, trajectory: Trajectory, output: pathlib.Path) -> None:
@@ -395,9 +402,8 @@ def draw(real: Tensor, generated: Tensor, trajectory: Trajectory, output: pathli
     pyplot.close(figure)
 
 
-def report_text(model: NonAutoregressiveWrapper, path: pathlib.Path) -> None:
+def report_text(model: NonAutoregressiveWrapper, characters: str) -> None:
     """Prints generated windows of text."""
-    characters = alphabet(path)
     ids, _ = sample(model, 8)
     for sequence in ids.tolist():
         print(repr("".join(characters[i] for i in sequence)))

@@ -14,10 +14,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 _INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.cuda.is_available()
 if _INTERPRETS:
@@ -41,6 +43,13 @@ class Backend:
         """The function of that name, ``mask_sampling`` say."""
         return getattr(self.module(operation), operation)
 
+    def run(self, function: Callable, *arguments, **options):
+        """A public function on this backend: tensors go to its device, results come back to the CPU."""
+        to_device = partial(tree_map_only, torch.Tensor, lambda tensor: tensor.to(self.device))
+        chosen = "triton" if self.is_kernel else "reference"
+        out = function(*to_device(arguments), backend=chosen, **to_device(options))
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, out)
+
     @property
     def package(self) -> str:
         return "fastmask.reference" if self.name == "reference" else "fastmask.kernels"
@@ -54,9 +63,19 @@ def _backend(name: str) -> Backend:
     return Backend(name, torch.device("cpu" if _INTERPRETS else "cuda"))
 
 
-@pytest.fixture(scope="session", params=["reference", *_KERNEL_BACKEND])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for ``backend`` runs once for each backend of this machine: the reference, and the
+    kernel, unless the module names an OPERATION that has none yet."""
+    if "backend" in metafunc.fixturenames:
+        operation = getattr(metafunc.module, "OPERATION", "mask_sampling")
+        has_kernel = importlib.util.find_spec(f"fastmask.kernels.{operation}") is not None
+        names = ["reference", *_KERNEL_BACKEND] if has_kernel else ["reference"]
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each test that asks for it runs once for each backend of this machine."""
+    """One of the backends that ``pytest_generate_tests`` chose."""
     return _backend(request.param)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,37 +17,20 @@ from x_transformers import nonautoregressive_wrapper as upstream
 
 from fastmask import _streams as streams
 from fastmask import functional
-from fastmask.functional import Sampled
 from fastmask.reference import demask as reference_module
 from fastmask.reference import philox
 
-HAS_KERNEL = importlib.util.find_spec("fastmask.kernels.demask") is not None
-
-if not HAS_KERNEL:
-
-    @pytest.fixture(name="backend")
-    def only_the_reference(reference):
-        """Until there is a kernel, the conftest's second backend would only be skipped."""
-        return reference
+OPERATION = "demask"
 
 
 class Door:
-    """The public functions on one backend: arguments go to its device, results come back."""
+    """The public functions on one backend."""
 
     def __init__(self, backend):
         self.backend = backend
 
     def __getattr__(self, name):
-        def move(value):
-            return value.to(self.backend.device) if isinstance(value, torch.Tensor) else value
-
-        def run(*tensors, **options):
-            options = {key: move(value) for key, value in options.items()}
-            chosen = "triton" if self.backend.is_kernel else "reference"
-            out = getattr(functional, name)(*map(move, tensors), backend=chosen, **options)
-            return Sampled(*(value.cpu() for value in out)) if isinstance(out, tuple) else out.cpu()
-
-        return run
+        return partial(self.backend.run, getattr(functional, name))
 
 
 @pytest.fixture

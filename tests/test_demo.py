@@ -116,7 +116,7 @@ def test_text(tmp_path, monkeypatch, capsys):
 def test_text_with_the_line_ends_of_any_system(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"one line\r\nanother line\rand a third\n" * 60)
-    assert {"\r", "\n"} < set(demo.alphabet(path))
+    assert {"\r", "\n"} < set(demo.text_task(path).characters)
     assert len(demo.text_task(path).train) > 10
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,33 +16,16 @@ from fastmask import functional
 from fastmask.functional import CrossEntropy
 from fastmask.reference import linear_masked_cross_entropy as reference_module
 
-HAS_KERNEL = importlib.util.find_spec("fastmask.kernels.linear_masked_cross_entropy") is not None
+OPERATION = "linear_masked_cross_entropy"
 
 # DESIGN 5; float64 as float32: twice half a unit in the last place.
 UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-22, torch.float64: 2**-51}
 
-if not HAS_KERNEL:
-
-    @pytest.fixture(name="backend")
-    def only_the_reference(reference):
-        """Until there is a kernel, the conftest's second backend would only be skipped."""
-        return reference
-
 
 @pytest.fixture
 def linear_cross_entropy(backend):
-    """The public function on one backend: arguments go to its device, results come back."""
-
-    def move(value):
-        return value.to(backend.device) if isinstance(value, torch.Tensor) else value
-
-    def run(*tensors, **options) -> CrossEntropy:
-        options = {key: move(value) for key, value in options.items()}
-        chosen = "triton" if backend.is_kernel else "reference"
-        out = functional.linear_masked_cross_entropy(*map(move, tensors), backend=chosen, **options)
-        return CrossEntropy(*(None if x is None else x.cpu() for x in out))
-
-    return run
+    """The public function on one backend."""
+    return partial(backend.run, functional.linear_masked_cross_entropy)
 
 
 def dense(embeddings, weight, *rest, bias=None, **options) -> CrossEntropy:

@@ -125,7 +125,7 @@ def mask_sampling(
     else:
         if counts is None:
             counts = exact_counts(ratios, num_candidates)
-        counts = counts.long().clamp(min=0).minimum(num_candidates)
+        counts = counts.clamp(min=0).minimum(num_candidates)
         rank = _rank(key, candidate)
         is_masked = rank < counts[:, None]
 
