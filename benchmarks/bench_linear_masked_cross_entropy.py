@@ -1,42 +1,133 @@
-"""Head and loss with gradients, against eager PyTorch on all rows (upstream's way) and on masked rows."""
+"""Head and loss with gradients, against eager PyTorch (the baseline), every peer, and three bare products.
+
+``pytest benchmarks`` or ``python -m benchmarks.bench_linear_masked_cross_entropy [--quick]``.
+"""
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from fastmask import functional
+from benchmarks import harness, peers
+from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Floor, Problem, Row
+from fastmask import _dispatch, functional
+
+OPERATION = "linear_masked_cross_entropy"
+MASK_RATIOS = (0.15, 0.5, 1.0)
+CUDA_SHAPES = ((16384, 32768), (8192, 50304), (8192, 50257), (8192, 128256), (4096, 151936))
+CUDA_WIDTHS = (768, 2048, 4096)
+CPU_SHAPES = ((512, 8192),)
+CPU_WIDTHS = (256,)
 
 
-def all_rows(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(x, weight)[is_masked], targets[is_masked])
+@dataclass(frozen=True)
+class Case:
+    """R rows of width D and a head over V ids; a share of the rows is masked. bfloat16 on CUDA, float32 on a CPU."""
+
+    num_rows: int
+    num_tokens: int
+    dim: int
+    mask_ratio: float
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.num_rows}x{self.num_tokens}, D {self.dim}, mask ratio {self.mask_ratio}"
+
+    @property
+    def num_masked(self) -> int:
+        return round(self.mask_ratio * self.num_rows)
 
 
-def masked_rows(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, is_masked: torch.Tensor
-) -> torch.Tensor:
-    return F.cross_entropy(F.linear(x[is_masked], weight), targets[is_masked])
+def cases(quick: bool) -> list[Case]:
+    """Every shape, width and mask ratio; ``quick``: the largest and the smallest product at mask ratio .5."""
+    device = harness.default_device()
+    shapes, widths = (CUDA_SHAPES, CUDA_WIDTHS) if device.type == "cuda" else (CPU_SHAPES, CPU_WIDTHS)
+    everything = [Case(*shape, dim, ratio, device) for shape in shapes for dim in widths for ratio in MASK_RATIOS]
+    if quick:
+        half = [case for case in everything if case.mask_ratio == 0.5]
+        half.sort(key=lambda case: case.num_rows * case.num_tokens * case.dim, reverse=True)
+        return list(dict.fromkeys((half[0], half[-1])))
+    return everything
 
 
-def ours(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
+@functools.lru_cache(maxsize=1)
+def problem(case: Case) -> Problem:
+    """Embeddings and head of which the logits are spread as in the dense benchmark."""
+    generator = torch.Generator(case.device).manual_seed(0)
+    draw = functools.partial(
+        torch.randn, generator=generator, device=case.device, dtype=harness.default_dtype(case.device)
+    )
+    x = draw(case.num_rows, case.dim)
+    weight = draw(case.num_tokens, case.dim).mul_(harness.LOGIT_SPREAD / case.dim**0.5)
+    targets = torch.randint(case.num_tokens, (case.num_rows,), generator=generator, device=case.device)
+    is_masked = harness.draw_mask(case.num_rows, case.mask_ratio, case.device, generator)
+    return Problem(x, (weight,), targets, is_masked)
+
+
+def ours(x: Tensor, weight: Tensor, targets: Tensor, is_masked: Tensor) -> Tensor:
     return functional.linear_masked_cross_entropy(x, weight, targets, is_masked).loss
 
 
-@pytest.mark.parametrize("mask_ratio", [0.15, 0.5, 1.0])
-@pytest.mark.parametrize("contender", [all_rows, masked_rows, ours])
-def test_linear_masked_cross_entropy(benchmark, contender, mask_ratio):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch, length, dim, num_tokens = 4, 128, 256, 8192
-    x = torch.randn(batch, length, dim, device=device, requires_grad=True)
-    weight = (torch.randn(num_tokens, dim, device=device) / dim**0.5).requires_grad_()
-    targets = torch.randint(0, num_tokens, (batch, length), device=device)
-    is_masked = torch.rand(batch, length, device=device) < mask_ratio
+def contenders() -> list[Contender]:
+    return [Contender("fastmask", WITH_MASK, lambda: ours, is_ours=True), *peers.linear()]
 
-    def step(loss):
-        return torch.autograd.grad(loss(x, weight, targets, is_masked), (x, weight))
 
-    for gradient, expected in zip(step(ours), step(all_rows), strict=True):
-        torch.testing.assert_close(gradient, expected)
-    benchmark.group = f"linear_masked_cross_entropy, mask ratio {mask_ratio}"
-    benchmark(step, contender)
+def floors(case: Case, product: float) -> dict[str, Floor]:
+    """6 m rows D V FLOP: three products on the masked rows, whatever a contender is given."""
+    floor = Floor(6.0 * case.num_masked * case.dim * case.num_tokens, product, "TFLOP/s")
+    return dict.fromkeys((WITH_MASK, ALL_ROWS, COMPACTED), floor)
+
+
+def bare_products(case: Case) -> Callable[[], None]:
+    """logits = X W^T, dX = G W and dW += G^T X on compacted rows, in the chunks and the dW dtype of our operation.
+
+    G stands for the logits' gradient; its rows are padded to 16 bytes, as our chunk's are.
+    """
+    x = problem(case).arguments(COMPACTED)[0].detach()
+    weight = problem(case).parameters[0]
+    chunk = min(len(x), _dispatch.module(OPERATION, case.device, "auto").CHUNK_ROWS)
+    padded = -(-case.num_tokens // 8) * 8
+    buffer = torch.randn(chunk, padded, device=x.device, dtype=x.dtype)
+    logits, gradient = torch.empty_like(buffer)[:, : case.num_tokens], buffer[:, : case.num_tokens]
+    grad_x = torch.empty_like(x)
+    is_single = len(x) <= chunk
+    grad_weight = torch.empty_like(weight, dtype=weight.dtype if is_single else torch.float32)
+    # cuBLAS accumulates into float32 from bfloat16 operands; a CPU has operands of float32 already.
+    mixed: dict[str, Any] = {"out_dtype": grad_weight.dtype} if grad_weight.dtype != x.dtype else {}
+
+    def run() -> None:
+        for start in range(0, len(x), chunk):
+            rows = x[start : start + chunk]
+            part = gradient[: len(rows)]
+            torch.mm(rows, weight.T, out=logits[: len(rows)])
+            torch.mm(part, weight, out=grad_x[start : start + chunk])
+            if start == 0:
+                torch.mm(part.T, rows, **mixed, out=grad_weight)
+            else:
+                torch.addmm(grad_weight, part.T, rows, **mixed, out=grad_weight)
+
+    return run
+
+
+def measure(case: Case) -> list[Row]:
+    limits = harness.ceilings(case.device, harness.default_dtype(case.device))
+    bounds = {"three bare products": bare_products(case)}
+    title = f"{OPERATION}, {case}"
+    return harness.compare(title, contenders(), problem(case), floors(case, limits.product), bounds)
+
+
+@pytest.mark.parametrize("contender", contenders(), ids=str)
+@pytest.mark.parametrize("case", cases(quick=False), ids=str)
+def test_linear_masked_cross_entropy(benchmark: Any, case: Case, contender: Contender) -> None:
+    harness.run_benchmark(benchmark, contender, problem(case), f"{OPERATION}, {case}")
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(__doc__, cases, measure, peers.QUACK_LINEAR))

@@ -1,35 +1,97 @@
-"""Loss and gradient from logits, against eager PyTorch at the masked rows."""
+"""Loss and gradient from logits, against eager PyTorch (the baseline) and every peer.
+
+``pytest benchmarks`` or ``python -m benchmarks.bench_masked_cross_entropy [--quick]``.
+"""
 
 from __future__ import annotations
 
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
+from benchmarks import harness, peers
+from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Floor, Loss, Problem, Row
 from fastmask import functional
 
-
-def eager(logits: torch.Tensor, targets: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits[is_masked].float(), targets[is_masked])
-
-
-def ours(logits: torch.Tensor, targets: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
-    return functional.masked_cross_entropy(logits, targets, is_masked).loss
+OPERATION = "masked_cross_entropy"
+MASK_RATIOS = (0.15, 0.5, 1.0)
+CUDA_SHAPES = ((16384, 32768), (8192, 50304), (8192, 50257), (8192, 128256), (4096, 151936))
+CPU_SHAPES = ((512, 8192), (128, 50257))
 
 
-@pytest.mark.parametrize("mask_ratio", [0.15, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [(4, 128, 8192), (2, 64, 50257)], ids=str)
-@pytest.mark.parametrize("contender", [eager, ours])
-def test_masked_cross_entropy(benchmark, contender, shape, mask_ratio):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = torch.randn(shape, device=device, requires_grad=True)
-    targets = torch.randint(0, shape[-1], shape[:-1], device=device)
-    is_masked = torch.rand(shape[:-1], device=device) < mask_ratio
+@dataclass(frozen=True)
+class Case:
+    """R rows over V ids, of which a share is masked; bfloat16 on CUDA, float32 on a CPU."""
 
-    def step(loss):
-        (gradient,) = torch.autograd.grad(loss(logits, targets, is_masked), logits)
-        return gradient
+    num_rows: int
+    num_tokens: int
+    mask_ratio: float
+    device: torch.device
 
-    torch.testing.assert_close(step(ours), step(eager))
-    benchmark.group = f"masked_cross_entropy {shape}, mask ratio {mask_ratio}"
-    benchmark(step, contender)
+    def __str__(self) -> str:
+        return f"{self.num_rows}x{self.num_tokens}, mask ratio {self.mask_ratio}"
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every shape and mask ratio; ``quick``: a large and a small shape at mask ratio .5."""
+    device = harness.default_device()
+    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
+    if quick:
+        by_size = sorted(shapes, key=lambda shape: shape[0] * shape[1])
+        return [Case(*shape, 0.5, device) for shape in (by_size[-1], by_size[0])]
+    return [Case(*shape, ratio, device) for shape in shapes for ratio in MASK_RATIOS]
+
+
+@functools.lru_cache(maxsize=1)
+def problem(case: Case) -> Problem:
+    """Logits so spread that the softmax weighs in the gradient's norm, beside the targets' ones."""
+    generator = torch.Generator(case.device).manual_seed(0)
+    shape, dtype = (case.num_rows, case.num_tokens), harness.default_dtype(case.device)
+    logits = torch.randn(shape, generator=generator, device=case.device, dtype=dtype).mul_(harness.LOGIT_SPREAD)
+    targets = torch.randint(case.num_tokens, shape[:1], generator=generator, device=case.device)
+    is_masked = harness.draw_mask(case.num_rows, case.mask_ratio, case.device, generator)
+    return Problem(logits, (), targets, is_masked)
+
+
+def _ours(inplace_grad: bool) -> Loss:
+    def loss(logits: Tensor, targets: Tensor, is_masked: Tensor) -> Tensor:
+        return functional.masked_cross_entropy(logits, targets, is_masked, inplace_grad=inplace_grad).loss
+
+    return loss
+
+
+def contenders() -> list[Contender]:
+    return [
+        Contender("fastmask", WITH_MASK, lambda: _ours(inplace_grad=False), is_ours=True),
+        Contender("fastmask (in place)", WITH_MASK, lambda: _ours(inplace_grad=True), is_ours=True, overwrites=True),
+        *peers.dense(),
+    ]
+
+
+def floors(case: Case, copy: float) -> dict[str, Floor]:
+    """Bytes: masked rows read once and written once, unmasked rows only zeroed: (1 + m) S of DESIGN 4. On
+    compacted rows nothing is zeroed: 2 m S, of the smaller job."""
+    row = case.num_tokens * harness.default_dtype(case.device).itemsize
+    masked = round(case.mask_ratio * case.num_rows)
+    whole = Floor((case.num_rows + masked) * row, copy, "GB/s")
+    return {WITH_MASK: whole, ALL_ROWS: whole, COMPACTED: Floor(2 * masked * row, copy, "GB/s")}
+
+
+def measure(case: Case) -> list[Row]:
+    limits = harness.ceilings(case.device, harness.default_dtype(case.device))
+    return harness.compare(f"{OPERATION}, {case}", contenders(), problem(case), floors(case, limits.copy), {})
+
+
+@pytest.mark.parametrize("contender", contenders(), ids=str)
+@pytest.mark.parametrize("case", cases(quick=False), ids=str)
+def test_masked_cross_entropy(benchmark: Any, case: Case, contender: Contender) -> None:
+    harness.run_benchmark(benchmark, contender, problem(case), f"{OPERATION}, {case}")
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(__doc__, cases, measure, peers.QUACK_DENSE))

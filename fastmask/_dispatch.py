@@ -19,8 +19,10 @@ KERNELS = [name for name in OPERATIONS if importlib.util.find_spec(f"fastmask.ke
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(operation: str, device: torch.device, backend: str = "auto") -> tuple[str, str]:
-    """("triton" | "reference", why) for an operation on a device.
+def choose(
+    operation: str, device: torch.device, backend: str = "auto", dtype: torch.dtype | None = None
+) -> tuple[str, str]:
+    """("triton" | "reference", why) for an operation on a device, at a floating-point dtype if it has one.
 
     Where the caller says "auto" the environment variable FASTMASK_BACKEND decides, and where that is
     unset or "auto" too: the kernel on a GPU, the reference elsewhere.
@@ -35,20 +37,23 @@ def choose(operation: str, device: torch.device, backend: str = "auto") -> tuple
         raise ValueError(f"expected {source} to be one of {', '.join(BACKENDS)}; received {backend!r}")
     if backend == "reference":
         return "reference", f"{source}reference"
-    obstacle = _obstacle(operation, device)
+    obstacle = _no_kernel(operation, dtype)
+    insists = source == "backend=" or obstacle is None  # the variable speaks of all operations and dtypes
+    obstacle = obstacle or _cannot_run(device)
     if backend == "triton" and obstacle is None:
         return "triton", f"{source}triton"
-    # The variable speaks of all operations, so it does not insist on a kernel that is not written yet.
-    if backend == "triton" and (source == "backend=" or operation in KERNELS):
+    if backend == "triton" and insists:
         raise RuntimeError(f"{source}triton cannot run {operation}: {obstacle}; use backend='reference'")
     if obstacle is None and device.type == "cuda":
         return "triton", "kernel on this GPU"
     return "reference", obstacle or f"auto interprets no kernels on {device.type}"
 
 
-def module(operation: str, device: torch.device, backend: str = "auto") -> ModuleType:
-    """The module that runs an operation on a device: ``fastmask.kernels.X`` or ``fastmask.reference.X``."""
-    chosen, _ = choose(operation, device, backend)
+def module(
+    operation: str, device: torch.device, backend: str = "auto", dtype: torch.dtype | None = None
+) -> ModuleType:
+    """The module that runs an operation: ``fastmask.kernels.X`` or ``fastmask.reference.X``; see ``choose``."""
+    chosen, _ = choose(operation, device, backend, dtype)
     package = "kernels" if chosen == "triton" else "reference"
     name = f"fastmask.{package}.{operation}"
     if name not in sys.modules:  # torch.compile traces a look-up, not an import
@@ -56,10 +61,15 @@ def module(operation: str, device: torch.device, backend: str = "auto") -> Modul
     return sys.modules[name]
 
 
-def _obstacle(operation: str, device: torch.device) -> str | None:
-    """Why Triton cannot run the operation there, or None."""
+def _no_kernel(operation: str, dtype: torch.dtype | None) -> str | None:
+    """Why there is no kernel for the operation, or None."""
     if operation not in KERNELS:
         return f"no Triton kernel for {operation} yet"
+    return "the kernels compute in float32, not float64" if dtype is torch.float64 else None
+
+
+def _cannot_run(device: torch.device) -> str | None:
+    """Why Triton does not run there, or None."""
     if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if device.type != "cuda" and not _interpreting():

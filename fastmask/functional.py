@@ -298,9 +298,15 @@ def _check_head(embeddings: Tensor, weight: Tensor, bias: Tensor | None) -> None
     _check.same_device(embeddings=embeddings, weight=weight, bias=bias)
 
 
-def _check_loss_options(num_tokens: int, label_smoothing: float, z_loss: float, exclude_id: int | None) -> None:
+def _check_loss_options(
+    num_tokens: int, label_smoothing: float, z_loss: float, softcap: float | None, exclude_id: int | None
+) -> None:
     _check.number("label_smoothing", label_smoothing, 0.0, 1.0)
     _check.number("z_loss", z_loss, 0.0)
+    if softcap is not None:
+        _check.number("softcap", softcap, 0.0)
+        if softcap == 0.0:
+            raise ValueError("expected softcap above 0, received 0; leave it out for logits as they are")
     if exclude_id is not None:
         _check.integer("exclude_id", exclude_id, 0, num_tokens)
         if num_tokens == 1:
@@ -317,8 +323,10 @@ def masked_cross_entropy(
     denominator: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     exclude_id: int | None = None,
     with_correct: bool = False,
+    inplace_grad: bool = False,
     check: bool = False,
     backend: str = "auto",
 ) -> CrossEntropy:
@@ -327,6 +335,8 @@ def masked_cross_entropy(
     .. math::
         \ell_i = w_i \left[(1 - \epsilon)(L_i - z_{i,y_i}) + \epsilon (L_i - \bar z_i) + \lambda L_i^2\right],
         \quad L_i = \log \sum_{v \in A} e^{z_{i,v}}, \quad \bar z_i = \mathrm{mean}_{v \in A} z_{i,v}
+
+    with z the logits, or c tanh(logits / c) under a softcap c.
 
     With everything left at its default this is ``F.cross_entropy(logits[is_masked].float(),
     targets[is_masked])``, and 0 where nothing is masked.
@@ -342,9 +352,13 @@ def masked_cross_entropy(
             MDLM weights). A number or a tensor of one.
         label_smoothing: epsilon in [0, 1], spread over the columns A.
         z_loss: lambda >= 0.
+        softcap: c > 0, or None for none.
         exclude_id: a column that leaves A and gets gradient 0 (mask_id, for MDLM's SUBS). A target equal
             to it costs +inf.
         with_correct: also compare the argmax over A (ties to the lower id) with the target.
+        inplace_grad: let the gradient take the logits' memory, in forward or backward: the caller reads them
+            no more and runs backward once. A permission: where it cannot be had (torch.compile, logits that
+            are not contiguous) the gradient gets memory of its own.
         check: also refuse targets outside [0, V) or equal to exclude_id at masked positions (synchronises).
         backend: see the module.
 
@@ -357,12 +371,13 @@ def masked_cross_entropy(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape, reduction or number, weights that require
         grad, a denominator without "mean"; under check=True targets out of range. RuntimeError on
-        double backward.
+        double backward, and on a second backward with inplace_grad.
 
     Randomness: none.
 
     Source: label smoothing, Szegedy et al. (https://arxiv.org/abs/1512.00567, section 7); z-loss, PaLM
-    (https://arxiv.org/abs/2204.02311, section 5); SUBS, MDLM (https://arxiv.org/abs/2406.07524, section 3.2.3).
+    (https://arxiv.org/abs/2204.02311, section 5); softcap, Gemma 2
+    (https://arxiv.org/abs/2408.00118, section 2); SUBS, MDLM (https://arxiv.org/abs/2406.07524, section 3.2.3).
 
     Example:
         >>> logits = torch.zeros(1, 3, 4)
@@ -374,24 +389,27 @@ def masked_cross_entropy(
     if logits.ndim < 2 or logits.shape[-1] == 0:
         raise ValueError(f"expected logits of shape [..., V] with V of at least 1, received {list(logits.shape)}")
     weights, denominator = _check_loss_rows(logits, targets, is_masked, weights, reduction, denominator)
-    _check_loss_options(logits.shape[-1], label_smoothing, z_loss, exclude_id)
+    _check_loss_options(logits.shape[-1], label_smoothing, z_loss, softcap, exclude_id)
     _check.same_device(logits=logits, targets=targets, is_masked=is_masked, weights=weights)
     if check:
         _check_targets(targets, is_masked, weights, logits.shape[-1], exclude_id)
-    run = _dispatch.module("masked_cross_entropy", logits.device, backend).masked_cross_entropy
-    out: CrossEntropy = run(
-        logits,
-        targets,
-        is_masked,
-        weights,
-        reduction=reduction,
-        denominator=denominator,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        exclude_id=exclude_id,
-        with_correct=with_correct,
+    run = _dispatch.module("masked_cross_entropy", logits.device, backend, logits.dtype).masked_cross_entropy
+    return CrossEntropy(
+        *run(
+            logits,
+            targets,
+            is_masked,
+            weights,
+            reduction=reduction,
+            denominator=denominator,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            exclude_id=exclude_id,
+            with_correct=with_correct,
+            inplace_grad=inplace_grad,
+        )
     )
-    return out
 
 
 def linear_masked_cross_entropy(
@@ -402,10 +420,13 @@ def linear_masked_cross_entropy(
     weights: Tensor | None = None,
     *,
     bias: Tensor | None = None,
+    row_indices: Tensor | None = None,
+    num_masked: int | None = None,
     reduction: str = "mean",
     denominator: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     exclude_id: int | None = None,
     with_correct: bool = False,
     check: bool = False,
@@ -424,7 +445,11 @@ def linear_masked_cross_entropy(
         embeddings: [..., D] float16|bfloat16|float32|float64.
         weight: [V, D], the head's weight, of the embeddings' dtype (any under autocast).
         bias: [V] of the weight's dtype, or None.
-        targets, is_masked, weights, reduction, denominator, label_smoothing, z_loss, exclude_id,
+        row_indices: [K] int64, in place of is_masked: the flat indices of the masked positions, each once,
+            then -1; as ``mask_sampling`` returns them.
+        num_masked: how many positions are masked, if the host knows, or a number that they do not exceed:
+            then nothing waits for the device to count them. The loss is NaN where there are more.
+        targets, is_masked, weights, reduction, denominator, label_smoothing, z_loss, softcap, exclude_id,
             with_correct, check, backend: as in :func:`masked_cross_entropy`.
 
     Returns, Raises, Randomness, Source: as :func:`masked_cross_entropy`; gradients reach embeddings
@@ -438,28 +463,45 @@ def linear_masked_cross_entropy(
     """
     _check_head(embeddings, weight, bias)
     weights, denominator = _check_loss_rows(embeddings, targets, is_masked, weights, reduction, denominator)
-    _check_loss_options(len(weight), label_smoothing, z_loss, exclude_id)
+    _check_loss_options(len(weight), label_smoothing, z_loss, softcap, exclude_id)
+    if row_indices is not None:
+        if is_masked is not None:
+            raise ValueError("expected is_masked or row_indices, received both; leave one out")
+        _check.tensor("row_indices", row_indices, [torch.int64], ndim=1)
+    if num_masked is not None:
+        num_masked = _check.integer("num_masked", num_masked, 0)
     _check.same_device(
-        embeddings=embeddings, weight=weight, bias=bias, targets=targets, is_masked=is_masked, weights=weights
+        embeddings=embeddings,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        is_masked=is_masked,
+        weights=weights,
+        row_indices=row_indices,
     )
     if check:
         _check_targets(targets, is_masked, weights, len(weight), exclude_id)
-    run = _dispatch.module("linear_masked_cross_entropy", embeddings.device, backend).linear_masked_cross_entropy
-    out: CrossEntropy = run(
-        embeddings,
-        weight,
-        bias,
-        targets,
-        is_masked,
-        weights,
-        reduction=reduction,
-        denominator=denominator,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        exclude_id=exclude_id,
-        with_correct=with_correct,
+    operation = "linear_masked_cross_entropy"
+    run = _dispatch.module(operation, embeddings.device, backend, embeddings.dtype).linear_masked_cross_entropy
+    return CrossEntropy(
+        *run(
+            embeddings,
+            weight,
+            bias,
+            targets,
+            is_masked,
+            weights,
+            row_indices=row_indices,
+            num_masked=num_masked,
+            reduction=reduction,
+            denominator=denominator,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            exclude_id=exclude_id,
+            with_correct=with_correct,
+        )
     )
-    return out
 
 
 def sample_tokens(

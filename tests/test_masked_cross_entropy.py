@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -22,7 +21,13 @@ UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-22, tor
 @pytest.fixture
 def cross_entropy(backend):
     """The public function on one backend."""
-    return partial(backend.run, functional.masked_cross_entropy)
+
+    def run(logits, *arguments, **options):
+        if backend.is_kernel and logits.dtype == torch.float64:
+            pytest.skip("the kernels compute in float32: float64 logits run as PyTorch")
+        return backend.run(functional.masked_cross_entropy, logits, *arguments, **options)
+
+    return run
 
 
 def draw(*shape, seed=0, scale=3.0, dtype=torch.float32) -> torch.Tensor:

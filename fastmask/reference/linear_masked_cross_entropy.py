@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmask._autograd import first_order_only
 from fastmask.reference.masked_cross_entropy import (
     CrossEntropy,
     active_rows,
     chunk_losses,
     chunk_rows,
-    first_order_only,
     mean_denominator,
     scatter_rows,
 )
@@ -149,10 +149,13 @@ def linear_masked_cross_entropy(
     is_masked: Tensor | None = None,
     weights: Tensor | None = None,
     *,
+    row_indices: Tensor | None,
+    num_masked: int | None,
     reduction: str,
     denominator: Tensor | float | None,
     label_smoothing: float,
     z_loss: float,
+    softcap: float | None,
     exclude_id: int | None,
     with_correct: bool,
 ) -> CrossEntropy:
@@ -163,7 +166,13 @@ def linear_masked_cross_entropy(
         weight, bias: [V, D] and [V] of the same dtype, or no bias. Under autocast the products are
             taken in its dtype, and the gradients come back in the arguments' own.
         targets, is_masked, weights: as in ``masked_cross_entropy``.
+        row_indices: [K] int64, in place of is_masked: flat positions of the masked rows, then -1.
+        num_masked: an upper bound of their number; the loss is NaN where there are more.
     """
+    if row_indices is not None:
+        row_indices = row_indices[row_indices >= 0]
+        is_masked = torch.zeros_like(targets, dtype=torch.bool).flatten()
+        is_masked = is_masked.index_fill_(0, row_indices, True).view(targets.shape)
     rows, row_weights = active_rows(targets, is_masked, weights)
     accumulator = torch.promote_types(embeddings.dtype, torch.float32)
     coefficients = embeddings.new_ones(len(rows), dtype=accumulator)
@@ -174,6 +183,7 @@ def linear_masked_cross_entropy(
     options = {
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
+        "softcap": softcap,
         "exclude_id": exclude_id,
         "with_correct": with_correct,
     }
@@ -196,6 +206,8 @@ def linear_masked_cross_entropy(
         )
     if reduction == "none":
         loss = scatter_rows(loss, rows, targets.shape)
+    if num_masked is not None and len(rows if row_indices is None else row_indices) > num_masked:
+        loss = loss + torch.nan
     return CrossEntropy(
         loss,
         scatter_rows(nll, rows, targets.shape),

@@ -8,19 +8,20 @@ q = 1 - p_y, label smoothing e and z-loss l,
     d loss / d z_v = w (p_v (1 + 2 l L) - e / |A|)              v in A, v != y
     d loss / d z_y = w (-q + 2 l L p_y + e (1 - 1 / |A|))
 
-in float32 (float64 for float64 logits). A leaves out ``exclude_id`` (the SUBS parametrisation of MDLM,
+in float32 (float64 for float64 logits). With a softcap c, z = c tanh(x / c) of the logits x given, and
+d loss / d x = (1 - (z / c)^2) d loss / d z. A leaves out ``exclude_id`` (the SUBS parametrisation of MDLM,
 https://arxiv.org/abs/2406.07524, section 3.2.3). As p_y -> 1, L - z_y and 1 - p_y cancel; nll and q are
 taken from the sum over the other columns instead and keep their relative accuracy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastmask._autograd import first_order_only
 
 # A chunk's temporaries stay in a CPU core's cache.
 _CHUNK_ELEMENTS = 2**19
@@ -48,23 +49,11 @@ def row_losses(
     logits: Tensor,
     targets: Tensor,
     rows: Tensor,
-    *,
-    label_smoothing: float,
-    z_loss: float,
-    exclude_id: int | None,
-    with_correct: bool,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unweighted loss, nll and correctness, [M] each, of the rows ``rows`` of logits [R, V]."""
     parts = [
-        chunk_losses(
-            logits[part],
-            targets[part],
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            exclude_id=exclude_id,
-            with_correct=with_correct,
-            with_gradient=False,
-        )[:3]
+        chunk_losses(logits[part], targets[part], with_gradient=False, **options)[:3]
         for part in rows.split(chunk_rows(logits))
     ]
     loss, nll, correct = map(torch.cat, zip(*parts, strict=True))
@@ -82,6 +71,7 @@ def chunk_losses(
     *,
     label_smoothing: float,
     z_loss: float,
+    softcap: float | None,
     exclude_id: int | None,
     with_correct: bool,
     with_gradient: bool,
@@ -90,13 +80,18 @@ def chunk_losses(
     target = targets.long()[:, None]
     z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     num_allowed = z.shape[-1] - (exclude_id is not None)
+    slope = None
+    if softcap is not None:
+        z = z.div_(softcap).tanh_()
+        slope = 1.0 - z.square() if with_gradient else None
+        z *= softcap
     if exclude_id is not None:
         z[:, exclude_id] = -torch.inf
     z_max = z.amax(dim=-1, keepdim=True)
     z_target = z.gather(-1, target)
     correct = torch.zeros_like(target, dtype=torch.bool)
     if with_correct:
-        correct = (z.argmax(dim=-1, keepdim=True) == target) & ~z_max.isnan()
+        correct = z.argmax(dim=-1, keepdim=True) == target
 
     z -= z_max
     if label_smoothing > 0.0:
@@ -110,6 +105,7 @@ def chunk_losses(
     others = e.scatter_(-1, target, 0.0).sum(dim=-1, keepdim=True)
     total = others + e_target
 
+    correct &= ~total.isnan()
     log_total = total.log()
     lse = z_max + log_total
     ratio = others / e_target
@@ -125,49 +121,23 @@ def chunk_losses(
         gradient = e.mul_((1.0 + 2.0 * z_loss * lse) / total).sub_(label_smoothing / num_allowed)
         at_target = -others / total + label_smoothing * (1.0 - 1.0 / num_allowed)
         gradient.scatter_(-1, target, at_target + 2.0 * z_loss * lse * e_target / total)
+        if slope is not None:
+            gradient *= slope
         if exclude_id is not None:
             gradient[:, exclude_id] = 0.0
     return RowLosses(loss.squeeze(-1), nll.squeeze(-1), correct.squeeze(-1), gradient)
-
-
-class _Undifferentiable(torch.autograd.Function):
-    """The identity on a gradient that has none of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("the masked cross-entropies cannot be differentiated twice (double backward)")
-
-
-def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a backward's own derivative raise.
-
-    torch's once_differentiable raises only where the incoming gradient requires grad: at the end of a loss
-    it does not, and a gradient penalty would silently count as a constant.
-    """
-
-    @wraps(backward)
-    def wrapped(ctx: Any, *incoming: Tensor) -> Any:
-        with torch.no_grad():
-            gradients = backward(ctx, *incoming)
-        if not torch.is_grad_enabled():  # no create_graph
-            return gradients
-        return tuple(g if g is None else _Undifferentiable.apply(g.detach().requires_grad_()) for g in gradients)
-
-    return wrapped
 
 
 class _MaskedRows(torch.autograd.Function):
     """Losses of the rows ``rows`` of logits [R, V]; the gradient is recomputed in backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, rows: Tensor, options: dict[str, Any]) -> Any:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, rows: Tensor, inplace_grad: bool, options: dict[str, Any]
+    ) -> Any:
         ctx.save_for_backward(logits, targets, rows)
-        ctx.options = options
-        loss, nll, correct = row_losses(logits, targets, rows, **options)
+        ctx.inplace_grad, ctx.options = inplace_grad, options
+        loss, nll, correct = row_losses(logits, targets, rows, options)
         ctx.mark_non_differentiable(nll, correct)
         return loss, nll, correct
 
@@ -175,14 +145,16 @@ class _MaskedRows(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         logits, targets, rows = ctx.saved_tensors
-        grad_logits = torch.zeros_like(logits)
+        grad_logits = logits.detach() if ctx.inplace_grad else torch.empty_like(logits)
         chunk = chunk_rows(logits)
         for part, grad_part in zip(rows.split(chunk), grad_loss.split(chunk), strict=True):
             options = {**ctx.options, "with_correct": False}
             out = chunk_losses(logits[part], targets[part], with_gradient=True, **options)
             assert out.gradient is not None
             grad_logits[part] = out.gradient.mul_(grad_part[:, None]).to(logits.dtype)
-        return grad_logits, None, None, None
+        is_unmasked = torch.ones_like(targets, dtype=torch.bool).index_fill_(0, rows, False)
+        grad_logits.index_fill_(0, is_unmasked.nonzero().squeeze(-1), 0.0)
+        return grad_logits, None, None, None, None
 
 
 def masked_cross_entropy(
@@ -195,8 +167,10 @@ def masked_cross_entropy(
     denominator: Tensor | float | None,
     label_smoothing: float,
     z_loss: float,
+    softcap: float | None,
     exclude_id: int | None,
     with_correct: bool,
+    inplace_grad: bool,
 ) -> CrossEntropy:
     """The twin of ``kernels/masked_cross_entropy.py``.
 
@@ -206,15 +180,17 @@ def masked_cross_entropy(
         is_masked: [...] bool, or None for every row.
         weights: [...] float32, or None for 1; weight 0 is unmasked.
         with_correct: whether to compare the argmax with the target.
+        inplace_grad: backward writes the gradient where the logits lie.
     """
     rows, row_weights = active_rows(targets, is_masked, weights)
     options = {
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
+        "softcap": softcap,
         "exclude_id": exclude_id,
         "with_correct": with_correct,
     }
-    loss, nll, correct = _MaskedRows.apply(logits.flatten(0, -2), targets.flatten(), rows, options)
+    loss, nll, correct = _MaskedRows.apply(logits.flatten(0, -2), targets.flatten(), rows, inplace_grad, options)
     if row_weights is not None:
         loss = loss * row_weights
     loss = scatter_rows(loss, rows, targets.shape) if reduction == "none" else loss.sum()
