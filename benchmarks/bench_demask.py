@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from x_transformers.nonautoregressive_wrapper import gumbel_sample, top_k
@@ -24,7 +26,7 @@ def ours(logits: torch.Tensor, filter_thres: float | None) -> tuple[torch.Tensor
 @pytest.mark.parametrize("filter_thres", [None, 0.7])
 @pytest.mark.parametrize("shape", [(1, 512, 8192), (1, 64, 50257)], ids=str)
 @pytest.mark.parametrize("contender", [eager, ours])
-def test_demask(benchmark, contender, shape, filter_thres):
+def test_demask(benchmark: Any, contender: Any, shape: tuple[int, ...], filter_thres: float | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits = torch.randn(shape, device=device)
     ids, probs = ours(logits, filter_thres)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from x_transformers.nonautoregressive_wrapper import get_mask_subset_prob
@@ -31,7 +33,7 @@ def ours(tokens: torch.Tensor) -> functional.MaskedTokens:
 
 @pytest.mark.parametrize("shape", [(64, 1024), (8, 256), (4, 16384)], ids=str)
 @pytest.mark.parametrize("contender", [eager, ours])
-def test_mask_sampling(benchmark, contender, shape):
+def test_mask_sampling(benchmark: Any, contender: Any, shape: tuple[int, ...]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = torch.randint(0, MASK_ID, shape, device=device)
     out = ours(tokens)

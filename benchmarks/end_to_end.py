@@ -76,7 +76,7 @@ def verify(size: Size) -> None:
     x = torch.randint(size.num_tokens - 1, (size.batch, size.seq_len))
     masked = fastmask.functional.mask_sampling(x, mask_id=size.num_tokens - 1, num_tokens=size.num_tokens, seed=0)
     out = fastmask.backbone.run(ours.net, masked.masked_ids)
-    loss = out.loss(x, masked.is_masked, None, None)
+    loss = out.loss(x, masked, None, None, None)
     logits = theirs.net(masked.masked_ids)
     expected = nn.functional.cross_entropy(logits[masked.is_masked], x[masked.is_masked])
     torch.testing.assert_close(loss, expected)

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fastmask import functional
-from fastmask.functional import Sampled
+from fastmask.functional import MaskedTokens, Sampled
 
 
 class Head(NamedTuple):
@@ -38,20 +38,30 @@ class Output(NamedTuple):
     embeddings: Tensor | None
     head: Head | None
 
-    def loss(self, targets: Tensor, is_masked: Tensor, weights: Tensor | None, denominator: Any) -> Tensor:
-        """Masked cross-entropy, "mean"; arguments as in :func:`fastmask.functional.masked_cross_entropy`."""
+    def loss(
+        self,
+        targets: Tensor,
+        masked: MaskedTokens,
+        weights: Tensor | None,
+        denominator: Any,
+        num_masked: int | None,
+    ) -> Tensor:
+        """Masked cross-entropy, "mean"; arguments as in :func:`fastmask.functional.linear_masked_cross_entropy`."""
         if self.head is None:
             assert self.logits is not None
-            out = functional.masked_cross_entropy(self.logits, targets, is_masked, weights, denominator=denominator)
+            out = functional.masked_cross_entropy(
+                self.logits, targets, masked.is_masked, weights, denominator=denominator
+            )
         else:
             assert self.embeddings is not None
             out = functional.linear_masked_cross_entropy(
                 self.head.scaled(self.embeddings),
                 self.head.weight,
                 targets,
-                is_masked,
-                weights,
+                weights=weights,
                 bias=self.head.bias,
+                row_indices=masked.row_indices,
+                num_masked=num_masked,
                 denominator=denominator,
             )
         return out.loss

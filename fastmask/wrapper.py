@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask import _check, backbone, compat, functional
+from fastmask._host_count import HostCount
 from fastmask._progress import Progress, track
 from fastmask.critic import SelfCritic, critic_logits, critic_loss
 from fastmask.functional import MaskedTokens
@@ -228,10 +229,13 @@ class NonAutoregressiveWrapper(nn.Module):
         share = 1.0 if num_tokens is None else _num_maskable(x, maskable) / num_tokens
         seed = functional.draw_seed(x.device, generator)
         masked = self._mask(x, maskable, seed, sample_offset, global_batch_size)
+        num_masked = HostCount(masked.num_masked)
         sum_embeds = self._training_self_cond(masked.masked_ids, generator, kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
             out = backbone.run(self.net, masked.masked_ids, **sum_embeds, **kwargs)
-        loss = None if only_train_critic else share * self._generator_loss(out, x, masked, maskable)
+        loss = None
+        if not only_train_critic:
+            loss = share * self._generator_loss(out, x, masked, maskable, num_masked.wait())
         if loss is not None and (self.token_critic is None or only_train_generator):
             return Losses(loss, loss, None)
 
@@ -239,7 +243,9 @@ class NonAutoregressiveWrapper(nn.Module):
         temperature = generator_sample_temperature
         if temperature is None:
             temperature = _host_uniform(generator)
-        generated, is_wrong = self._corrupt(out, x, masked, temperature, seed, generator, sample_offset)
+        generated, is_wrong = self._corrupt(
+            out, x, masked, num_masked.wait(), temperature, seed, generator, sample_offset
+        )
         critic_kwargs = {} if self.compat else kwargs
         critic = share * critic_loss(critic_logits(self.token_critic, generated, critic_kwargs), is_wrong, maskable)
         if loss is None:
@@ -293,13 +299,14 @@ class NonAutoregressiveWrapper(nn.Module):
         x: Tensor,
         masked: MaskedTokens,
         maskable: Tensor | None,
+        num_masked: int | None,
     ) -> Tensor:
         if not self.use_simple_mdlm_loss_weight:
-            return out.loss(x, masked.is_masked, None, None)
+            return out.loss(x, masked, None, None, num_masked)
         if self.compat:
             weights = compat.loss_weights(self._schedule, masked.times)
-            return out.loss(x, masked.is_masked, weights, masked.num_masked.clamp(min=1))
-        return out.loss(x, masked.is_masked, masked.loss_weights, _num_maskable(x, maskable))
+            return out.loss(x, masked, weights, masked.num_masked.clamp(min=1), num_masked)
+        return out.loss(x, masked, masked.loss_weights, _num_maskable(x, maskable), num_masked)
 
     @torch.no_grad()
     def _corrupt(
@@ -307,6 +314,7 @@ class NonAutoregressiveWrapper(nn.Module):
         out: backbone.Output,
         x: Tensor,
         masked: MaskedTokens,
+        num_masked: int | None,
         temperature: float,
         seed: Tensor,
         generator: torch.Generator | None,
@@ -320,7 +328,8 @@ class NonAutoregressiveWrapper(nn.Module):
             sampled = compat.sample_tokens(logits, temperature=temperature, filter_thres=None, generator=generator)
             ids = sampled.ids.view_as(x)
             return x.where(~masked.is_masked, ids.to(x.dtype)), ids != x
-        rows = masked.is_masked.flatten().nonzero().squeeze(-1)
+        rows = masked.row_indices
+        rows = rows[rows >= 0] if num_masked is None else rows[:num_masked]
         sampled = out.sample(
             rows, temperature=temperature, mask_id=self.mask_id, seed=seed, sample_offset=sample_offset
         )
@@ -381,8 +390,9 @@ class NonAutoregressiveWrapper(nn.Module):
                     sample_offset=draw * len(tokens),
                     global_batch_size=num_samples * len(tokens),
                 )
+                num_masked = HostCount(masked.num_masked)
                 out = backbone.run(self.net, masked.masked_ids, **condition, **kwargs)
-                total += out.loss(tokens, masked.is_masked, masked.loss_weights, denominator)
+                total += out.loss(tokens, masked, masked.loss_weights, denominator, num_masked.wait())
         return total / num_samples
 
     # Generation

@@ -363,11 +363,27 @@ def test_every_operation_has_its_reference(dispatch):
         assert _dispatch.module(operation, CPU) is module
 
 
+def test_float64_is_computed_by_pytorch(dispatch):
+    """The kernels compute in float32: a caller who insists is told, the default and the variable fall back."""
+    pretend(dispatch)
+    losses = ["masked_cross_entropy", "linear_masked_cross_entropy"]
+    for operation in losses:
+        assert _dispatch.choose(operation, CUDA, dtype=torch.bfloat16)[0] == "triton"
+        assert _dispatch.choose(operation, CUDA, dtype=torch.float64)[0] == "reference"
+        with pytest.raises(RuntimeError, match="kernels compute in float32, not float64; use backend='reference'"):
+            _dispatch.choose(operation, CUDA, "triton", torch.float64)
+    dispatch.setenv("FASTMASK_BACKEND", "triton")
+    for operation in losses:
+        assert _dispatch.choose(operation, CUDA, dtype=torch.float64)[0] == "reference"
+    dense(LOGITS.double())
+    linear(EMBEDDINGS.double(), WEIGHT.double())
+
+
 def test_the_door_hands_backend_on(monkeypatch):
     """Each function asks for its own operation, with the caller's backend."""
     asked, module = [], _dispatch.module
 
-    def spy(operation, device, backend):
+    def spy(operation, device, backend, dtype=None):
         asked.append((operation, backend))
         return module(operation, device, "reference")
 

@@ -15,6 +15,7 @@ from torch import nn
 from x_transformers import Encoder, TransformerWrapper
 
 from fastmask import Losses, NonAutoregressiveWrapper, Schedule, functional
+from fastmask._host_count import HostCount
 
 V, N, MASK = 12, 6, 11
 SCHEDULES = {
@@ -969,3 +970,65 @@ def test_a_batch_with_nothing_maskable_costs_nothing(critic, weighted, device):
     assert all(loss == 0 for loss in losses if loss is not None)
     losses.loss.backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in wrapper.parameters())
+
+
+# ---- kernels ----
+
+
+def step(wrapper, x):
+    """Losses and gradients of a step whose masks and temperature are always the same."""
+    wrapper.zero_grad()
+    torch.manual_seed(7)
+    losses = wrapper(x)
+    losses.loss.backward()
+    return losses, [parameter.grad for parameter in wrapper.parameters()]
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_step_on_the_kernels_is_that_of_the_reference(kernel, critic, tied, weighted, monkeypatch):
+    net = transformer(tie_embedding=tied)
+    wrapper = build(kernel.device, net=net, critic=critic, use_simple_mdlm_loss_weight=weighted)
+    x = clean(kernel.device)
+    monkeypatch.setenv("FASTMASK_BACKEND", "reference")
+    expected = step(wrapper, x)
+    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    torch.testing.assert_close(step(wrapper, x), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_a_step_on_the_kernels_counts_no_rows_and_brings_no_logits_back(kernel, critic, monkeypatch):
+    """The count came to the host while the network ran; head and sampler see that many rows and no more."""
+
+    def refuse(*_):
+        raise AssertionError("the host waits for the device")
+
+    rows, sample = [], functional.linear_sample_tokens
+    monkeypatch.setattr(
+        functional, "linear_sample_tokens", lambda x, *a, **k: rows.append(len(x)) or sample(x, *a, **k)
+    )
+    monkeypatch.setattr(functional, "sample_tokens", refuse)
+    monkeypatch.setattr(functional, "masked_cross_entropy", refuse)
+    wrapper, x = build(kernel.device, critic=critic), clean(kernel.device)
+    counts, wait = [], HostCount.wait
+    monkeypatch.setattr(HostCount, "wait", lambda self: counts.append(wait(self)) or counts[-1])
+    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    monkeypatch.setattr(torch.Tensor, "nonzero", refuse)
+    step(wrapper, x)
+    assert set(counts) == {counts[0]}
+    assert 8 <= counts[0] <= x.numel()
+    assert rows == ([] if critic == "none" else counts[:1])
+
+
+def test_a_host_count_arrives(device):
+    count = torch.arange(40, device=device).sum()
+    assert HostCount(count).wait() == 780
+
+
+def test_a_host_count_does_not_wait_while_it_is_traced(device):
+    @torch.compile(backend="eager", fullgraph=True)
+    def wait(count):
+        return HostCount(count).wait()
+
+    assert wait(torch.tensor(3, device=device)) is None
