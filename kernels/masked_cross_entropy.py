@@ -22,15 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from fastmask._autograd import first_order_only
-
-_LN2 = tl.constexpr(0.6931471805599453)
-_LN2_HIGH = tl.constexpr(0.693145751953125)  # 16 bits: times an integer below 2^8 it is exact
-_LN2_LOW = tl.constexpr(1.4286068203094172e-06)
-_LOG2E = tl.constexpr(1.4426950408889634)
-_SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
+from fastmask.kernels import _elementary as elementary
+from fastmask.kernels import _rows as rows
 
 # What a piece of a row is reduced to: the maximum of the others than the target, their sum of exponentials and
 # (for label smoothing) the sum of gaps, both relative to that maximum, how many columns the gaps are of, 1 where
@@ -43,107 +38,14 @@ _BEATEN = tl.constexpr(4)
 _TARGET = tl.constexpr(5)
 _RECORD = tl.constexpr(6)
 
-_INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _exp2(x):
-    """2**x, 0 below the normal numbers: tl.exp2 spends three instructions on those at every element."""
-    return tl.exp2(x) if _INTERPRETS else libdevice.exp2(x)
-
-
-@triton.jit
-def _exp(x):
-    return _exp2(x * _LOG2E)
-
-
-@triton.jit
-def _exp_exactly(x):
-    """exp of x <= 0 to relative accuracy: x log2(e) rounds to an error of |x| 2^-24, so only a fraction is taken."""
-    whole = tl.floor(x * _LOG2E + 0.5)
-    rest = x - whole * _LN2_HIGH - whole * _LN2_LOW
-    return tl.where(x < -126.0, 0.0, _exp(rest) * _exp2(whole))
-
-
-@triton.jit
-def _log(x):
-    """log of a positive normal float32, within two units in the last place; NaN of NaN and infinity.
-
-    The hardware's own is off by 2^-22 absolute. x = 2^e m with m in [sqrt(1/2), sqrt(2)).
-    """
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - _SQRT_HALF_BITS) >> 23
-    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    return exponent.to(tl.float32) * _LN2 + _log1p(mantissa - 1.0) + (x - x)
-
-
-@triton.jit
-def _log1p(r):
-    """log(1 + r) for r in [-.3, .5], to relative accuracy: 2 artanh(s) by its series, s = r / (2 + r)."""
-    s = tl.div_rn(r, 2.0 + r)
-    square = s * s
-    series = square * (1.0 / 11.0) + 1.0 / 9.0
-    series = series * square + 1.0 / 7.0
-    series = series * square + 1.0 / 5.0
-    series = series * square + 1.0 / 3.0
-    return 2.0 * s + 2.0 * s * square * series
-
-
-@triton.jit
-def _tanh(x):
-    """tanh to relative accuracy: Lambert's continued fraction near 0, exponentials further out."""
-    square = x * x
-    fraction = x * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + 15.0 * square))
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (_exp(2.0 * size) + 1.0)
-    return tl.where(size < 0.6, fraction, tl.where(x < 0.0, -far, far))
-
 
 @triton.jit
 def _capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
     """A logit in float32 as the softmax sees it."""
     z = z.to(tl.float32)
     if HAS_SOFTCAP:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * elementary.tanh(tl.div_rn(z, tl.to_tensor(softcap).to(tl.float32)))
     return z
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """x in the dtype of the logits, to nearest, ties to even; the interpreter would truncate to bfloat16."""
-    if _INTERPRETS and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def _row_start(row, N, lead, stride_b, stride_n):
-    """Flat index of a row's first element, counted from a pointer aligned to 16 bytes."""
-    sequence = (row // N).to(tl.int64)
-    position = (row % N).to(tl.int64)
-    return lead + sequence * stride_b + position * stride_n
-
-
-@triton.jit
-def _body(start, V, VECTOR: tl.constexpr):
-    """The part of a row that begins and ends at 16 bytes: first column, flat index of it, length.
-
-    Everything else, fewer than VECTOR elements at either end, is the row's edges.
-    """
-    first = (start + VECTOR - 1) // VECTOR * VECTOR
-    last = tl.maximum((start + V) // VECTOR * VECTOR, first)
-    length = tl.multiple_of((last - first).to(tl.int32), VECTOR)
-    return (first - start).to(tl.int32), tl.multiple_of(first, VECTOR), length
-
-
-@triton.jit
-def _edges(V, body_column, body_length, VECTOR: tl.constexpr):
-    """Columns before and after the body, and which of these lanes are columns at all."""
-    lane = tl.arange(0, 2 * VECTOR)
-    is_head = lane < VECTOR
-    offs_v = tl.where(is_head, lane, body_column + body_length + lane - VECTOR)
-    return offs_v, offs_v < tl.where(is_head, tl.minimum(body_column, V), V)
 
 
 @triton.jit
@@ -183,7 +85,7 @@ def _reduce_tile(
         beaten = tl.maximum(beaten, ((tile_max > z_target) | (before == z_target)).to(tl.float32))
     new_max = tl.maximum(largest, tile_max)
     shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # where all so far are -inf, 0 - 0 and not NaN
-    total = total * _exp(largest - shift) + tl.sum(_exp(others - shift))
+    total = total * elementary.exp(largest - shift) + tl.sum(elementary.exp(others - shift))
     if SMOOTHS:
         old_shift = tl.where(largest == -float("inf"), 0.0, largest)
         gaps += columns * (old_shift - shift) + tl.sum(tl.where(in_v, z - shift, 0.0))
@@ -212,7 +114,7 @@ def _reduce_piece(
     """The record of tiles [first_tile, last_tile) of a row; those from 0 on come with the row's edges."""
     zero = tl.full((), 0.0, tl.float32)
     record = (tl.full((), -float("inf"), tl.float32), zero, zero, zero, zero)
-    body_column, body_start, body_length = _body(start, V, VECTOR)
+    body_column, body_start, body_length = rows.body(start, V, VECTOR)
     block = tl.arange(0, BLOCK_V)
     for tile in range(first_tile, tl.minimum(last_tile, tl.cdiv(body_length, BLOCK_V))):
         in_v = tile * BLOCK_V + block < body_length
@@ -235,7 +137,7 @@ def _reduce_piece(
             WITH_CORRECT,
         )
     if (first_tile == 0) & (body_length < V):
-        offs_v, in_v = _edges(V, body_column, body_length, VECTOR)
+        offs_v, in_v = rows.edges(V, body_column, body_length, VECTOR)
         z = tl.load(x_ptr + start + offs_v, mask=in_v, other=-float("inf"))
         z = tl.where(in_v, _capped(z, softcap, HAS_SOFTCAP), -float("inf"))
         # These columns are no range, so every special case is looked for.
@@ -284,7 +186,7 @@ def _load_record(records_ptr, row, NUM_PIECES: tl.constexpr, LANES: tl.constexpr
     each_gaps = tl.load(records_ptr + offsets + _GAPS, mask=in_pieces, other=0.0)
     each_columns = tl.load(records_ptr + offsets + _COLUMNS, mask=in_pieces, other=0.0)
     beaten = tl.max(tl.load(records_ptr + offsets + _BEATEN, mask=in_pieces, other=0.0))
-    total = tl.sum(each_sum * _exp(each_shift - shift))
+    total = tl.sum(each_sum * elementary.exp(each_shift - shift))
     gaps = tl.sum(each_gaps + each_columns * (each_shift - shift))
     return (largest, total, gaps, tl.sum(each_columns), beaten), z_target
 
@@ -297,13 +199,13 @@ def _finish(record, z_target, num_allowed, label_smoothing, z_loss, SMOOTHS: tl.
     """
     largest, total, gaps, _, _ = record
     top = tl.maximum(largest, z_target)
-    at_target = _exp_exactly(z_target - top)
-    rest = _exp_exactly(largest - top)
+    at_target = elementary.exp_exactly(z_target - top)
+    rest = elementary.exp_exactly(largest - top)
     others = total * rest
     total = others + at_target
-    log_total = _log(total)
+    log_total = elementary.log(total)
     ratio = others / at_target
-    nll = tl.where(ratio <= 0.5, _log1p(tl.minimum(ratio, 0.5)), top - z_target + log_total)
+    nll = tl.where(ratio <= 0.5, elementary.log1p(tl.minimum(ratio, 0.5)), top - z_target + log_total)
     loss = nll
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     factor = rest / total
@@ -340,8 +242,11 @@ def _gradient_tile(
     HAS_SOFTCAP: tl.constexpr,
 ):
     """The gradient at one tile of raw logits x, in float32."""
-    z = _capped(x, softcap, HAS_SOFTCAP)
-    gradient = _exp(z - shift) * factor
+    z = x.to(tl.float32)
+    if HAS_SOFTCAP:
+        ratio = elementary.tanh(tl.div_rn(z, tl.to_tensor(softcap).to(tl.float32)))
+        z = softcap * ratio
+    gradient = elementary.exp(z - shift) * factor
     if SMOOTHS:
         gradient -= floor
     is_special = (target >= first) & (target < first + TILE)
@@ -352,8 +257,7 @@ def _gradient_tile(
         if HAS_EXCLUDE:
             gradient = tl.where(offs_v == exclude_id, 0.0, gradient)
     if HAS_SOFTCAP:
-        cosine = z / softcap
-        slope = 1.0 - cosine * cosine
+        slope = (1.0 - ratio) * (1.0 + ratio)
         gradient *= tl.where(offs_v == exclude_id, 0.0, slope) if HAS_EXCLUDE else slope
     return gradient
 
@@ -384,7 +288,7 @@ def _write_gradient(
 ):
     """The gradient at tiles [first_tile, last_tile) of a row; those from 0 on come with the row's edges."""
     dtype = g_ptr.dtype.element_ty
-    body_column, body_start, body_length = _body(x_start, V, VECTOR)
+    body_column, body_start, body_length = rows.body(x_start, V, VECTOR)
     g_body_start = g_start + body_column
     if SAME_PHASE:
         g_body_start = tl.multiple_of(g_body_start, VECTOR)
@@ -413,9 +317,9 @@ def _write_gradient(
                 HAS_EXCLUDE,
                 HAS_SOFTCAP,
             )
-        tl.store(g_ptr + (g_body_start + tile * BLOCK_V) + block, _rounded(gradient, dtype), mask=in_v)
+        tl.store(g_ptr + (g_body_start + tile * BLOCK_V) + block, elementary.rounded(gradient, dtype), mask=in_v)
     if (first_tile == 0) & (body_length < V):
-        offs_v, in_v = _edges(V, body_column, body_length, VECTOR)
+        offs_v, in_v = rows.edges(V, body_column, body_length, VECTOR)
         gradient = tl.zeros((2 * VECTOR,), tl.float32)
         if not IS_ZERO:
             x = tl.load(x_ptr + x_start + offs_v, mask=in_v)
@@ -435,7 +339,7 @@ def _write_gradient(
                 HAS_EXCLUDE,
                 HAS_SOFTCAP,
             )
-        tl.store(g_ptr + g_start + offs_v, _rounded(gradient, dtype), mask=in_v)
+        tl.store(g_ptr + g_start + offs_v, elementary.rounded(gradient, dtype), mask=in_v)
 
 
 @triton.jit
@@ -489,7 +393,7 @@ def _records_kernel(
     row = tl.program_id(0)
     piece = tl.program_id(1)
     x_ptr = tl.multiple_of(x_ptr - lead_x, 16)
-    start = _row_start(row, N, lead_x, stride_xb, stride_xn)
+    start = rows.row_start(row, N, lead_x, stride_xb, stride_xn)
     counts, _, target = _load_row(row, targets_ptr, is_masked_ptr, weights_ptr, HAS_MASK, HAS_WEIGHTS)
     if counts:
         z_target = _load_target(x_ptr, start, V, target, softcap, exclude_id, HAS_SOFTCAP, HAS_EXCLUDE)
@@ -559,13 +463,13 @@ def _rows_kernel(
         scale /= tl.load(denominator_ptr)
 
     x_ptr = tl.multiple_of(x_ptr - lead_x, 16)
-    start = _row_start(row, N, lead_x, stride_xb, stride_xn)
+    start = rows.row_start(row, N, lead_x, stride_xb, stride_xn)
     counts, weight, target = _load_row(row, targets_ptr, is_masked_ptr, weights_ptr, HAS_MASK, HAS_WEIGHTS)
     first_tile = piece * tiles_per_piece
     last_tile = first_tile + tiles_per_piece
     if WITH_GRADIENT:
         g_ptr = tl.multiple_of(gradient_ptr - lead_g, 16)
-        g_start = _row_start(row, N, lead_g, stride_gb, stride_gn)
+        g_start = rows.row_start(row, N, lead_g, stride_gb, stride_gn)
     if not counts:
         if WITH_LOSSES:
             if piece == 0:
@@ -616,7 +520,7 @@ def _scale_kernel(x_ptr, factor_ptr, num_elements, BLOCK: tl.constexpr):
         return
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < num_elements)
-    scaled = _rounded(x.to(tl.float32) * factor, x_ptr.dtype.element_ty)
+    scaled = elementary.rounded(x.to(tl.float32) * factor, x_ptr.dtype.element_ty)
     tl.store(x_ptr + offsets, scaled, mask=offsets < num_elements)
 
 
@@ -674,11 +578,6 @@ def _strides(logits: Tensor) -> tuple[int, int]:
     return logits.stride(0) if logits.ndim == 3 else 0, logits.stride(-2)
 
 
-def _lead(x: Tensor) -> int:
-    """Elements between the last address divisible by 16 bytes and the tensor."""
-    return x.data_ptr() % 16 // x.element_size()
-
-
 def _arguments(
     logits: Tensor,
     targets: Tensor,
@@ -692,7 +591,7 @@ def _arguments(
     block_v, num_warps, _, tiles_per_piece = plan(targets.numel(), logits.shape[-1], options)
     return {
         "x_ptr": logits,
-        "lead_x": _lead(logits),
+        "lead_x": rows.lead(logits),
         "stride_xb": stride_b,
         "stride_xn": stride_n,
         "targets_ptr": targets.contiguous(),
@@ -731,7 +630,7 @@ def _launch_rows(
     same_phase, lead_g, stride_gb, stride_gn = True, 0, 0, 0
     if gradient is not None:
         stride_gb, stride_gn = _strides(gradient)
-        lead_g = _lead(gradient)
+        lead_g = rows.lead(gradient)
         apart = (
             lead_g - arguments["lead_x"],
             stride_gb - arguments["stride_xb"],

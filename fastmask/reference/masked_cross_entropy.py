@@ -83,7 +83,7 @@ def chunk_losses(
     slope = None
     if softcap is not None:
         z = z.div_(softcap).tanh_()
-        slope = 1.0 - z.square() if with_gradient else None
+        slope = (1.0 - z) * (1.0 + z) if with_gradient else None  # 1 - z^2 would cancel near 1
         z *= softcap
     if exclude_id is not None:
         z[:, exclude_id] = -torch.inf

@@ -1,0 +1,78 @@
+"""Elementary functions inside a kernel, to relative accuracy where the hardware's are not, and in the interpreter."""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_LN2_HIGH = tl.constexpr(0.693145751953125)  # 16 bits: times an integer below 2^8 it is exact
+_LN2_LOW = tl.constexpr(1.4286068203094172e-06)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
+
+_INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def exp2(x):
+    """2**x, 0 below the normal numbers: tl.exp2 spends three instructions on those at every element."""
+    return tl.exp2(x) if _INTERPRETS else libdevice.exp2(x)
+
+
+@triton.jit
+def exp(x):
+    """exp, likewise; x log2(e) rounds, so that the result is off by up to abs(x) 2^-24 of itself."""
+    return exp2(x * _LOG2E)
+
+
+@triton.jit
+def exp_exactly(x):
+    """exp of x <= 0 to relative accuracy: a power of two times the exp of less than .35."""
+    whole = tl.floor(x * _LOG2E + 0.5)
+    rest = x - whole * _LN2_HIGH - whole * _LN2_LOW
+    return tl.where(x < -126.0, 0.0, exp(rest) * exp2(whole))
+
+
+@triton.jit
+def log(x):
+    """log of a positive normal float32, within two units in the last place; NaN of NaN and infinity.
+
+    The hardware's own is off by 2^-22 absolute. x = 2^e m with m in [sqrt(1/2), sqrt(2)).
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - _SQRT_HALF_BITS) >> 23
+    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    return exponent.to(tl.float32) * _LN2 + log1p(mantissa - 1.0) + (x - x)
+
+
+@triton.jit
+def log1p(r):
+    """log(1 + r) for r in [-.3, .5], to relative accuracy: 2 artanh(s) by its series, s = r / (2 + r)."""
+    s = tl.div_rn(r, 2.0 + r)
+    square = s * s
+    series = square * (1.0 / 11.0) + 1.0 / 9.0
+    series = series * square + 1.0 / 7.0
+    series = series * square + 1.0 / 5.0
+    series = series * square + 1.0 / 3.0
+    return 2.0 * s + 2.0 * s * square * series
+
+
+@triton.jit
+def tanh(x):
+    """tanh to relative accuracy: Lambert's continued fraction near 0, exponentials further out."""
+    square = x * x
+    above = 3465.0 + square * (189.0 + square)
+    below = 10395.0 + square * (4725.0 + square * (210.0 + square))
+    near = x - x * square * (above / below)
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (exp(2.0 * size) + 1.0)
+    return tl.where(size < 1.0, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x in the dtype of the logits, to nearest, ties to even; the interpreter would truncate to bfloat16."""
+    if _INTERPRETS and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -1,0 +1,39 @@
+"""Rows of logits as a kernel reads them: 16 bytes at a time, wherever a row begins and whatever V is."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def row_start(row, N, lead, stride_b, stride_n):
+    """Flat index of a row's first element, counted from a pointer aligned to 16 bytes."""
+    sequence = (row // N).to(tl.int64)
+    position = (row % N).to(tl.int64)
+    return lead + sequence * stride_b + position * stride_n
+
+
+@triton.jit
+def body(start, V, VECTOR: tl.constexpr):
+    """The part of a row that begins and ends at 16 bytes: first column, flat index of it, length.
+
+    Everything else, fewer than VECTOR elements at either end, is the row's edges.
+    """
+    first = (start + VECTOR - 1) // VECTOR * VECTOR
+    last = tl.maximum((start + V) // VECTOR * VECTOR, first)
+    length = tl.multiple_of((last - first).to(tl.int32), VECTOR)
+    return (first - start).to(tl.int32), tl.multiple_of(first, VECTOR), length
+
+
+@triton.jit
+def edges(V, body_column, body_length, VECTOR: tl.constexpr):
+    """Columns before and after the body, and which of these lanes are columns at all."""
+    lane = tl.arange(0, 2 * VECTOR)
+    is_head = lane < VECTOR
+    offs_v = tl.where(is_head, lane, body_column + body_length + lane - VECTOR)
+    return offs_v, offs_v < tl.where(is_head, tl.minimum(body_column, V), V)
+
+
+def lead(x: Tensor) -> int:
+    """Elements between the last address divisible by 16 bytes and the tensor."""
+    return x.data_ptr() % 16 // x.element_size()
