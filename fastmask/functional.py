@@ -480,7 +480,11 @@ def linear_masked_cross_entropy(
         row_indices=row_indices,
     )
     if check:
-        _check_targets(targets, is_masked, weights, len(weight), exclude_id)
+        listed = is_masked
+        if row_indices is not None:
+            listed = torch.zeros(targets.numel(), dtype=torch.bool, device=targets.device)
+            listed = listed.index_fill_(0, row_indices[row_indices >= 0], True).view(targets.shape)
+        _check_targets(targets, listed, weights, len(weight), exclude_id)
     operation = "linear_masked_cross_entropy"
     run = _dispatch.module(operation, embeddings.device, backend, embeddings.dtype).linear_masked_cross_entropy
     return CrossEntropy(

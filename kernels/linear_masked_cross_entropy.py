@@ -70,6 +70,8 @@ def _masked_rows(arguments: Arguments, num_masked: int | None) -> tuple[Tensor, 
         if num_masked is None:
             return row_indices[: int((row_indices >= 0).sum())], None
         return row_indices[:num_masked], (row_indices[num_masked:] >= 0).any()
+    if num_masked is None and arguments.is_masked is None and arguments.weights is None:
+        return torch.arange(len(arguments.targets), device=arguments.targets.device), None
     counts = rows_that_count(arguments.targets, arguments.is_masked, arguments.weights)
     if num_masked is None:
         return counts.nonzero().squeeze(-1), None
@@ -99,7 +101,7 @@ def _chunked(
     wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """w loss, nll and correctness of every row, [R] each, and the gradients wanted of sum upstream w loss / d."""
-    embeddings, weight, bias, targets, _, weights, denominator, _ = arguments
+    embeddings, weight, bias, targets, _, weights, denominator, row_indices = arguments
     wants_embeddings, wants_weight, wants_bias = wants
     num_rows, num_ids = len(targets), len(weight)
     rows, falls_short = _masked_rows(arguments, num_masked)
@@ -121,10 +123,15 @@ def _chunked(
     buffer = cast_weight.new_empty(max(sizes, default=0), triton.cdiv(num_ids, vector) * vector)
 
     for index, part in enumerate(rows.split(sizes)):
-        is_row, source, slot = None, part, part
+        source, slot, counts = part, part, None
         if num_masked is not None:
-            is_row, source, slot = part >= 0, part.clamp(min=0), part.where(part >= 0, num_rows)
+            counts, source, slot = part >= 0, part.clamp(min=0), part.where(part >= 0, num_rows)
+        part_weights = None if weights is None else weights.index_select(0, source)
+        if row_indices is not None and part_weights is not None:
+            counts = part_weights != 0 if counts is None else counts & (part_weights != 0)
         x = embeddings.index_select(0, source).to(dtype)
+        if counts is not None:  # what is no masked row may hold NaN, and 0 NaN would reach dW
+            x.masked_fill_(~counts[:, None], 0.0)
         logits = buffer[: len(part), :num_ids]
         if cast_bias is None:
             torch.mm(x, cast_weight.mT, out=logits)
@@ -133,8 +140,8 @@ def _chunked(
         part_losses, part_nll, part_correct, _ = losses_and_gradient(
             logits,
             targets.index_select(0, source),
-            is_row,
-            None if weights is None else weights.index_select(0, source),
+            counts,
+            part_weights,
             denominator,
             options,
             gradient=logits if any(wants) else None,

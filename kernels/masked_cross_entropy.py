@@ -4,7 +4,7 @@ For one masked row with logits z over the allowed columns A, target y, L = logsu
 q = 1 - p_y, label smoothing e and z-loss l,
 
     loss         = w ((1 - e) nll + e (L - mean_A z) + l L^2),      nll = L - z_y
-    d loss / d z = w (p (1 + 2 l L) - e / |A|), and at the target w (-q + 2 l L p_y + e (1 - 1 / |A|))
+    d loss / d z = w (p (1 + 2 l L) - e / |A|), and at the target w ((1 - e) (-q) + e (p_y - 1 / |A|) + 2 l L p_y)
 
 ``fastmask/reference/masked_cross_entropy.py`` is the specification. As p_y -> 1, L - z_y and 1 - p_y cancel; a
 row is reduced to the maximum and the sum of its *other* columns, which keep the relative accuracy of both.
@@ -215,7 +215,7 @@ def _finish(record, z_target, num_allowed, label_smoothing, z_loss, SMOOTHS: tl.
         loss = (1.0 - label_smoothing) * nll
         loss += label_smoothing * (top - shift + log_total - gaps / num_allowed)
         floor += label_smoothing / num_allowed
-        gradient += label_smoothing * (1.0 - 1.0 / num_allowed)
+        gradient = (1.0 - label_smoothing) * gradient + label_smoothing * (at_target / total - 1.0 / num_allowed)
     if HAS_Z_LOSS:
         lse = top + log_total
         loss += z_loss * lse * lse
@@ -528,14 +528,14 @@ def _scale_kernel(x_ptr, factor_ptr, num_elements, BLOCK: tl.constexpr):
 # (exclude_id, the argmax); and where every element costs more (softcap, label smoothing).
 _TILES = (
     (1024, (1024, 4), (1024, 4), (1024, 4)),  # the row is one tile, one load of 16 bytes a thread
-    (4096, (4096, 8), (4096, 8), (4096, 16)),  # likewise, two loads; the dear ones need the registers
-    (65536, (8192, 8), (4096, 8), (4096, 16)),  # on Hopper an SM runs two programs: one loads, one reduces
-    (2**31, (16384, 32), (16384, 32), (4096, 16)),  # and here one, so that all rows in flight fit its L2
+    (4096, (4096, 8), (4096, 8), (2048, 8)),  # likewise, two loads; the dear ones need the registers
+    (65536, (8192, 8), (4096, 8), (2048, 8)),  # on Hopper an SM runs two programs: one loads, one reduces
+    (2**31, (16384, 32), (16384, 32), (2048, 8)),  # and here one, so that all rows in flight fit its L2
 )
 # Fewer rows leave SMs idle: the tiles of each are spread over several programs, by a launch more.
 _FEW_ROWS = 128
 _MANY_PROGRAMS = 512
-_SPLIT_TILES = ((4096, 8), (4096, 8), (4096, 16))
+_SPLIT_TILES = ((4096, 8), (4096, 8), (2048, 8))
 
 _SCALE_BLOCK = 8192
 
@@ -560,7 +560,7 @@ class Plan(NamedTuple):
 
 
 def plan(num_rows: int, vocabulary: int, options: Options) -> Plan:
-    """The launch plan of logits [num_rows, vocabulary]; the pieces do not depend on the options."""
+    """The launch plan of logits [num_rows, vocabulary]; the pieces are the same with and without the argmax."""
     is_special = options.with_correct or options.exclude_id >= 0
     is_dear = options.softcap != 0.0 or options.label_smoothing != 0.0
     column = 2 if is_dear else int(is_special)
@@ -846,6 +846,12 @@ def _inplace_operation(
     """The losses' sum (over the denominator), with its gradient where the logits were."""
     options = Options(label_smoothing, z_loss, softcap, exclude_id, with_correct)
     return _forward(logits, targets, is_masked, weights, denominator, options, "sum", logits)
+
+
+@_inplace_operation.register_fake
+def _(logits: Tensor, targets: Tensor, *args: Any) -> Outputs:
+    losses, nll, correct, records = _allocate(logits, targets.numel(), Options(*args[3:8]))
+    return losses.new_empty(()), nll, correct, records
 
 
 class _InPlace(torch.autograd.Function):

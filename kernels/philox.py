@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastmask import _streams as streams
+from fastmask.kernels import _elementary as elementary
 
 _STEPS = tl.constexpr(1 << streams.STEP_BITS)  # of one stream
 
@@ -37,3 +38,18 @@ def below(n, high, low):
     """An integer uniform on [0, n), n <= 2**31, int64: the leading bits of n times a 64-bit fraction."""
     n = tl.to_tensor(n).to(tl.uint64)
     return ((high.to(tl.uint64) * n + ((low.to(tl.uint64) * n) >> 32)) >> 32).to(tl.int64)
+
+
+@triton.jit
+def _unit_interval(high, low):
+    # The middle of a 2**-64 cell, so that neither 0 nor 1 occurs.
+    return high.to(tl.float32) * 2.3283064365386963e-10 + (low.to(tl.float32) + 0.5) * 5.421010862427522e-20
+
+
+@triton.jit
+def exponential(high, low):
+    """E = -log(1 - v) ~ Exponential(1), float32, from the 64-bit uniform v of two words, tails as deep as they."""
+    v = _unit_interval(high, low)
+    ones = tl.full((), 0xFFFFFFFF, tl.uint32)
+    complement = _unit_interval(high ^ ones, low ^ ones)
+    return tl.where(v < 0.25, -elementary.log1p(tl.maximum(-v, -0.25)), -elementary.log(complement))

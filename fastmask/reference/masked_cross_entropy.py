@@ -6,7 +6,7 @@ q = 1 - p_y, label smoothing e and z-loss l,
     nll  = L - z_y
     loss = w ((1 - e) nll + e (L - mean_A z) + l L^2)
     d loss / d z_v = w (p_v (1 + 2 l L) - e / |A|)              v in A, v != y
-    d loss / d z_y = w (-q + 2 l L p_y + e (1 - 1 / |A|))
+    d loss / d z_y = w ((1 - e) (-q) + e (p_y - 1 / |A|) + 2 l L p_y)
 
 in float32 (float64 for float64 logits). With a softcap c, z = c tanh(x / c) of the logits x given, and
 d loss / d x = (1 - (z / c)^2) d loss / d z. A leaves out ``exclude_id`` (the SUBS parametrisation of MDLM,
@@ -119,8 +119,9 @@ def chunk_losses(
     gradient = None
     if with_gradient:
         gradient = e.mul_((1.0 + 2.0 * z_loss * lse) / total).sub_(label_smoothing / num_allowed)
-        at_target = -others / total + label_smoothing * (1.0 - 1.0 / num_allowed)
-        gradient.scatter_(-1, target, at_target + 2.0 * z_loss * lse * e_target / total)
+        p_target = e_target / total
+        at_target = (1.0 - label_smoothing) * -others / total + label_smoothing * (p_target - 1.0 / num_allowed)
+        gradient.scatter_(-1, target, at_target + 2.0 * z_loss * lse * p_target)
         if slope is not None:
             gradient *= slope
         if exclude_id is not None:
@@ -190,6 +191,7 @@ def masked_cross_entropy(
         "exclude_id": exclude_id,
         "with_correct": with_correct,
     }
+    inplace_grad = inplace_grad and logits.is_contiguous()
     loss, nll, correct = _MaskedRows.apply(logits.flatten(0, -2), targets.flatten(), rows, inplace_grad, options)
     if row_weights is not None:
         loss = loss * row_weights
