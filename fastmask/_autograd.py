@@ -19,7 +19,10 @@ class _Undifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("the masked cross-entropies cannot be differentiated twice (double backward)")
+        raise RuntimeError(
+            "the masked cross-entropies cannot be differentiated twice (double backward); leave create_graph "
+            "out, or use torch.nn.functional.cross_entropy"
+        )
 
 
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:

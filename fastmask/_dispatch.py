@@ -49,6 +49,15 @@ def choose(
     return "reference", obstacle or f"auto interprets no kernels on {device.type}"
 
 
+def preload() -> None:
+    """Imports what may be chosen, since torch.compile cannot trace an import: kernels where a GPU may be."""
+    names = [f"fastmask.reference.{name}" for name in OPERATIONS]
+    if HAS_TRITON and (torch.version.cuda or torch.version.hip or _interpreting()):
+        names += [f"fastmask.kernels.{name}" for name in KERNELS]
+    for name in names:
+        importlib.import_module(name)
+
+
 def module(
     operation: str, device: torch.device, backend: str = "auto", dtype: torch.dtype | None = None
 ) -> ModuleType:
@@ -56,7 +65,7 @@ def module(
     chosen, _ = choose(operation, device, backend, dtype)
     package = "kernels" if chosen == "triton" else "reference"
     name = f"fastmask.{package}.{operation}"
-    if name not in sys.modules:  # torch.compile traces a look-up, not an import
+    if name not in sys.modules:
         importlib.import_module(name)
     return sys.modules[name]
 

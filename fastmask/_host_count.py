@@ -15,8 +15,8 @@ class HostCount:
     """
 
     def __init__(self, count: Tensor) -> None:
-        self._host, self._arrival = count, None
-        if count.is_cuda and _can_wait():
+        self._count, self._host, self._arrival = count, count, None
+        if count.is_cuda and _can_wait(count):
             self._host = torch.empty_like(count, device="cpu", pin_memory=True)
             self._host.copy_(count, non_blocking=True)
             self._arrival = torch.cuda.current_stream(count.device).record_event()
@@ -25,10 +25,20 @@ class HostCount:
         """The number; None where the host cannot wait, since the work is being traced or captured."""
         if self._arrival is not None:
             self._arrival.synchronize()
-        return int(self._host) if _can_wait() else None
+        return int(self._host) if _can_wait(self._count) else None
+
+    def at_most(self, limit: int) -> int | None:
+        """The number; ``limit``, which it does not exceed, inside a captured graph; None while traced."""
+        number = self.wait()
+        return limit if number is None and _is_captured(self._count) else number
 
 
-def _can_wait() -> bool:
-    if torch.compiler.is_compiling():
+def _can_wait(count: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not _is_captured(count)
+
+
+def _is_captured(count: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not count.is_cuda:
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    with torch.cuda.device_of(count):
+        return torch.cuda.is_current_stream_capturing()

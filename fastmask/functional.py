@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+_dispatch.preload()
+
+
 def draw_seed(device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
     """A 64-bit seed, [] int64, drawn on ``device`` and kept there: no synchronisation.
 
@@ -243,7 +246,7 @@ def _check_loss_rows(
         if denominator.numel() != 1:
             raise ValueError(f"expected denominator to be one number, received shape {list(denominator.shape)}")
         _check_constant("denominator", denominator)
-        denominator = denominator.reshape(()).to(dtype)
+        denominator = denominator.reshape(()).to(logits.device, dtype, non_blocking=True)
     elif denominator is not None:
         _check.number("denominator", denominator, 0.0)
     if weights is None:
@@ -274,6 +277,17 @@ def _check_targets(
     if weights is not None:
         where = weights != 0 if is_masked is None else is_masked & (weights != 0)
     _check.clean_tokens("targets", targets, num_tokens, exclude_id, where)
+
+
+def _check_row_indices(row_indices: Tensor, num_rows: int) -> None:
+    """Rows, each once, then -1. Reads values: synchronises."""
+    ends = (row_indices < 0).cumsum(dim=0) > 0
+    rows = row_indices[~ends]
+    if bool((row_indices[ends] != -1).any()) or bool((rows >= num_rows).any()) or len(rows.unique()) < len(rows):
+        raise ValueError(
+            f"expected row_indices to be rows below {num_rows}, each once, then -1; received "
+            f"{row_indices[:8].tolist()}...; take those of mask_sampling, or is_masked.flatten().nonzero()"
+        )
 
 
 def _check_head(embeddings: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -357,8 +371,9 @@ def masked_cross_entropy(
             to it costs +inf.
         with_correct: also compare the argmax over A (ties to the lower id) with the target.
         inplace_grad: let the gradient take the logits' memory, in forward or backward: the caller reads them
-            no more and runs backward once. A permission: where it cannot be had (torch.compile, logits that
-            are not contiguous) the gradient gets memory of its own.
+            no more (nor recomputes them from a checkpoint) and runs backward once; what comes from above, if not
+            1, then scales the rounded gradient. A permission: where it cannot be had (torch.compile, logits
+            that are not contiguous) the gradient gets memory of its own.
         check: also refuse targets outside [0, V) or equal to exclude_id at masked positions (synchronises).
         backend: see the module.
 
@@ -446,9 +461,10 @@ def linear_masked_cross_entropy(
         weight: [V, D], the head's weight, of the embeddings' dtype (any under autocast).
         bias: [V] of the weight's dtype, or None.
         row_indices: [K] int64, in place of is_masked: the flat indices of the masked positions, each once,
-            then -1; as ``mask_sampling`` returns them.
+            then -1; as ``mask_sampling`` returns them. Looked at under check=True only.
         num_masked: how many positions are masked, if the host knows, or a number that they do not exceed:
-            then nothing waits for the device to count them. The loss is NaN where there are more.
+            then nothing waits for the device to count them (a captured graph needs it). Loss and gradients
+            are NaN where there are more.
         targets, is_masked, weights, reduction, denominator, label_smoothing, z_loss, softcap, exclude_id,
             with_correct, check, backend: as in :func:`masked_cross_entropy`.
 
@@ -482,6 +498,7 @@ def linear_masked_cross_entropy(
     if check:
         listed = is_masked
         if row_indices is not None:
+            _check_row_indices(row_indices, targets.numel())
             listed = torch.zeros(targets.numel(), dtype=torch.bool, device=targets.device)
             listed = listed.index_fill_(0, row_indices[row_indices >= 0], True).view(targets.shape)
         _check_targets(targets, listed, weights, len(weight), exclude_id)
@@ -818,5 +835,6 @@ def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor, *, backen
     _check.tensor("counts", counts, _check.INTEGER)
     _check.shape("counts", counts, scores.shape[:1], "B")
     _check.same_device(scores=scores, eligible=eligible, counts=counts)
-    chosen: Tensor = _dispatch.module("demask", scores.device, backend).select_to_remask(scores, eligible, counts)
+    run = _dispatch.module("demask", scores.device, backend, scores.dtype).select_to_remask
+    chosen: Tensor = run(scores, eligible, counts)
     return chosen

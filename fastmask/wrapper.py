@@ -235,7 +235,7 @@ class NonAutoregressiveWrapper(nn.Module):
             out = backbone.run(self.net, masked.masked_ids, **sum_embeds, **kwargs)
         loss = None
         if not only_train_critic:
-            loss = share * self._generator_loss(out, x, masked, maskable, num_masked.wait())
+            loss = self._generator_loss(out, x, masked, maskable, num_masked, share)
         if loss is not None and (self.token_critic is None or only_train_generator):
             return Losses(loss, loss, None)
 
@@ -299,14 +299,16 @@ class NonAutoregressiveWrapper(nn.Module):
         x: Tensor,
         masked: MaskedTokens,
         maskable: Tensor | None,
-        num_masked: int | None,
+        num_masked: HostCount,
+        share: Tensor | float,
     ) -> Tensor:
-        if not self.use_simple_mdlm_loss_weight:
-            return out.loss(x, masked, None, None, num_masked)
-        if self.compat:
-            weights = compat.loss_weights(self._schedule, masked.times)
-            return out.loss(x, masked, weights, masked.num_masked.clamp(min=1), num_masked)
-        return out.loss(x, masked, masked.loss_weights, _num_maskable(x, maskable), num_masked)
+        """The loss, of which this batch is a share: in the denominator, where the kernels need no second pass."""
+        at_most = num_masked.at_most(x.numel())
+        if self.use_simple_mdlm_loss_weight and not self.compat:
+            denominator = _num_maskable(x, maskable) / share
+            return out.loss(x, masked, masked.loss_weights, denominator, at_most)
+        weights = compat.loss_weights(self._schedule, masked.times) if self.use_simple_mdlm_loss_weight else None
+        return out.loss(x, masked, weights, masked.num_masked.clamp(min=1) / share, at_most)
 
     @torch.no_grad()
     def _corrupt(
@@ -392,7 +394,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 )
                 num_masked = HostCount(masked.num_masked)
                 out = backbone.run(self.net, masked.masked_ids, **condition, **kwargs)
-                total += out.loss(tokens, masked, masked.loss_weights, denominator, num_masked.wait())
+                at_most = num_masked.at_most(tokens.numel())
+                total += out.loss(tokens, masked, masked.loss_weights, denominator, at_most)
         return total / num_samples
 
     # Generation

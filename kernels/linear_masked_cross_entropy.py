@@ -11,6 +11,7 @@ backward: the arguments and the gradients.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -79,12 +80,24 @@ def _masked_rows(arguments: Arguments, num_masked: int | None) -> tuple[Tensor, 
     return torch.nonzero_static(counts, size=num_masked, fill_value=-1).squeeze(-1), counts.sum() > num_masked
 
 
+@functools.cache
+def _multiplies_into_float32(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of 16-bit factors to a float32 sum (not on a CPU, nor before torch 2.10)."""
+    factor = torch.zeros(16, 16, dtype=dtype, device=device_type)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device_type)
+    try:
+        torch.addmm(total, factor, factor, total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
     """total (+)= a b, kept in the total's dtype if that is wider than the factors'."""
     beta = 0.0 if is_first else 1.0
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
-    elif total.is_cuda:
+    elif _multiplies_into_float32(total.device.type, a.dtype):
         torch.addmm(total, a, b, total.dtype, beta=beta, out=total)
     elif is_first:
         total.copy_(a @ b)
@@ -109,6 +122,9 @@ def _chunked(
     cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if upstream is not None:
         weights = upstream.expand(num_rows) if weights is None else weights * upstream
+    if falls_short is not None:  # losses and gradients are NaN where the bound cuts rows off
+        weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
+        weights = weights.masked_fill(falls_short, torch.nan)
 
     # One row more than there are: what belongs to no row goes there.
     losses, nll = (embeddings.new_zeros(num_rows + 1, dtype=torch.float32) for _ in range(2))
@@ -207,11 +223,12 @@ def _operation(
 @_operation.register_fake
 def _(embeddings: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *args: Any) -> Outputs:
     with_correct, reduction, *_, wants_embeddings, wants_weight, wants_bias = args[9:]
-    losses = embeddings.new_empty(len(targets), dtype=torch.float32)
+    num_rows = targets.shape[0]  # symbolic, as len() is not
+    losses = embeddings.new_empty(num_rows, dtype=torch.float32)
     return (
         losses if reduction == "none" else losses.new_empty(()),
         torch.empty_like(losses),
-        losses.new_empty(len(targets) if with_correct else 0, dtype=torch.bool),
+        losses.new_empty(num_rows if with_correct else 0, dtype=torch.bool),
         embeddings.new_empty(embeddings.shape if wants_embeddings else (0, embeddings.shape[1])),
         torch.empty_like(weight) if wants_weight else weight.new_empty(0),
         torch.empty_like(bias) if bias is not None and wants_bias else weight.new_empty(0),
@@ -270,6 +287,8 @@ def linear_masked_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See the twin, ``fastmask.reference.linear_masked_cross_entropy``: same arguments, same outputs."""
     flat_targets, is_masked, weights = (x if x is None else x.flatten() for x in (targets, is_masked, weights))
+    if row_indices is not None and flat_targets.shape[0] == 0:
+        row_indices = row_indices[:0]
     if reduction == "mean" and row_indices is not None:
         listed = None if weights is None else weights[row_indices.clamp(min=0)]
         denominator = as_denominator(denominator, row_indices, row_indices >= 0, listed)

@@ -40,7 +40,7 @@ def _draw_times(seed, samples, global_batch_size, STRATIFIED: tl.constexpr):
     if STRATIFIED:
         offset = philox.uniform(philox.draw(seed, _STRATUM)[0])
         stratum = (samples % global_batch_size).to(tl.float32)
-        time = offset + tl.div_rn(stratum, tl.to_tensor(global_batch_size).to(tl.float32))
+        time = offset + tl.div_rn(stratum, tl.full((), global_batch_size, tl.float32))
         time -= tl.floor(time)
     else:
         time = philox.uniform(philox.draw(seed, _TIMES, samples)[0])
@@ -218,7 +218,7 @@ def _mask_sampling_kernel(
     tokens_ptr += row.to(tl.int64) * stride_tb
     if HAS_MASKABLE:
         maskable_ptr += row.to(tl.int64) * stride_mb
-    sample = tl.to_tensor(sample_offset).to(tl.int64) + row
+    sample = tl.full((), sample_offset, tl.int64) + row
     block = tl.arange(0, BLOCK_N)
     limit = BLOCK_N if ONE_BLOCK else N
     seed = tl.load(seed_ptr)
@@ -243,7 +243,7 @@ def _mask_sampling_kernel(
     if ONE_LAUNCH:
         # Counts of this row and of all before it. Both come from the same instructions, since cosines of
         # different code could differ in the last bit, and two rows' entries would then overlap.
-        num_keys = tl.to_tensor(N).to(tl.int32)
+        num_keys = tl.full((), N, tl.int32)
         count = tl.full((), 0, tl.int32)
         for first in range(0, row + 1, BLOCK_B):
             rows = first + tl.arange(0, BLOCK_B)
@@ -253,7 +253,7 @@ def _mask_sampling_kernel(
             elif SCHEDULE is None:
                 wanted = _exact_count(tl.load(ratios_ptr + rows, mask=rows <= row, other=0.0), num_keys)
             else:
-                samples = tl.to_tensor(sample_offset).to(tl.int64) + rows
+                samples = tl.full((), sample_offset, tl.int64) + rows
                 times = _draw_times(seed, samples, global_batch_size, STRATIFIED)
                 wanted = _exact_count(_ratio(times, SCHEDULE), num_keys)
             masked_before += tl.sum(tl.where(rows < row, wanted, 0))
@@ -336,7 +336,7 @@ def _mask_sampling_kernel(
             )
             token = tl.load(tokens_ptr + offs_n, mask=in_n)
         is_masked = key < low_m
-        visible = tl.to_tensor(mask_id).to(token.dtype)
+        visible = tl.full((), mask_id, token.dtype)
         if GATED:
             ids = philox.below(num_ids, id_high, id_low)
             if SKIPS_MASK:

@@ -10,8 +10,8 @@ q = 1 - p_y, label smoothing e and z-loss l,
 row is reduced to the maximum and the sum of its *other* columns, which keep the relative accuracy of both.
 
 Bytes: a masked row is read once from DRAM (its gradient reads it again, backwards, from L2) and its gradient
-is written once; an unmasked row is never read, its gradient is zeroed. Saved for backward: the logits and six
-float32 a row, from which a gradient that was not wanted in forward is formed without another reduction.
+is written once; an unmasked row is never read, its gradient is zeroed. Saved for backward: the gradient if it was
+formed in forward, the logits and six float32 a row, from which any other is formed without another reduction.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
     """A logit in float32 as the softmax sees it."""
     z = z.to(tl.float32)
     if HAS_SOFTCAP:
-        z = softcap * elementary.tanh(tl.div_rn(z, tl.to_tensor(softcap).to(tl.float32)))
+        z = softcap * elementary.tanh(tl.div_rn(z, tl.full((), softcap, tl.float32)))
     return z
 
 
@@ -171,11 +171,11 @@ def _store_record(records_ptr, index, record, z_target):
 
 
 @triton.jit
-def _load_record(records_ptr, row, NUM_PIECES: tl.constexpr, LANES: tl.constexpr):
+def _load_record(records_ptr, row, num_pieces, LANES: tl.constexpr):
     """A row's record, put together from its pieces', and the target's logit."""
     piece = tl.arange(0, LANES)
-    in_pieces = piece < NUM_PIECES
-    records_ptr += row.to(tl.int64) * NUM_PIECES * _RECORD
+    in_pieces = piece < num_pieces
+    records_ptr += row.to(tl.int64) * num_pieces * _RECORD
     z_target = tl.load(records_ptr + _TARGET)
     offsets = piece * _RECORD
     each_max = tl.load(records_ptr + offsets + _MAX, mask=in_pieces, other=-float("inf"))
@@ -244,7 +244,7 @@ def _gradient_tile(
     """The gradient at one tile of raw logits x, in float32."""
     z = x.to(tl.float32)
     if HAS_SOFTCAP:
-        ratio = elementary.tanh(tl.div_rn(z, tl.to_tensor(softcap).to(tl.float32)))
+        ratio = elementary.tanh(tl.div_rn(z, tl.full((), softcap, tl.float32)))
         z = softcap * ratio
     gradient = elementary.exp(z - shift) * factor
     if SMOOTHS:
@@ -404,7 +404,9 @@ def _records_kernel(
         _store_record(records_ptr, row.to(tl.int64) * tl.num_programs(1) + piece, record, z_target)
 
 
-@triton.jit(do_not_specialize=["lead_x", "lead_g", "stride_u", "N", "V", "exclude_id", "tiles_per_piece"])
+@triton.jit(
+    do_not_specialize=["lead_x", "lead_g", "stride_u", "N", "V", "exclude_id", "tiles_per_piece", "num_pieces"]
+)
 def _rows_kernel(
     x_ptr,
     lead_x,
@@ -431,6 +433,7 @@ def _rows_kernel(
     z_loss,
     softcap,
     tiles_per_piece,
+    num_pieces,  # of the records at hand
     HAS_MASK: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_DENOMINATOR: tl.constexpr,
@@ -439,7 +442,7 @@ def _rows_kernel(
     HAS_EXCLUDE: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr,
     SMOOTHS: tl.constexpr,
-    NUM_PIECES: tl.constexpr,  # of the records at hand; 0: the row is reduced here
+    HAS_RECORDS: tl.constexpr,  # else the row is reduced here
     PIECE_LANES: tl.constexpr,
     HOLDS_UNIT: tl.constexpr,  # the gradient buffer holds what an upstream gradient of 1 asks for
     WITH_LOSSES: tl.constexpr,
@@ -484,7 +487,7 @@ def _rows_kernel(
             )  # fmt: skip
         return
 
-    if NUM_PIECES == 0:
+    if not HAS_RECORDS:
         z_target = _load_target(x_ptr, start, V, target, softcap, exclude_id, HAS_SOFTCAP, HAS_EXCLUDE)
         record = _reduce_piece(
             x_ptr, start, V, 0, tiles_per_piece, target, z_target, softcap, exclude_id,
@@ -492,7 +495,7 @@ def _rows_kernel(
         )  # fmt: skip
         _store_record(records_ptr, row.to(tl.int64), record, z_target)
     else:  # the record keeps the target's logit, whose place another program's gradient may have taken
-        record, z_target = _load_record(records_ptr, row, NUM_PIECES, PIECE_LANES)
+        record, z_target = _load_record(records_ptr, row, num_pieces, PIECE_LANES)
     num_allowed = V - 1 if HAS_EXCLUDE else V
     loss, nll, shift, factor, floor, at_target = _finish(
         record, z_target, num_allowed, label_smoothing, z_loss, SMOOTHS, HAS_Z_LOSS
@@ -570,6 +573,8 @@ def plan(num_rows: int, vocabulary: int, options: Options) -> Plan:
         tiles_per_piece = triton.cdiv(num_tiles, triton.cdiv(_MANY_PROGRAMS, max(1, num_rows)))
         return Plan(block_v, num_warps, triton.cdiv(num_tiles, tiles_per_piece), tiles_per_piece)
     block_v, num_warps = next(row for row in _TILES if vocabulary <= row[0])[1 + column]
+    if torch.version.hip:  # whose warps have 64 lanes, and whose programs 1024 at most
+        num_warps = min(num_warps, 16)
     return Plan(block_v, num_warps, 1, triton.cdiv(vocabulary, block_v))
 
 
@@ -655,7 +660,8 @@ def _launch_rows(
         HAS_DENOMINATOR=denominator is not None,
         HAS_UPSTREAM=upstream is not None,
         HAS_Z_LOSS=options.z_loss != 0.0,
-        NUM_PIECES=num_pieces,
+        num_pieces=num_pieces,
+        HAS_RECORDS=num_pieces > 0,
         PIECE_LANES=triton.next_power_of_2(max(1, num_pieces)),
         HOLDS_UNIT=holds_unit,
         WITH_LOSSES=losses[0] is not None,
@@ -718,6 +724,11 @@ def scale_(x: Tensor, factor: Tensor) -> None:
             _scale_kernel[(triton.cdiv(x.numel(), _SCALE_BLOCK),)](x, factor, x.numel(), BLOCK=_SCALE_BLOCK)
 
 
+def _new_gradient(logits: Tensor) -> Tensor:
+    """Room for it, contiguous: rows of logits may overlap."""
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -754,7 +765,7 @@ def _operation(
     inplace_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = Options(label_smoothing, z_loss, softcap, exclude_id, with_correct)
-    gradient = torch.empty_like(logits) if with_gradient else None
+    gradient = _new_gradient(logits) if with_gradient else None
     outputs = _forward(logits, targets, is_masked, weights, denominator, options, reduction, gradient)
     return *outputs, logits.new_empty(0) if gradient is None else gradient
 
@@ -764,7 +775,7 @@ def _(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tens
     *_, reduction, with_gradient, _ = args
     losses, nll, correct, records = _allocate(logits, targets.numel(), Options(*args[3:8]))
     loss = losses if reduction == "none" else losses.new_empty(())
-    return loss, nll, correct, records, torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    return loss, nll, correct, records, _new_gradient(logits) if with_gradient else logits.new_empty(0)
 
 
 @torch.library.custom_op("fastmask::masked_cross_entropy_gradient_", mutates_args=("gradient",))
@@ -820,7 +831,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     elif ctx.inplace_grad:
         gradient, logits = logits.detach(), None
     else:
-        gradient = torch.empty_like(logits)
+        gradient = _new_gradient(logits)
     torch.ops.fastmask.masked_cross_entropy_gradient_(
         gradient, logits, targets, is_masked, weights, denominator, records, grad_loss, *ctx.options, holds_unit
     )

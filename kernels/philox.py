@@ -20,10 +20,11 @@ def draw(seed, stream: tl.constexpr, sample=0, position=0, element=0, step=0):
     seed: int64 scalar. Scalars stay scalars: the first rounds are then shared by a whole block.
     """
     # Philox4x32 is selected by the counter's type; wider coordinates count modulo 2**32, as in the twin.
-    c0 = tl.to_tensor(element).to(tl.uint32)
-    c1 = tl.to_tensor(position).to(tl.uint32)
-    c2 = tl.to_tensor(sample).to(tl.uint32)
-    c3 = tl.to_tensor(_STEPS * stream).to(tl.uint32) | tl.to_tensor(step).to(tl.uint32)
+    zero = tl.full((), 0, tl.int64)
+    c0 = (zero + element).to(tl.uint32)
+    c1 = (zero + position).to(tl.uint32)
+    c2 = (zero + sample).to(tl.uint32)
+    c3 = (zero + (_STEPS * stream + step)).to(tl.uint32)
     return tl.philox_impl(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
 
 
@@ -36,7 +37,7 @@ def uniform(word):
 @triton.jit
 def below(n, high, low):
     """An integer uniform on [0, n), n <= 2**31, int64: the leading bits of n times a 64-bit fraction."""
-    n = tl.to_tensor(n).to(tl.uint64)
+    n = tl.full((), n, tl.uint64)
     return ((high.to(tl.uint64) * n + ((low.to(tl.uint64) * n) >> 32)) >> 32).to(tl.int64)
 
 

@@ -58,7 +58,10 @@ def _compile(plan: dict, target_name: str):
         if spec[2]:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target_name]), options=plan["options"])
+    target = GPUTarget(*TARGETS[target_name])
+    most_warps = 1024 // target.warp_size  # as the launchers cap them on AMD
+    options = plan["options"] | {"num_warps": min(plan["options"]["num_warps"], most_warps)}
+    return triton.compile(source, target=target, options=options)
 
 
 def _nvidia_figures(cubin: bytes) -> dict:

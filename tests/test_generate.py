@@ -683,3 +683,25 @@ def test_a_schedule_that_touches_zero_and_rises_again_is_followed(device):
     assert (raw[6:12] > 0).any()
     _, trajectory = wrapper.generate(3, return_trajectory=True)
     assert torch.equal(trajectory.is_masked.sum(dim=-1).cpu(), raw[:, None].expand(-1, 3))
+
+
+# ---- kernels ----
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"steps": 3, "can_mask_prev_unmasked": True}], ids=str)
+@pytest.mark.parametrize("critic", [False, True])
+def test_generation_on_the_kernels_is_that_of_the_reference(kernel, critic, options, monkeypatch):
+    layers = Encoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    torch.manual_seed(0)
+    net = TransformerWrapper(num_tokens=V, max_seq_len=6, attn_layers=layers)
+    wrapper = NonAutoregressiveWrapper(net, mask_id=MASK, self_token_critic=critic, **options).to(kernel.device)
+
+    def generate(backend):
+        monkeypatch.setenv("FASTMASK_BACKEND", backend)
+        torch.manual_seed(1)
+        return wrapper.generate(2, choice_temperature=1.0, return_trajectory=True)
+
+    (ours, our_steps), (theirs, their_steps) = generate("triton"), generate("reference")
+    assert torch.equal(ours, theirs)
+    assert torch.equal(our_steps.is_masked, their_steps.is_masked)
+    torch.testing.assert_close(our_steps.log_probs, their_steps.log_probs)

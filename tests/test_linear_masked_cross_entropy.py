@@ -1082,3 +1082,41 @@ def test_compiled(kernel, reduction, dtype):
         for count in (2, 0, 6, 3):
             assert_like_eager((torch.arange(6, device=kernel.device) < count).view(2, 3))
     assert_like_eager(None)
+
+
+def test_a_bound_that_is_too_low_spoils_the_gradients_too(linear_cross_entropy):
+    """So that a loop which never looks at its loss cannot train on a part of the rows."""
+    leaves, targets, _ = draw_case(2, 5)
+    x, w, b = leaves
+    loss = linear_cross_entropy(x, w, targets, torch.ones(2, 5).bool(), bias=b, num_masked=4).loss
+    assert loss.isnan()
+    assert all(grad.isnan().any() for grad in torch.autograd.grad(loss, leaves))
+
+
+def test_the_number_of_rows_compiles_once(kernel):
+    def loss(x, w, targets, is_masked):
+        return functional.linear_masked_cross_entropy(x, w, targets, is_masked, backend="triton").loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (6, 10, 7):
+        (x, w, _), targets, is_masked = draw_case(rows)
+        arguments = [tensor.detach().to(kernel.device) for tensor in (x, w, targets, is_masked)]
+        torch._dynamo.config.error_on_recompile = rows != 6
+        try:
+            torch.testing.assert_close(compiled(*arguments), loss(*arguments))
+        finally:
+            torch._dynamo.config.error_on_recompile = False
+
+
+@pytest.mark.parametrize("listed", [[0, -1, 3], [0, 0, -1], [2, 10], [1, -2]], ids=str)
+def test_check_refuses_a_list_that_is_none(linear_cross_entropy, listed):
+    (x, w, _), targets, _ = draw_case(2, 5)
+    with pytest.raises(ValueError, match="expected row_indices to be rows below 10, each once, then -1; received"):
+        linear_cross_entropy(x, w, targets, row_indices=torch.tensor(listed), check=True)
+
+
+def test_an_empty_batch_with_a_list_of_nothing(linear_cross_entropy):
+    (x, w, _), targets, _ = draw_case(0)
+    nothing = torch.full((2,), -1)
+    assert linear_cross_entropy(x, w, targets, None, torch.ones(0), row_indices=nothing).loss == 0

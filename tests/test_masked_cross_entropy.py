@@ -1078,7 +1078,7 @@ def launch_plan(name: str, column: str, dtype: str, kernel: str = "_rows_kernel"
     args |= dict.fromkeys(("HAS_UPSTREAM", "HOLDS_UNIT"), False)
     args |= dict.fromkeys(("HAS_SOFTCAP", "SMOOTHS", "HAS_Z_LOSS"), is_dear)
     args |= dict.fromkeys(("HAS_EXCLUDE", "WITH_CORRECT"), is_special)
-    args |= {"NUM_PIECES": plan.num_pieces if is_split else 0, "PIECE_LANES": 16 if is_split else 1}
+    args |= {"num_pieces": "i32", "HAS_RECORDS": is_split, "PIECE_LANES": 16 if is_split else 1}
     args |= {"VECTOR": DTYPES[dtype], "BLOCK_V": plan.block_v} | changes
     kernel_args = getattr(module, kernel).arg_names
     what = {
@@ -1096,7 +1096,7 @@ PROGRAMS = {
 PROGRAMS |= {f"{key}, records": (*plan, "_records_kernel") for key, plan in PROGRAMS.items() if plan[0] == "split"}
 # What backward runs, with the gradient's rows at other places within 16 bytes than the logits'.
 BACKWARD = {
-    "HAS_UPSTREAM": True, "upstream_ptr": "*fp32:16", "HOLDS_UNIT": True, "NUM_PIECES": 1, "SAME_PHASE": False,
+    "HAS_UPSTREAM": True, "upstream_ptr": "*fp32:16", "HOLDS_UNIT": True, "HAS_RECORDS": True, "SAME_PHASE": False,
     "WITH_LOSSES": False, "losses_ptr": None, "nll_ptr": None, "HAS_DENOMINATOR": False, "denominator_ptr": None,
 }  # fmt: skip
 PROGRAMS["backward"] = ("two programs an SM", "plain", "bf16")
@@ -1163,3 +1163,13 @@ def test_instructions_and_registers(figures, program, dtype):
     columns_a_thread = plan["args"]["BLOCK_V"] / (32 * plan["options"]["num_warps"])
     assert sum(figure["loops"][:2]) / columns_a_thread <= MOST_INSTRUCTIONS_AN_ELEMENT[program]
     assert figure["registers"] <= MOST_REGISTERS[program]
+
+
+def test_rows_of_logits_may_overlap(cross_entropy):
+    """A window that moves by one: its rows share memory, their gradients must not."""
+    line = draw(40).requires_grad_()
+    windows = line.as_strided((5, 9), (1, 1))
+    targets = draw_targets(5, vocabulary=9)
+    (ours,) = gradient(cross_entropy(windows, targets).loss, line)
+    (theirs,) = gradient(F.cross_entropy(windows, targets), line)
+    torch.testing.assert_close(ours, theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 import subprocess
@@ -32,6 +33,20 @@ def test_kernels_are_a_link_and_never_a_top_level_package():
     assert (ROOT / "fastmask" / "kernels").is_symlink()
     assert (ROOT / "fastmask" / "kernels").readlink() == pathlib.Path("../kernels")
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("chosen", ["reference"] + ["triton"] * _dispatch.HAS_TRITON)
+def test_the_first_call_of_a_process_can_be_compiled(chosen):
+    code = """
+import sys, torch
+from fastmask import functional
+def loss(x, w, y, m):
+    return functional.linear_masked_cross_entropy(x, w, y, m, num_masked=3, backend=sys.argv[1]).loss
+arguments = torch.ones(1, 3, 2), torch.ones(4, 2), torch.zeros(1, 3).long(), torch.ones(1, 3).bool()
+fullgraph = sys.argv[1] == "triton"  # the reference compacts its rows by their number
+print(torch.compile(loss, fullgraph=fullgraph, backend="aot_eager")(*arguments).item())
+"""
+    assert float(run_python(code, chosen)) == pytest.approx(math.log(4))
 
 
 @in_checkout
@@ -71,7 +86,15 @@ print("trained")
 
 
 def test_import_is_light():
-    loaded = run_python("import sys, fastmask; print(*sorted(sys.modules))").split()
+    """Where no kernel can run: elsewhere torch.compile needs them imported beforehand."""
+    code = """
+import os, sys, torch
+os.environ.pop("TRITON_INTERPRET", None)
+torch.version.cuda = torch.version.hip = None
+import fastmask
+print(*sorted(sys.modules))
+"""
+    loaded = run_python(code).split()
     extras = ("triton", "x_transformers", "matplotlib", "sklearn", "fastmask.demo")
     assert not [name for name in loaded if name in extras or name.startswith("fastmask.kernels.")]
 

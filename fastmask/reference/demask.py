@@ -30,7 +30,7 @@ except ImportError:  # torch runs without it
 
 # A chunk's temporaries stay in a CPU core's cache; a head's chunk is larger, for its matrix product.
 _CHUNK_ELEMENTS = 2**20
-_HEAD_CHUNK_ROWS = 1024
+HEAD_CHUNK_ROWS = 1024
 
 
 class Sampled(NamedTuple):
@@ -105,8 +105,8 @@ def linear_sample_tokens(
 ) -> Sampled:
     """``sample_tokens`` at logits = embeddings [M, D] weight^T + bias, one chunk of logits at a time."""
     parts = []
-    for start in range(0, max(1, len(embeddings)), _HEAD_CHUNK_ROWS):
-        part = slice(start, start + _HEAD_CHUNK_ROWS)
+    for start in range(0, max(1, len(embeddings)), HEAD_CHUNK_ROWS):
+        part = slice(start, start + HEAD_CHUNK_ROWS)
         parts.append(
             sample_tokens(
                 F.linear(embeddings[part], weight, bias),

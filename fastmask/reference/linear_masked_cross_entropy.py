@@ -207,7 +207,7 @@ def linear_masked_cross_entropy(
     if reduction == "none":
         loss = scatter_rows(loss, rows, targets.shape)
     if num_masked is not None and len(rows if row_indices is None else row_indices) > num_masked:
-        loss = loss + torch.nan
+        loss = loss * torch.nan  # and so are its gradients
     return CrossEntropy(
         loss,
         scatter_rows(nll, rows, targets.shape),
