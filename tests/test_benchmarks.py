@@ -185,3 +185,77 @@ def test_the_script_runs_as_a_module():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--quick" in done.stdout
+
+
+def weight_forgotten(x, weight, targets, is_masked):
+    return F.cross_entropy(F.linear(x[is_masked], weight.detach()), targets[is_masked]) + 0.0 * weight.sum()
+
+
+def test_gate_refuses_a_wrong_gradient_of_the_weight():
+    with pytest.raises(harness.Refused, match=r"wrong: relative error .* weight's gradient 1\.0e"):
+        harness.admit(contender(weight_forgotten), linear.problem(linear.Case(32, 67, 16, 0.3, CPU)))
+
+
+def unmasked_rows_pulled(logits, targets, is_masked):
+    """The right loss, with a gradient where there is none."""
+    return right(logits, targets, is_masked) + (logits - logits.detach())[~is_masked].sum()
+
+
+def test_gate_refuses_a_gradient_of_unmasked_rows(problem):
+    with pytest.raises(harness.Refused, match="wrong"):
+        harness.admit(contender(unmasked_rows_pulled), problem)
+
+
+def test_ratios_are_to_the_best_of_the_others():
+    def timed(ms, given, *, is_ours=False, is_baseline=False, status="ok"):
+        return {"ms": ms, "given": given, "is_ours": is_ours, "is_baseline": is_baseline, "status": status}
+
+    rows = [
+        timed(2.0, WITH_MASK, is_ours=True),
+        timed(12.0, WITH_MASK, is_baseline=True),
+        timed(8.0, ALL_ROWS),
+        timed(10.0, ALL_ROWS),
+        timed(4.0, COMPACTED),
+        timed(6.0, COMPACTED),
+        timed(1.0, "", status="bound"),
+        {"given": ALL_ROWS, "is_ours": False, "is_baseline": False, "status": "wrong"},
+    ]
+    harness._add_ratios(rows)
+    assert rows[0]["ratio"] == {"eager": 6.0, "best on all rows": 4.0, "best on compacted": 2.0, "bare products": 0.5}
+    assert rows[4]["ratio"]["best on compacted"] == 1.0
+    assert "ratio" not in rows[-1]
+
+
+def test_a_row_is_the_median_of_its_times_against_its_own_floor(problem, monkeypatch):
+    monkeypatch.setattr(harness, "time_rounds", lambda runs, *_: {name: [9.0, 1.0, 2.0] for name in runs})
+    floors = {WITH_MASK: Floor(1e9, 1e3, "GB/s"), ALL_ROWS: None, COMPACTED: Floor(5e8, 1e3, "GB/s")}
+    row, bound = harness.compare("case", [contender(right)], problem, floors, {"bound": lambda: None})
+    assert (row["ms"], row["spread"], row["floor_ms"]) == (2.0, [1.0, 9.0], 1.0)
+    assert row["percent_of_floor"] == bound["percent_of_floor"] * 2 == 50.0
+    assert row["rate"] == 500.0
+
+
+@pytest.mark.parametrize("refused", [[0], [1], []], ids=str)
+def test_the_script_fails_if_ours_was_refused_anywhere(refused, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    monkeypatch.setattr(harness, "ceilings", lambda *_: harness.Ceilings(1.0, 1.0))
+
+    def measure(case):
+        row = {"case": str(case), "contender": "c", "name": "c", "given": WITH_MASK, "reason": "", "is_ours": True}
+        return [row | {"status": "wrong" if case in refused else "needs CUDA", "is_ours": case in refused}]
+
+    assert harness.main(None, lambda quick: [0, 1], measure, peers.QUACK_DENSE) == int(bool(refused))
+    assert capsys.readouterr().out.count("not timed") == 2
+
+
+@pytest.mark.parametrize(("is_ours", "outcome"), [(False, pytest.skip.Exception), (True, harness.Refused)])
+def test_pytest_benchmark_skips_others_and_fails_ours(problem, is_ours, outcome):
+    with pytest.raises((pytest.skip.Exception, harness.Refused), match="wrong") as refusal:
+        harness.run_benchmark(None, contender(wrong_row, is_ours=is_ours), problem, "group")
+    assert refusal.type is outcome
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.15, 0.5, 1.0])
+def test_as_many_rows_are_masked_as_the_floor_says(mask_ratio):
+    is_masked = harness.draw_mask(33, mask_ratio, CPU, torch.Generator().manual_seed(0))
+    assert is_masked.sum() == linear.Case(33, 67, 16, mask_ratio, CPU).num_masked == round(33 * mask_ratio)

@@ -112,6 +112,8 @@ LOSS_CASES = [
     (ValueError, "expected z_loss in [0, inf), received -0.1", {"z_loss": -0.1}),
     (ValueError, "expected z_loss in [0, inf), received inf", {"z_loss": math.inf}),
     (TypeError, "expected z_loss to be a number, received bool", {"z_loss": True}),
+    (ValueError, "expected softcap in [0, inf), received -1", {"softcap": -1.0}),
+    (ValueError, "expected softcap above 0, received 0; leave it out", {"softcap": 0.0}),
     (ValueError, "expected exclude_id of at least 0 and below 6, received 6", {"exclude_id": V}),
     (ValueError, "expected exclude_id of at least 0 and below 6, received -1", {"exclude_id": -1}),
     (TypeError, "expected exclude_id to be an int, received float", {"exclude_id": 1.0}),
@@ -195,6 +197,11 @@ CASES = [
     refused(ValueError, "is_masked on cpu, weights on meta", dense, weights=torch.ones(B).to(META)),
     *(refused(*case[:2], function, *case[2], **case[3]) for function in (linear, linear_sample)
       for case in HEAD_CASES),
+    refused(ValueError, "embeddings on cpu, weight on cpu, targets on meta", linear, targets=TARGETS.to(META)),
+    refused(ValueError, "targets on cpu, is_masked on meta", linear, is_masked=MASKED.to(META)),
+    refused(ValueError, "is_masked on cpu, weights on meta", linear, weights=torch.ones(B).to(META)),
+    refused(ValueError, "targets on cpu, row_indices on meta", linear, is_masked=None,
+            row_indices=torch.zeros(1, device=META).long()),
     refused(ValueError, "expected a column besides exclude_id", linear, EMBEDDINGS, WEIGHT[:1], exclude_id=0),
     *(refused(*case[:2], function, **case[2])
       for function in (sample, linear_sample) for case in SEED_CASES + STEP_CASES + SAMPLER_CASES),

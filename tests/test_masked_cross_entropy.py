@@ -373,7 +373,7 @@ def test_a_certain_row_keeps_its_relative_accuracy(cross_entropy, dtype, margin)
     scale = 2.0 ** min(100, round(margin / math.log(2.0))) if dtype == torch.float16 else 1.0
     out = cross_entropy(logits, torch.tensor([4]), reduction="sum")
     rounding = 1e-13 if dtype == torch.float64 else 6e-7
-    assert out.loss.item() == pytest.approx(math.log1p(r), rel=rounding)
+    assert out.loss.item() == pytest.approx(math.log1p(r), rel=rounding, abs=0.0)
     assert out.nll.item() == out.loss.item()
     (grad,) = gradient(out.loss, logits, upstream=torch.tensor(scale, dtype=out.loss.dtype))
     expected = torch.full((vocabulary,), math.exp(-margin) / (1.0 + r), dtype=torch.float64)
@@ -1173,3 +1173,66 @@ def test_rows_of_logits_may_overlap(cross_entropy):
     (ours,) = gradient(cross_entropy(windows, targets).loss, line)
     (theirs,) = gradient(F.cross_entropy(windows, targets), line)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_certain_row_at_the_end_of_float32(cross_entropy):
+    """The smallest nll, and gradient, that is a normal number."""
+    logits = torch.tensor([[0.0, -87.0]], requires_grad=True)
+    out = cross_entropy(logits, torch.tensor([0]))
+    assert out.loss.item() == pytest.approx(math.exp(-87.0), rel=6e-7, abs=0.0)  # else 1e-12 would be allowed
+    (grad,) = gradient(out.loss, logits)
+    assert grad[0].tolist() == pytest.approx([-math.exp(-87.0), math.exp(-87.0)], rel=6e-7, abs=0.0)
+
+
+@pytest.mark.parametrize("content", [math.nan, math.inf, -math.inf, 1e30])
+def test_the_excluded_column_does_not_matter_under_a_softcap(cross_entropy, content):
+    logits, targets = draw(7, 6), without(draw_targets(7, vocabulary=6), 3)
+    expected = cross_entropy(logits.requires_grad_(), targets, exclude_id=3, softcap=5.0)
+    spoiled = logits.detach().clone()
+    spoiled[:, 3] = content
+    ours = cross_entropy(spoiled.requires_grad_(), targets, exclude_id=3, softcap=5.0)
+    assert torch.equal(ours.loss, expected.loss)
+    assert torch.equal(*gradient(ours.loss, spoiled), *gradient(expected.loss, logits))
+
+
+def test_vectors_of_any_stride(operation, backend):
+    """Targets, mask, weights and what comes from above: every second element of a longer vector."""
+    logits = draw(5, 7).to(backend.device).requires_grad_()
+    longer = draw_targets(10, vocabulary=7), draw_mask(10), draw(10, seed=3).abs(), draw(10, seed=4)
+    strided = [vector.to(backend.device)[::2] for vector in longer]
+    assert not any(vector.is_contiguous() for vector in strided)
+    results = []
+    for *arguments, upstream in (strided, [vector.contiguous() for vector in strided]):
+        loss = operation(logits, *arguments, reduction="none").loss
+        results.append((loss, *gradient(loss, logits, upstream=upstream)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_inplace_grad_with_every_option(operation, backend):
+    logits, targets, is_masked, _ = (x.to(backend.device) for x in small())
+    weights = torch.tensor([0.5, 3.0], device=backend.device)
+    options = {"label_smoothing": 0.1, "z_loss": 0.03, "softcap": 2.0, "exclude_id": 2, "with_correct": True}
+    results = []
+    for inplace_grad in (False, True):
+        z = logits.clone().requires_grad_()
+        out = operation(
+            z, without(targets, 2), is_masked, weights, denominator=7.0, inplace_grad=inplace_grad, **options
+        )
+        results.append((*out, *gradient(out.loss, z)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_double_backward_of_a_gradient_in_place_raises(operation, backend):
+    logits, targets, is_masked, _ = (x.to(backend.device) for x in small())
+    logits.requires_grad_()
+    loss = operation(1.0 * logits, targets, is_masked, inplace_grad=True).loss
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"twice|double backward"):
+        (logits.square().sum() + grad.square().sum()).backward()
+
+
+def test_smoothing_over_an_impossible_column_costs_infinity(cross_entropy):
+    logits, targets = torch.tensor([[0.0, -math.inf, 1.0], [0.0, 2.0, 1.0]]), torch.tensor([0, 0])
+    out = cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
+    assert out.loss.isinf().tolist() == [True, False]
+    assert out.nll.isfinite().all()

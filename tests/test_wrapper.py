@@ -14,7 +14,7 @@ import x_transformers.nonautoregressive_wrapper as upstream
 from torch import nn
 from x_transformers import Encoder, TransformerWrapper
 
-from fastmask import Losses, NonAutoregressiveWrapper, Schedule, functional
+from fastmask import Losses, NonAutoregressiveWrapper, Schedule, backbone, functional
 from fastmask._host_count import HostCount
 
 V, N, MASK = 12, 6, 11
@@ -1032,3 +1032,46 @@ def test_a_host_count_does_not_wait_while_it_is_traced(device):
         return HostCount(count).wait()
 
     assert wait(torch.tensor(3, device=device)) is None
+
+
+@pytest.mark.parametrize("method", ["forward", "nelbo"])
+def test_the_loss_gets_the_rows_and_their_number(method, device, drawn, monkeypatch):
+    """Not the mask, whose rows the kernel would have to find, nor a count that it would have to wait for."""
+    given, loss = [], functional.linear_masked_cross_entropy
+    monkeypatch.setattr(functional, "linear_masked_cross_entropy", lambda *a, **k: given.append(k) or loss(*a, **k))
+    getattr(build(device), method)(clean(device))
+    (options,), (masked,) = given, drawn
+    assert options["row_indices"] is masked.row_indices
+    assert options["num_masked"] == masked.num_masked
+    assert isinstance(options["num_masked"], int)
+
+
+@pytest.mark.parametrize("method", ["forward", "nelbo"])
+def test_the_count_comes_to_the_host_while_the_network_runs(method, device, monkeypatch):
+    events, start, wait, run = [], HostCount.__init__, HostCount.wait, backbone.run
+    monkeypatch.setattr(HostCount, "__init__", lambda self, count: events.append("start") or start(self, count))
+    monkeypatch.setattr(HostCount, "wait", lambda self: events.append("wait") or wait(self))
+    monkeypatch.setattr(backbone, "run", lambda *a, **k: events.append("network") or run(*a, **k))
+    getattr(build(device), method)(clean(device))
+    assert events == ["start", "network", "wait"]
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_a_step_whose_count_cannot_be_waited_for_is_the_same(critic, device, monkeypatch):
+    wrapper, x = build(device, critic=critic), clean(device)
+    expected, bound = step(wrapper, x), wrapper.nelbo(x, generator=torch.Generator(device).manual_seed(3))
+    monkeypatch.setattr(HostCount, "wait", lambda self: None)
+    torch.testing.assert_close(step(wrapper, x), expected)
+    torch.testing.assert_close(wrapper.nelbo(x, generator=torch.Generator(device).manual_seed(3)), bound)
+
+
+def test_a_host_count_waits_for_its_arrival():
+    """What arrives is seen by nobody before; on a GPU the copy is seldom late enough to show it."""
+    count = HostCount(torch.tensor(0))
+
+    class Arrival:
+        def synchronize(self):
+            count._host = torch.tensor(7)
+
+    count._arrival = Arrival()
+    assert count.wait() == 7
