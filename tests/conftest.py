@@ -25,6 +25,8 @@ _INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.cuda.i
 if _INTERPRETS:
     os.environ["TRITON_INTERPRET"] = "1"
 
+torch.set_num_threads(1)  # the tests run side by side, and most tensors are small
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _KERNEL_BACKEND = ["interpreter" if _INTERPRETS else "cuda"] if _HAS_TRITON else []
 
