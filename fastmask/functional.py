@@ -835,6 +835,8 @@ def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor, *, backen
     _check.tensor("counts", counts, _check.INTEGER)
     _check.shape("counts", counts, scores.shape[:1], "B")
     _check.same_device(scores=scores, eligible=eligible, counts=counts)
+    if backend == "auto" and scores.shape[1] > 2**16:  # the kernel's keys hold 16 bits of position
+        backend = "reference"
     run = _dispatch.module("demask", scores.device, backend, scores.dtype).select_to_remask
     chosen: Tensor = run(scores, eligible, counts)
     return chosen

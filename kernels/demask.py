@@ -215,7 +215,8 @@ def _choose_kernel(
         kept = tl.load(kept_ids_ptr + row)
         id = tl.where(kept >= 0, kept, id)
 
-    z_chosen = tl.load(x_ptr + start + id).to(tl.float32)
+    # A kept id that is none gives NaN, and nothing is read for it.
+    z_chosen = tl.load(x_ptr + start + id, mask=id < V, other=float("nan")).to(tl.float32)
     if HAS_MASK_ID:
         z_chosen = tl.where(id == mask_id, -float("inf"), z_chosen)
     log_prob = (z_chosen - top) - elementary.log(total)
@@ -453,8 +454,9 @@ def _sample_tokens(
     num_tiles = triton.cdiv(num_ids, _TILE.value)
     lanes = max(_SUB_TILE.value, min(_TILE.value, triton.next_power_of_2(num_ids)))
     has_mask = mask_id is not None and 0 <= mask_id < num_ids
-    # It stays finite: infinity times the maximum's 0 would be NaN.
-    factor = min(_LOG2E.value / temperature, torch.finfo(torch.float32).max) if temperature else 0.0
+    # It stays finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf.
+    limits = torch.finfo(torch.float32)
+    factor = max(limits.tiny, min(_LOG2E.value / temperature, limits.max)) if temperature else 0.0
     records = logits.new_empty((num_rows, num_tiles, _RECORD.value), dtype=torch.float32)
     shared: dict[str, Any] = {
         "x_ptr": logits,
@@ -517,7 +519,8 @@ def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _empty_samples(logits: Tensor) -> tuple[Tensor, Tensor]:
     """ids and log_probs, [M] each."""
-    return logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty(len(logits), dtype=torch.float32)
+    num_rows = logits.shape[0]  # symbolic, as len() is not
+    return logits.new_empty(num_rows, dtype=torch.int64), logits.new_empty(num_rows, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -558,18 +561,20 @@ def linear_sample_tokens(
     mask_id: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See the twin: ``sample_tokens`` behind a linear head, one chunk of logits at a time."""
-    device_type = embeddings.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else embeddings.dtype
+    device_type, dtype = embeddings.device.type, embeddings.dtype
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
     head = weight.to(dtype).mT, None if bias is None else bias.to(dtype)
     # Rows of logits begin at 16 bytes whatever V is, so that a row's sample does not depend on its neighbours.
     vector = 16 // dtype.itemsize
     width = triton.cdiv(len(weight), vector) * vector
-    buffer = embeddings.new_empty((min(HEAD_CHUNK_ROWS, len(embeddings)), width), dtype=dtype)
+    num_rows = embeddings.shape[0]
+    buffer = embeddings.new_empty((min(HEAD_CHUNK_ROWS, num_rows), width), dtype=dtype)
     parts = []
-    for start in range(0, max(1, len(embeddings)), HEAD_CHUNK_ROWS):
-        part = slice(start, start + HEAD_CHUNK_ROWS)
+    for chunk in range(max(1, triton.cdiv(num_rows, HEAD_CHUNK_ROWS))):  # traced, this fixes the chunks, not the rows
+        part = slice(chunk * HEAD_CHUNK_ROWS, (chunk + 1) * HEAD_CHUNK_ROWS)
         x = embeddings[part].to(dtype)
-        logits = buffer[: len(x), : len(weight)]
+        logits = buffer[: x.shape[0], : len(weight)]
         _head_product(x, *head, out=logits)
         parts.append(
             sample_tokens(

@@ -896,6 +896,45 @@ def test_the_kernels_are_torch_operations(kernel, operation):
     torch.library.opcheck(getattr(torch.ops.fastmask, operation).default, tuple(arguments))
 
 
+def test_the_number_of_rows_compiles_once(kernel):
+    """It differs at every step of a generation."""
+
+    def sample(logits, rows):
+        return functional.sample_tokens(logits, row_indices=rows, seq_len=9, seed=1, backend="triton").ids
+
+    torch._dynamo.reset()
+    compiled = torch.compile(sample, fullgraph=True, backend="aot_eager", dynamic=True)
+    for number in (3, 5, 4):
+        arguments = draw(number, 20).to(kernel.device), torch.arange(number, device=kernel.device)
+        torch._dynamo.config.error_on_recompile = number != 3
+        try:
+            assert torch.equal(compiled(*arguments), sample(*arguments))
+        finally:
+            torch._dynamo.config.error_on_recompile = False
+
+
+@pytest.mark.parametrize("temperature", [1e40, 1e46, 1e300])
+def test_an_endless_temperature_is_uniform_over_what_is_allowed(door, temperature):
+    logits = draw(1, door.rows(60, few=8), 70)
+    logits[..., 10:] = -math.inf
+    ids = door.sample_tokens(logits, temperature=temperature, mask_id=3, seed=0).ids
+    assert ids.max() < 10
+    assert (ids != 3).all()
+    assert ids.unique().numel() > 3
+
+
+def test_a_kept_id_beyond_the_vocabulary_gives_nan(kernel):
+    """And reads nothing of the next row; the twin raises."""
+    out = Door(kernel).sample_tokens(draw(1, 2, 70), kept_ids=torch.tensor([[70, -1]]), seed=0)
+    assert out.log_probs[0].isnan().tolist() == [True, False]
+
+
+def test_longer_sequences_than_the_kernels_keys_hold_are_selected_by_the_reference(monkeypatch):
+    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    chosen = functional.select_to_remask(torch.zeros(1, 65537), torch.ones(1, 65537).bool(), torch.tensor([2]))
+    assert chosen.nonzero().tolist() == [[0, 0], [0, 1]]
+
+
 def test_a_compiled_step_is_the_step(kernel):
     def step(logits, eligible, counts):
         out = functional.sample_tokens(logits, mask_id=3, seed=1, backend="triton")

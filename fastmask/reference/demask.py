@@ -168,8 +168,9 @@ def filter_threshold(z: Tensor, filter_thres: float | None) -> Tensor | None:
 def _weights(z: Tensor, z_max: Tensor, threshold: Tensor | None, temperature: float) -> Tensor:
     """exp((z - max z) / temperature), [M, V], 0 below the threshold."""
     # Base 2: on a CPU several times as fast as exp, and not slowed by underflow.
-    # The factor stays finite: infinity times the maximum's 0 would be NaN.
-    factor = min(math.log2(math.e) / temperature, torch.finfo(torch.float32).max)
+    # The factor stays finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf.
+    limits = torch.finfo(torch.float32)
+    factor = max(limits.tiny, min(math.log2(math.e) / temperature, limits.max))
     weights = (z - z_max).mul_(factor).exp2_()
     return weights if threshold is None else weights.mul_(z >= threshold)
 

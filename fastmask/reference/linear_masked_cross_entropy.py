@@ -188,7 +188,7 @@ def linear_masked_cross_entropy(
         "with_correct": with_correct,
     }
     device_type = embeddings.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = torch.is_autocast_enabled(device_type) and embeddings.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast else embeddings.dtype
     # Autocast itself would leak into the float32 parts.
     with torch.autocast(device_type, enabled=False):
