@@ -562,7 +562,7 @@ class Plan(NamedTuple):
     tiles_per_piece: int
 
 
-def plan(num_rows: int, vocabulary: int, options: Options) -> Plan:
+def plan(num_rows: int, vocabulary: int, options: Options, is_amd: bool = bool(torch.version.hip)) -> Plan:
     """The launch plan of logits [num_rows, vocabulary]; the pieces are the same with and without the argmax."""
     is_special = options.with_correct or options.exclude_id >= 0
     is_dear = options.softcap != 0.0 or options.label_smoothing != 0.0
@@ -573,8 +573,8 @@ def plan(num_rows: int, vocabulary: int, options: Options) -> Plan:
         tiles_per_piece = triton.cdiv(num_tiles, triton.cdiv(_MANY_PROGRAMS, max(1, num_rows)))
         return Plan(block_v, num_warps, triton.cdiv(num_tiles, tiles_per_piece), tiles_per_piece)
     block_v, num_warps = next(row for row in _TILES if vocabulary <= row[0])[1 + column]
-    if torch.version.hip:  # whose warps have 64 lanes, and whose programs 1024 at most
-        num_warps = min(num_warps, 16)
+    if is_amd:  # whose warps have 64 lanes, and whose programs 1024 at most
+        block_v, num_warps = min(block_v, 8192), min(num_warps, 16)
     return Plan(block_v, num_warps, 1, triton.cdiv(vocabulary, block_v))
 
 

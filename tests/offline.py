@@ -4,9 +4,10 @@ Run as a script, without TRITON_INTERPRET: launch plans come as JSON on stdin, f
 A plan is what the launcher would ask Triton for:
 
     {"name": "1024", "module": "fastmask.kernels.x", "kernel": "_x_kernel", "options": {"num_warps": 4},
-     "args": {"x_ptr": "*i64:16", "N": "i32", "BLOCK_N": 1024}}
+     "args": {"x_ptr": "*i64:16", "N": "i32", "BLOCK_N": 1024}, "amd": {"options": {"num_warps": 2}}}
 
-A string such as "*i64:16" is a type (":16": divisible by 16); any other value is a constant.
+"amd", which may be left out, says what differs there. A string such as "*i64:16" is a type (":16": divisible
+by 16); any other value is a constant.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def _compile(plan: dict, target_name: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if not target_name.startswith("sm_"):
+        plan = plan | {part: plan[part] | changes for part, changes in plan.get("amd", {}).items()}
     kernel = getattr(importlib.import_module(plan["module"]), plan["kernel"])
     missing = set(kernel.arg_names) ^ set(plan["args"])
     assert not missing, f"plan {plan['name']}: arguments that differ from the kernel's: {sorted(missing)}"
@@ -59,9 +62,8 @@ def _compile(plan: dict, target_name: str):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget(*TARGETS[target_name])
-    most_warps = 1024 // target.warp_size  # as the launchers cap them on AMD
-    options = plan["options"] | {"num_warps": min(plan["options"]["num_warps"], most_warps)}
-    return triton.compile(source, target=target, options=options)
+    assert plan["options"]["num_warps"] * target.warp_size <= 1024, "more lanes than a program can have"
+    return triton.compile(source, target=target, options=plan["options"])
 
 
 def _nvidia_figures(cubin: bytes) -> dict:

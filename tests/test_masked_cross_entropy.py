@@ -1066,7 +1066,9 @@ def launch_plan(name: str, column: str, dtype: str, kernel: str = "_rows_kernel"
 
     is_special, is_dear, is_split = column != "plain", column == "dear", name == "split"
     options = module.Options(0.1 * is_dear, 0.01 * is_dear, 30.0 * is_dear, is_special - 1, is_special)
-    plan = module.plan(16 if is_split else 4096, VOCABULARIES[name], options)
+    plan, amd = (
+        module.plan(16 if is_split else 4096, VOCABULARIES[name], options, is_amd) for is_amd in (False, True)
+    )
     args = dict.fromkeys(("x_ptr", "gradient_ptr"), f"*{dtype}:16") | {"is_masked_ptr": "*i1:16"}
     args |= dict.fromkeys(("weights_ptr", "records_ptr", "losses_ptr", "nll_ptr", "denominator_ptr"), "*fp32:16")
     args |= {"targets_ptr": "*i64:16", "correct_ptr": "*i1:16" if is_special else None, "upstream_ptr": None}
@@ -1085,6 +1087,7 @@ def launch_plan(name: str, column: str, dtype: str, kernel: str = "_rows_kernel"
         "kernel": kernel,
         "options": {"num_warps": plan.num_warps},
         "args": {name: args[name] for name in kernel_args},
+        "amd": {"options": {"num_warps": amd.num_warps}, "args": {"BLOCK_V": amd.block_v}},
     }
     return {"name": json.dumps(what), "module": "fastmask.kernels.masked_cross_entropy", **what}
 
