@@ -67,17 +67,17 @@ class Output(NamedTuple):
         return out.loss
 
     def sample(self, row_indices: Tensor, **options: Any) -> Sampled:
-        """Ids and log-probabilities, [M] each, of the rows ``row_indices`` [M]; options as sample_tokens."""
+        """Samples the rows ``row_indices`` [M]; options and result as :func:`fastmask.functional.sample_tokens`."""
         if self.head is None:
             assert self.logits is not None
-            options["seq_len"] = self.logits.shape[1]
-            return functional.sample_tokens(
-                rearrange(self.logits, "b n v -> (b n) v")[row_indices], row_indices=row_indices, **options
-            )
+            return functional.sample_tokens(self.logits, row_indices=row_indices, **options)
         assert self.embeddings is not None
-        options["seq_len"] = self.embeddings.shape[1]
         return functional.linear_sample_tokens(
-            self._head_input(row_indices), self.head.weight, bias=self.head.bias, row_indices=row_indices, **options
+            self.head.scaled(self.embeddings),
+            self.head.weight,
+            bias=self.head.bias,
+            row_indices=row_indices,
+            **options,
         )
 
     def logits_of(self, row_indices: Tensor) -> Tensor:
@@ -85,12 +85,9 @@ class Output(NamedTuple):
         if self.head is None:
             assert self.logits is not None
             return rearrange(self.logits, "b n v -> (b n) v")[row_indices]
-        return F.linear(self._head_input(row_indices), self.head.weight, self.head.bias)
-
-    def _head_input(self, row_indices: Tensor) -> Tensor:
         assert self.embeddings is not None
-        assert self.head is not None
-        return self.head.scaled(rearrange(self.embeddings, "b n d -> (b n) d")[row_indices])
+        rows = rearrange(self.embeddings, "b n d -> (b n) d")[row_indices]
+        return F.linear(self.head.scaled(rows), self.head.weight, self.head.bias)
 
 
 def run(net: Any, ids: Tensor, *, with_embeddings: bool = False, **kwargs: Any) -> Output:

@@ -12,32 +12,48 @@ result for every split of a batch, when ``sample_offset`` says which samples the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastmask import _check, _dispatch
-from fastmask.reference.demask import Rows, Sampled
+from fastmask.reference.demask import Rows, Sampled, Sampling
 from fastmask.reference.mask_sampling import MaskedTokens, draw_times
 from fastmask.reference.masked_cross_entropy import CrossEntropy
 from fastmask.schedules import Schedule, TensorFn, as_schedule
 
 __all__ = [
     "CrossEntropy",
+    "Demasked",
     "MaskedTokens",
     "Sampled",
     "confidence_scores",
     "critic_scores",
+    "demask_step",
     "draw_seed",
     "linear_masked_cross_entropy",
     "linear_sample_tokens",
     "mask_sampling",
     "masked_cross_entropy",
+    "remask_",
     "sample_tokens",
     "select_to_remask",
 ]
 
 
 _dispatch.preload()
+
+
+class Demasked(NamedTuple):
+    """Between two steps of a generation; see :func:`demask_step`."""
+
+    ids: Tensor
+    is_masked: Tensor
+    log_probs: Tensor
+    row_indices: Tensor
 
 
 def draw_seed(device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
@@ -530,10 +546,15 @@ def sample_tokens(
     *,
     temperature: float = 1.0,
     filter_thres: float | None = None,
+    top_p: float | None = None,
     mask_id: int | None = None,
+    forbidden: Tensor | Sequence[int] | None = None,
     row_indices: Tensor | None = None,
     seq_len: int | None = None,
     kept_ids: Tensor | None = None,
+    with_margin: bool = False,
+    with_entropy: bool = False,
+    out: Sampled | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     step: int = 0,
@@ -546,7 +567,7 @@ def sample_tokens(
         \mathrm{id}_i \sim \mathrm{softmax}(z_i / T) \text{ over } A_i, \qquad
         \log p_i = z_{i,\mathrm{id}_i} - \log \sum_{v \in A_i} e^{z_{i,v}}
 
-    A_i are the ids that are neither mask_id nor filtered out; the probability is not heated.
+    A_i are the ids that are neither excluded nor filtered out; no figure but the sample itself is heated.
 
     Args:
         logits: [B, N, V] float16|bfloat16|float32|float64 (worked on in float32), one row for each
@@ -554,18 +575,28 @@ def sample_tokens(
         temperature: T >= 0; 0 takes the argmax, ties to the lower id.
         filter_thres: in [0, 1): keeps the ceil((1 - filter_thres) V) largest logits, and all that tie
             with the last of them. None keeps all.
+        top_p: in [0, 1]: of those, keeps the nucleus at temperature 1: the fewest likeliest ids that together have
+            at least this share of the probability, at least one, and all that tie with the last. None keeps all.
         mask_id: never sampled. None, or an id outside [0, V), excludes nothing.
-        row_indices: [M] int64, flat positions b N + i of compact rows.
+        forbidden: [V] bool, True at more ids that are never sampled; or those ids themselves (copied to the device
+            at each call).
+        row_indices: [M] int64, flat positions b N + i: those of compact rows, or the only ones of [B, N, V] to be
+            sampled. -1 is no row: id -1, figures 0.
         seq_len: N, for compact rows.
-        kept_ids: as the rows, int64: where >= 0 that id is kept, not sampled, and its probability given.
+        kept_ids: as the ids returned, int64: where >= 0 that id is kept, not sampled, and its probability given.
+        with_margin: also give how much more likely the likeliest id is than the next.
+        with_entropy: also give the entropy.
+        out: ids [B, N] int64 and log_probs [B, N] float32, contiguous, to be written in place at the rows'
+            positions, and returned; other positions stay as they are.
         seed, generator: see the module.
         step: index of the demasking step, so that one seed serves a whole generation.
         sample_offset: global index of the first sequence.
         backend: see the module.
 
     Returns:
-        Sampled of ids, int64, and log_probs, float32, nats, [B, N] or [M] each. A row with NaN, +inf or no
-        finite logit gives the lowest allowed id and NaN; a kept id that is filtered out gives -inf.
+        Sampled of ids, int64; log_probs, float32, nats; margins, float32, in [0, 1], and entropies, float32, nats,
+        or None; [B, N] or [M] each. A row with NaN, +inf or no finite logit gives the lowest allowed id and NaN; a
+        kept id that is filtered out gives -inf.
 
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape or number.
@@ -573,7 +604,8 @@ def sample_tokens(
     Randomness: streams TILE_RACE, SUB_TILE_RACE and ELEMENT_RACE of the seed at ``step``.
 
     Source: the exponential race, equal in law to Gumbel-max (Maddison et al.,
-    https://arxiv.org/abs/1411.0030), in three levels of 4096, 64 and 1 ids.
+    https://arxiv.org/abs/1411.0030), in three levels of 4096, 64 and 1 ids. The nucleus: Holtzman et al.,
+    https://arxiv.org/abs/1904.09751, eq. 2.
 
     Example:
         >>> logits = torch.tensor([[[0.0, 5.0, 1.0]]])
@@ -581,22 +613,21 @@ def sample_tokens(
         tensor([[1]])
     """
     _check.tensor("logits", logits, _check.FLOATING)
-    rows, kept = _demask_rows(
-        "logits",
-        logits,
-        logits.shape[-1] if logits.ndim else 1,
+    rows, shape = _demask_rows("logits", logits, row_indices, seq_len, seed, generator, step, sample_offset)
+    sampling = _sampling(
+        logits.shape[-1],
         temperature,
         filter_thres,
-        row_indices,
-        seq_len,
-        kept_ids,
-        _as_seed(seed, logits.device, generator),
-        step,
-        sample_offset,
+        top_p,
+        mask_id,
+        forbidden,
+        with_margin,
+        with_entropy,
+        logits.device,
     )
+    kept_ids = _check_canvas("logits", rows, shape, kept_ids, out, sampling)
     run = _dispatch.module("demask", logits.device, backend).sample_tokens
-    out = run(logits.flatten(0, -2), rows, kept, temperature=temperature, filter_thres=filter_thres, mask_id=mask_id)
-    return Sampled(*(value.view(logits.shape[:-1]) for value in out))
+    return _shaped(run(logits.flatten(0, -2), rows, kept_ids, sampling, out), shape, out)
 
 
 def linear_sample_tokens(
@@ -606,26 +637,32 @@ def linear_sample_tokens(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     filter_thres: float | None = None,
+    top_p: float | None = None,
     mask_id: int | None = None,
+    forbidden: Tensor | Sequence[int] | None = None,
     row_indices: Tensor | None = None,
     seq_len: int | None = None,
     kept_ids: Tensor | None = None,
+    with_margin: bool = False,
+    with_entropy: bool = False,
+    out: Sampled | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     step: int = 0,
     sample_offset: int = 0,
     backend: str = "auto",
 ) -> Sampled:
-    r"""Head and :func:`sample_tokens` in one: logits exist for one chunk of rows at a time.
+    r"""Head and :func:`sample_tokens` in one: logits exist for one chunk of the rows at a time.
 
     .. math::
         z_i = W e_i + b
 
     Args:
-        embeddings: [B, N, D], or [M, D] with ``row_indices`` and ``seq_len``.
+        embeddings: [B, N, D], of which ``row_indices`` may say which rows are wanted; or [M, D] with
+            ``row_indices`` and ``seq_len``.
         weight: [V, D], the head's weight; bias: [V] or None; of the embeddings' dtype unless autocast.
-        temperature, filter_thres, mask_id, row_indices, seq_len, kept_ids, seed, generator, step,
-            sample_offset, backend: as in :func:`sample_tokens`.
+        temperature, filter_thres, top_p, mask_id, forbidden, row_indices, seq_len, kept_ids, with_margin,
+            with_entropy, out, seed, generator, step, sample_offset, backend: as in :func:`sample_tokens`.
 
     Returns, Raises, Randomness, Source: as :func:`sample_tokens`.
 
@@ -635,81 +672,127 @@ def linear_sample_tokens(
         tensor([[1]])
     """
     _check_head(embeddings, weight, bias)
-    rows, kept = _demask_rows(
-        "embeddings",
-        embeddings,
-        len(weight),
-        temperature,
-        filter_thres,
-        row_indices,
-        seq_len,
-        kept_ids,
-        _as_seed(seed, embeddings.device, generator),
-        step,
-        sample_offset,
+    rows, shape = _demask_rows("embeddings", embeddings, row_indices, seq_len, seed, generator, step, sample_offset)
+    sampling = _sampling(
+        len(weight), temperature, filter_thres, top_p, mask_id, forbidden, with_margin, with_entropy, weight.device
     )
+    kept_ids = _check_canvas("embeddings", rows, shape, kept_ids, out, sampling)
     run = _dispatch.module("demask", embeddings.device, backend).linear_sample_tokens
-    out = run(
-        embeddings.flatten(0, -2),
-        weight,
-        bias,
-        rows,
-        kept,
-        temperature=temperature,
-        filter_thres=filter_thres,
-        mask_id=mask_id,
-    )
-    return Sampled(*(value.view(embeddings.shape[:-1]) for value in out))
+    sampled = run(embeddings.flatten(0, -2), weight, bias, rows, kept_ids, sampling, out)
+    return _shaped(sampled, shape, out)
 
 
 def _demask_rows(
     name: str,
     rows: Tensor,
+    row_indices: Tensor | None,
+    seq_len: int | None,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    step: int,
+    sample_offset: int,
+) -> tuple[Rows, torch.Size]:
+    """Which rows are sampled, and the shape of what is returned."""
+    shape = rows.shape[:-1]
+    if row_indices is not None:
+        _check.tensor("row_indices", row_indices, [torch.int64], ndim=1)
+        shape = row_indices.shape
+    if row_indices is None or rows.ndim == 3:
+        if rows.ndim != 3 or (seq_len is not None and seq_len != rows.shape[1]):
+            raise ValueError(
+                f"expected {name} [B, N, ...], received shape {list(rows.shape)}"
+                + (f" and seq_len={seq_len}" if rows.ndim == 3 else "; compact rows need row_indices= and seq_len=")
+            )
+        seq_len = rows.shape[1]
+    elif rows.ndim != 2 or row_indices.shape != rows.shape[:1] or seq_len is None:
+        raise ValueError(
+            f"expected compact {name} [M, ...] with row_indices [M] and seq_len, received "
+            f"{list(rows.shape)}, {list(row_indices.shape)} and seq_len={seq_len}"
+        )
+    is_compact = row_indices is None or rows.ndim == 2
+    if row_indices is None:  # every row is listed
+        row_indices = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device)
+    _check.same_device(**{name: rows, "row_indices": row_indices})
+    _check.integer("seq_len", seq_len, 0)
+    _check.integer("step", step, 0, 2**24)
+    _check.integer("sample_offset", sample_offset, 0, 2**32)
+    seed = _as_seed(seed, rows.device, generator)
+    return Rows(row_indices, max(1, seq_len), is_compact, seed, sample_offset, step), shape
+
+
+def _sampling(
     num_tokens: int,
     temperature: float,
     filter_thres: float | None,
-    row_indices: Tensor | None,
-    seq_len: int | None,
-    kept_ids: Tensor | None,
-    seed: Tensor,
-    step: int,
-    sample_offset: int,
-) -> tuple[Rows, Tensor | None]:
-    """The checks that both samplers share; each row's counters, and the flat ids that are kept."""
+    top_p: float | None,
+    mask_id: int | None,
+    forbidden: Tensor | Sequence[int] | None,
+    with_margin: bool,
+    with_entropy: bool,
+    device: torch.device,
+) -> Sampling:
+    """The checks of a sampler's options."""
     if num_tokens == 0:
         raise ValueError("expected a vocabulary of at least 1 id, received 0")
     _check.number("temperature", temperature, 0.0)
     if filter_thres is not None:
         _check.number("filter_thres", filter_thres, 0.0, 1.0, below_high=True)
-    if row_indices is None:
-        if rows.ndim != 3:
-            raise ValueError(
-                f"expected {name} [B, N, ...], received shape {list(rows.shape)}; compact rows need "
-                f"row_indices= and seq_len="
-            )
-        flat, seq_len = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device), rows.shape[1]
-    else:
-        _check.tensor("row_indices", row_indices, [torch.int64])
-        if rows.ndim != 2 or row_indices.shape != rows.shape[:1] or seq_len is None:
-            raise ValueError(
-                f"expected compact {name} [M, ...] with row_indices [M] and seq_len, received "
-                f"{list(rows.shape)}, {list(row_indices.shape)} and seq_len={seq_len}"
-            )
-        _check.integer("seq_len", seq_len, 0)
-        flat = row_indices
+    if top_p is not None:
+        _check.number("top_p", top_p, 0.0, 1.0)
+        top_p = None if top_p == 1.0 else top_p
+    forbidden = as_forbidden(forbidden, num_tokens, device)
+    return Sampling(temperature, filter_thres, top_p, mask_id, forbidden, with_margin, with_entropy)
+
+
+def as_forbidden(
+    forbidden: Tensor | Sequence[int] | None, num_tokens: int, device: torch.device | str
+) -> Tensor | None:
+    """Forbidden ids as the samplers take them without copying: [num_tokens] bool on the device.
+
+    Raises:
+        TypeError, ValueError: neither such a tensor nor ids in [0, num_tokens).
+    """
+    if forbidden is None or isinstance(forbidden, Tensor):
+        if forbidden is not None:
+            _check.tensor("forbidden", forbidden, [torch.bool])
+            _check.shape("forbidden", forbidden, [num_tokens], "V")
+            if forbidden.device != torch.empty(0, device=device).device:
+                raise ValueError(
+                    f"expected forbidden on {device}, received {forbidden.device}; move it with .to(device)"
+                )
+        return forbidden
+    is_forbidden = torch.zeros(num_tokens, dtype=torch.bool)
+    for id in forbidden:
+        is_forbidden[_check.integer("forbidden ids", id, 0, num_tokens)] = True
+    return is_forbidden.to(device)
+
+
+def _check_canvas(
+    name: str, rows: Rows, shape: torch.Size, kept_ids: Tensor | None, out: Sampled | None, sampling: Sampling
+) -> Tensor | None:
+    """The checks of what a sampler keeps and of what it writes; the kept ids, flat."""
     if kept_ids is not None:
         _check.tensor("kept_ids", kept_ids, [torch.int64])
-        _check.shape("kept_ids", kept_ids, rows.shape[:-1], "as the rows")
+        _check.shape("kept_ids", kept_ids, shape, "as the rows")
+        _check.same_device(**{name: rows.row_indices, "kept_ids": kept_ids})
         kept_ids = kept_ids.flatten()
-    _check.same_device(**{name: rows, "row_indices": row_indices, "kept_ids": kept_ids})
-    seq_len = max(1, seq_len)
-    return _counters(flat // seq_len, flat % seq_len, seed, step, sample_offset), kept_ids
+    if out is not None:
+        if sampling.with_margin or sampling.with_entropy:
+            raise ValueError("expected out= without with_margin=True and with_entropy=True; leave one out")
+        _check.tensor("out.ids", out.ids, [torch.int64], ndim=2)
+        _check.tensor("out.log_probs", out.log_probs, [torch.float32])
+        _check.shape("out.log_probs", out.log_probs, out.ids.shape, "B, N")
+        if out.ids.shape[1] != rows.seq_len or not (out.ids.is_contiguous() and out.log_probs.is_contiguous()):
+            raise ValueError(
+                f"expected out.ids and out.log_probs [B, {rows.seq_len}] and contiguous, received "
+                f"{list(out.ids.shape)}, strides {list(out.ids.stride())} and {list(out.log_probs.stride())}"
+            )
+        _check.same_device(**{name: rows.row_indices, "out.ids": out.ids, "out.log_probs": out.log_probs})
+    return kept_ids
 
 
-def _counters(sample: Tensor, position: Tensor, seed: Tensor, step: int, sample_offset: int) -> Rows:
-    _check.integer("step", step, 0, 2**24)
-    _check.integer("sample_offset", sample_offset, 0, 2**32)
-    return Rows(seed, sample + sample_offset, position, step)
+def _shaped(values: Sequence[Tensor | None], shape: torch.Size, out: Sampled | None) -> Sampled:
+    return out or Sampled(*(None if value is None else value.view(shape) for value in values))  # type: ignore[arg-type]
 
 
 def confidence_scores(
@@ -725,7 +808,7 @@ def confidence_scores(
     r"""How little confidence each token deserves: the higher, the sooner it is masked again.
 
     .. math::
-        s = 1 - p \quad (c = 0), \qquad s = -(\log p + c\, G), \; G \sim \mathrm{Gumbel}(0, 1) \quad (c > 0)
+        s = -(\log p + c\, G), \quad G \sim \mathrm{Gumbel}(0, 1)
 
     Args:
         log_probs: [B, N] float32, nats.
@@ -744,12 +827,12 @@ def confidence_scores(
 
     Example:
         >>> confidence_scores(torch.tensor([[0.5, 0.25]]).log())
-        tensor([[0.5000, 0.7500]])
+        tensor([[0.6931, 1.3863]])
     """
     _check.tensor("log_probs", log_probs, [torch.float32], ndim=2)
     _check.number("choice_temperature", choice_temperature, 0.0)
     if choice_temperature == 0.0:
-        return -torch.expm1(log_probs)
+        return -log_probs
     seed = _as_seed(seed, log_probs.device, generator)
     return -(log_probs + choice_temperature * _score_noise(log_probs, seed, step, sample_offset, backend))
 
@@ -798,19 +881,28 @@ def critic_scores(
 
 
 def _score_noise(scores: Tensor, seed: Tensor, step: int, sample_offset: int, backend: str) -> Tensor:
-    sample, position = (torch.arange(size, device=scores.device) for size in scores.shape)
-    rows = _counters(sample[:, None], position, seed, step, sample_offset)
-    noise: Tensor = _dispatch.module("demask", scores.device, backend).score_noise(rows)
+    _check.integer("step", step, 0, 2**24)
+    _check.integer("sample_offset", sample_offset, 0, 2**32)
+    run = _dispatch.module("demask", scores.device, backend).score_noise
+    noise: Tensor = run(seed, scores.shape, sample_offset, step)
     return noise
 
 
-def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor, *, backend: str = "auto") -> Tensor:
+def select_to_remask(
+    scores: Tensor,
+    eligible: Tensor,
+    counts: Tensor | int,
+    *,
+    min_score: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
     r"""The ``counts`` eligible positions of highest score in each sequence: those masked again.
 
     Args:
         scores: [B, N] floating point.
         eligible: [B, N] bool, the positions that may be masked again.
-        counts: [B] int32|int64, how many; clamped to how many are eligible.
+        counts: [B] int32|int64, how many, or one number for all; clamped to how many are eligible.
+        min_score: positions of a lower score are not eligible (NaN is).
         backend: see the module.
 
     Returns:
@@ -826,17 +918,254 @@ def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor, *, backen
 
     Example:
         >>> eligible = torch.tensor([[True, True, False, True]])
-        >>> select_to_remask(torch.tensor([[0.1, 0.7, 0.9, 0.7]]), eligible, torch.tensor([1]))
+        >>> select_to_remask(torch.tensor([[0.1, 0.7, 0.9, 0.7]]), eligible, 1)
         tensor([[False,  True, False, False]])
     """
     _check.tensor("scores", scores, _check.FLOATING, ndim=2)
     _check.tensor("eligible", eligible, [torch.bool])
     _check.shape("eligible", eligible, scores.shape, "B, N")
+    counts = _as_counts(counts, scores)
+    _check.same_device(scores=scores, eligible=eligible, counts=counts)
+    run = _dispatch.module("demask", scores.device, _of_length(backend, scores), scores.dtype).select_to_remask
+    chosen: Tensor = run(scores, eligible, counts, _as_score(min_score))
+    return chosen
+
+
+def _as_counts(counts: Tensor | int, scores: Tensor) -> Tensor:
+    if not isinstance(counts, Tensor):
+        counts = _check.integer("counts", counts, 0)
+        return torch.full(scores.shape[:1], counts, device=scores.device)
     _check.tensor("counts", counts, _check.INTEGER)
     _check.shape("counts", counts, scores.shape[:1], "B")
-    _check.same_device(scores=scores, eligible=eligible, counts=counts)
-    if backend == "auto" and scores.shape[1] > 2**16:  # the kernel's keys hold 16 bits of position
-        backend = "reference"
-    run = _dispatch.module("demask", scores.device, backend, scores.dtype).select_to_remask
-    chosen: Tensor = run(scores, eligible, counts)
-    return chosen
+    return counts
+
+
+def _as_score(min_score: float | None) -> float | None:
+    """What min_score is in float32, so that all compare with the same number."""
+    return None if min_score is None else torch.tensor(min_score, dtype=torch.float32).item()
+
+
+def _of_length(backend: str, scores: Tensor) -> str:
+    """The kernel's keys hold 16 bits of position."""
+    return "reference" if backend == "auto" and scores.shape[1] > 2**16 else backend
+
+
+def remask_(
+    ids: Tensor,
+    is_masked: Tensor,
+    row_indices: Tensor,
+    row_starts: Tensor,
+    values: Tensor,
+    counts: Tensor | int,
+    *,
+    mask_id: int,
+    is_confidence: bool = True,
+    noise_scale: float = 0.0,
+    min_score: float | None = None,
+    eligible: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> None:
+    r"""Scores, :func:`select_to_remask`, and what follows from it, in place and in one launch.
+
+    .. math::
+        s = \pm(\mathrm{value} + c\, G), \quad G \sim \mathrm{Gumbel}(0, 1)
+
+    Args:
+        ids: [B, N] int64, every position filled; mask_id is written where a position is masked again.
+        is_masked: [B, N] bool, before and after.
+        row_indices: [R] int64, where the flat positions b N + i of what is masked are listed: those of sequence b
+            from row_starts[b] on, below row_starts[b + 1], then -1. What does not fit is left out.
+        row_starts: [B + 1] int64, rising, from 0 to R.
+        values: [B, N] floating point, log_probs or a critic's logits.
+        counts: as in :func:`select_to_remask`.
+        mask_id: the id of the mask token.
+        is_confidence: whether a high value keeps a token (the sign above is -), as a critic's does not (+).
+        noise_scale: c >= 0.
+        min_score: as in :func:`select_to_remask`.
+        eligible: [B, N] bool, the positions that may be masked again; by default those that were masked.
+        seed, generator, step, sample_offset, backend: as in :func:`sample_tokens`.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number, tensors on several devices or, of those that
+        are written, not contiguous.
+
+    Randomness: stream SCORE_NOISE of the seed at ``step``, where c > 0.
+
+    Source: as :func:`confidence_scores`, :func:`critic_scores` and :func:`select_to_remask`.
+
+    Example:
+        >>> ids, is_masked = torch.tensor([[5, 6, 7]]), torch.tensor([[True, True, False]])
+        >>> rows, starts = torch.empty(2, dtype=torch.int64), torch.tensor([0, 2])
+        >>> remask_(ids, is_masked, rows, starts, torch.tensor([[-0.1, -2.0, 0.0]]), 1, mask_id=9)
+        >>> ids, rows
+        (tensor([[5, 9, 7]]), tensor([ 1, -1]))
+    """
+    _check.tensor("values", values, _check.FLOATING, ndim=2)
+    written = {"ids": ids, "is_masked": is_masked, "row_indices": row_indices}
+    dtypes = {"ids": torch.int64, "is_masked": torch.bool, "row_indices": torch.int64}
+    for name, tensor in written.items():
+        _check.tensor(name, tensor, [dtypes[name]])
+        if not tensor.is_contiguous():
+            raise ValueError(f"expected {name} to be contiguous, received strides {list(tensor.stride())}")
+    _check.tensor("row_starts", row_starts, [torch.int64])
+    _check.shape("ids", ids, values.shape, "B, N")
+    _check.shape("is_masked", is_masked, values.shape, "B, N")
+    _check.shape("row_starts", row_starts, [len(values) + 1], "B + 1")
+    if eligible is not None:
+        _check.tensor("eligible", eligible, [torch.bool])
+        _check.shape("eligible", eligible, values.shape, "B, N")
+    counts = _as_counts(counts, values)
+    _check.number("noise_scale", noise_scale, 0.0)
+    _check.integer("step", step, 0, 2**24)
+    _check.integer("sample_offset", sample_offset, 0, 2**32)
+    _check.same_device(**written, row_starts=row_starts, values=values, counts=counts, eligible=eligible)
+    run = _dispatch.module("demask", values.device, _of_length(backend, values), values.dtype).remask_
+    run(
+        ids,
+        is_masked,
+        row_indices,
+        row_starts.contiguous(),
+        values,
+        eligible,
+        counts,
+        _as_seed(seed, values.device, generator) if noise_scale else counts.new_zeros((), dtype=torch.int64),
+        is_confidence=is_confidence,
+        noise_scale=float(noise_scale),
+        min_score=_as_score(min_score),
+        mask_id=mask_id,
+        sample_offset=sample_offset,
+        step=step,
+    )
+
+
+def demask_step(
+    logits: Tensor,
+    ids: Tensor,
+    is_masked: Tensor,
+    counts: Tensor | int | None = None,
+    *,
+    mask_id: int,
+    temperature: float = 1.0,
+    filter_thres: float | None = None,
+    top_p: float | None = None,
+    forbidden: Tensor | Sequence[int] | None = None,
+    choice_temperature: float = 0.0,
+    threshold: float | None = None,
+    row_indices: Tensor | None = None,
+    max_masked: int | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> Demasked:
+    """One step of confidence-based decoding: every masked position is sampled, the least confident masked again.
+
+    Args:
+        logits: [B, N, V] floating point; or [M, V], compact rows of the positions ``row_indices``.
+        ids: [B, N] int64, the tokens that the network saw.
+        is_masked: [B, N] bool, which of them are masked.
+        counts: [B] int32|int64, how many of each sequence stay masked at most, or one number for all; None for as
+            many as the threshold leaves.
+        mask_id: the id of the mask token, never sampled.
+        temperature, filter_thres, top_p, forbidden: as in :func:`sample_tokens`.
+        choice_temperature: as in :func:`confidence_scores`.
+        threshold: in [0, 1]: a token whose probability is above it is committed whatever ``counts`` say, and at least
+            one of each sequence is. With choice_temperature log p + c G is held to log(threshold).
+        row_indices: [M] int64, the flat positions b N + i of what is masked, -1 for none: the step before lists
+            them. By default every position is looked at.
+        max_masked: a number that no sequence's masked positions exceed after this step, if the host knows one: how
+            many places each has in the list returned.
+        seed, generator: see the module; one seed serves a whole generation.
+        step: index of the step.
+        sample_offset: global index of the first sequence.
+        backend: see the module.
+
+    Returns:
+        Demasked of ids [B, N] int64, mask_id where masked; is_masked [B, N] bool; log_probs [B, N] float32, nats, of
+        the id proposed at each position that was masked, else 0; row_indices [B max_masked] int64, the flat
+        positions of what is masked now, sequence after sequence, each followed by -1. Nothing waits for the device.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number, neither counts nor threshold.
+
+    Randomness: as :func:`sample_tokens` and, with choice_temperature, :func:`confidence_scores`.
+
+    Source: MaskGIT (https://arxiv.org/abs/2202.04200), section 3.2; the threshold: Fast-dLLM
+    (https://arxiv.org/abs/2505.22618), section 3.3.
+
+    Example:
+        A whole MaskGIT loop, with any ``net(ids) -> logits``:
+
+        >>> net, mask_id, steps = torch.nn.Embedding(10, 10), 9, 8
+        >>> ids = torch.full((2, 16), mask_id)
+        >>> is_masked, seed = ids == mask_id, draw_seed(ids.device)
+        >>> for step in range(steps):
+        ...     left = (steps - 1 - step) / steps
+        ...     ids, is_masked, *_ = demask_step(
+        ...         net(ids), ids, is_masked, int(16 * math.sin(math.pi / 2 * left)), mask_id=mask_id,
+        ...         temperature=left, choice_temperature=4.5 * left, seed=seed, step=step,
+        ...     )
+        >>> bool(is_masked.any() | (ids == mask_id).any())
+        False
+    """
+    _check.tensor("ids", ids, [torch.int64], ndim=2)
+    _check.tensor("is_masked", is_masked, [torch.bool])
+    _check.shape("is_masked", is_masked, ids.shape, "B, N")
+    _check.same_device(logits=logits, ids=ids, is_masked=is_masked)
+    if threshold is not None:
+        _check.number("threshold", threshold, 0.0, 1.0)
+    elif counts is None:
+        raise ValueError("expected counts or threshold, received neither; say how many positions stay masked")
+    _check.number("choice_temperature", choice_temperature, 0.0)
+    (batch, length), device = ids.shape, ids.device
+    max_masked = length if max_masked is None else _check.integer("max_masked", max_masked, 0, length + 1)
+    seed = _as_seed(seed, device, generator)
+    if row_indices is None:
+        if logits.ndim == 3:
+            _check.shape("logits", logits, [batch, length, logits.shape[-1]], "B, N, V")
+        row_indices = torch.arange(ids.numel(), device=device).where(is_masked.flatten(), -1)
+    counters: dict[str, Any] = {"seed": seed, "step": step, "sample_offset": sample_offset, "backend": backend}
+    new = Demasked(
+        ids.clone(memory_format=torch.contiguous_format),
+        is_masked.clone(memory_format=torch.contiguous_format),
+        torch.zeros(ids.shape, device=device),
+        row_indices.new_empty(batch * max_masked),
+    )
+    sample_tokens(
+        logits,
+        temperature=temperature,
+        filter_thres=filter_thres,
+        top_p=top_p,
+        mask_id=mask_id,
+        forbidden=forbidden,
+        row_indices=row_indices,
+        seq_len=length,
+        out=Sampled(new.ids, new.log_probs),
+        **counters,
+    )
+    counts = is_masked.sum(dim=-1) if counts is None else _as_counts(counts, ids)
+    if threshold is not None:
+        counts = counts.minimum(is_masked.sum(dim=-1) - 1)
+    remask_(
+        new.ids,
+        new.is_masked,
+        new.row_indices,
+        torch.arange(batch + 1, device=device) * max_masked,
+        new.log_probs,
+        counts,
+        mask_id=mask_id,
+        noise_scale=choice_temperature,
+        min_score=None if threshold is None else confidence_floor(threshold),
+        **counters,
+    )
+    return new
+
+
+def confidence_floor(threshold: float) -> float:
+    """The score of :func:`confidence_scores` from which on a token is not confident enough: -log(threshold)."""
+    return -math.log(threshold) if threshold > 0.0 else math.inf

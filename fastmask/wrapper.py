@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastmask import _check, backbone, compat, functional
+from fastmask import _check, _cuda_graph, backbone, compat, functional
+from fastmask._generation import Plan, Step
+from fastmask._generation import plan as make_plan
 from fastmask._host_count import HostCount
 from fastmask._progress import Progress, track
 from fastmask.critic import SelfCritic, critic_logits, critic_loss
-from fastmask.functional import MaskedTokens
-from fastmask.schedules import Schedule, TensorFn, as_schedule, step_counts
+from fastmask.functional import MaskedTokens, Sampled
+from fastmask.schedules import Schedule, TensorFn, as_schedule
 
 # Upstream's floors: temperature never reaches 0, neither in generate nor in the critic's training sample.
 MIN_TEMPERATURE = 1e-3
@@ -41,41 +44,34 @@ class Trajectory(NamedTuple):
     log_probs: Tensor
 
 
-class _State(NamedTuple):
-    """Between two steps of a generation: [B, N] each, and what the next step is conditioned on."""
+class _Options(NamedTuple):
+    """What stays the same through one generation, and through the replays of its graph."""
+
+    start_temperature: float
+    filter_thres: float | None
+    top_p: float | None
+    noise_level_scale: float
+    choice_temperature: float
+    min_score: float | None
+    sample_offset: int
+
+
+class _Canvas(NamedTuple):
+    """What a generation works on, written in place.
+
+    ids, is_masked, log_probs: [B, N]; row_indices: flat positions of what is masked, -1 for none; maskable: [B, N]
+    bool; maskable_rows: flat positions of what is maskable; counts, row_starts: the plan's; seed: [] int64.
+    """
 
     ids: Tensor
     is_masked: Tensor
     log_probs: Tensor
-    self_cond: Tensor | None
-
-
-class _Step(NamedTuple):
-    """One step, known before the loop: nothing in it waits for the device.
-
-    number: from 0; left: the share of steps that follow; counts: [B] int64 on the device, how many stay
-    masked; num_rows: how many positions of the batch are sampled; runs: whether the step can change anything.
-    """
-
-    number: int
-    left: float
-    counts: Tensor
-    num_rows: int
-    runs: bool
-
-
-class _Options(NamedTuple):
-    """What stays the same through one generation."""
-
+    row_indices: Tensor
     maskable: Tensor
-    start_temperature: float
-    filter_thres: float | None
-    noise_level_scale: float
-    choice_temperature: float
+    maskable_rows: Tensor
+    counts: Tensor
+    row_starts: Tensor
     seed: Tensor
-    generator: torch.Generator | None
-    sample_offset: int
-    kwargs: dict[str, Any]
 
 
 class NonAutoregressiveWrapper(nn.Module):
@@ -330,12 +326,16 @@ class NonAutoregressiveWrapper(nn.Module):
             sampled = compat.sample_tokens(logits, temperature=temperature, filter_thres=None, generator=generator)
             ids = sampled.ids.view_as(x)
             return x.where(~masked.is_masked, ids.to(x.dtype)), ids != x
-        rows = masked.row_indices
-        rows = rows[rows >= 0] if num_masked is None else rows[:num_masked]
-        sampled = out.sample(
-            rows, temperature=temperature, mask_id=self.mask_id, seed=seed, sample_offset=sample_offset
+        generated = x.long().contiguous().clone()
+        out.sample(
+            masked.row_indices if num_masked is None else masked.row_indices[:num_masked],
+            temperature=temperature,
+            mask_id=self.mask_id,
+            out=Sampled(generated, torch.zeros(x.shape, device=x.device)),
+            seed=seed,
+            sample_offset=sample_offset,
         )
-        generated = x.flatten().index_put((rows,), sampled.ids.to(x.dtype)).view_as(x)
+        generated = generated.to(x.dtype)
         return generated, generated != x
 
     # Evaluation
@@ -408,7 +408,10 @@ class NonAutoregressiveWrapper(nn.Module):
         filter_thres: float | None = 0.7,
         noise_level_scale: float = 1.0,
         *,
+        top_p: float | None = None,
+        forbidden: Tensor | Sequence[int] | None = None,
         choice_temperature: float = 0.0,
+        threshold: float | None = None,
         prompt: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         steps: int | None = None,
@@ -416,6 +419,7 @@ class NonAutoregressiveWrapper(nn.Module):
         sample_offset: int = 0,
         progress: Progress = None,
         return_trajectory: bool = False,
+        cuda_graph: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Generates sequences, or fills in the positions that a prompt leaves open.
@@ -425,8 +429,13 @@ class NonAutoregressiveWrapper(nn.Module):
             start_temperature: annealed linearly to 0 (floor 1e-3).
             filter_thres: keeps the ceil((1 - filter_thres) V) largest logits; None keeps all.
             noise_level_scale: scale of the annealed Gumbel noise on the critic's scores.
+            top_p: of those, keeps the nucleus of this probability; None keeps all.
+            forbidden: [V] bool, True at more ids that are never sampled beside mask_id; or those ids.
             choice_temperature: scale of the annealed Gumbel noise on the log confidence, without a critic;
                 0 commits greedily and tends to one mode (MaskGIT: 4.5).
+            threshold: in [0, 1]: in place of the schedule's counts every step commits all tokens whose confidence
+                (their probability; with a critic, that of being right) is above it, and one of each sequence at
+                least; the last step commits everything.
             prompt: [N] or [B, N] int32|int64; with
             prompt_mask: likewise bool, True where the prompt's id is given: it is never changed, even if it
                 equals mask_id.
@@ -435,6 +444,10 @@ class NonAutoregressiveWrapper(nn.Module):
             sample_offset: global index of the first sequence: a batch may be split without changing it.
             progress: True for a tqdm bar (nothing without tqdm), or a callable ``progress(done, total)``.
             return_trajectory: also return every step.
+            cuda_graph: capture the whole loop once for each batch, number of steps and set of options (and, to an
+                eighth of N, the most positions that a prompt leaves open), then replay it, with fresh randomness and
+                new prompts. The network then sees no Python: it must not branch on values. Where it cannot be
+                captured a warning says why and the loop runs as usual.
             kwargs: passed to the network and to the critic.
 
         Returns:
@@ -445,46 +458,71 @@ class NonAutoregressiveWrapper(nn.Module):
 
         Randomness: one seed of the generator.
 
-        Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2).
+        Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); the threshold: Fast-dLLM
+        (https://arxiv.org/abs/2505.22618, section 3.3).
         """
         steps = self.steps if steps is None else steps
         steps = _check.integer("steps", steps, 1, 2**24)
         _check.number("start_temperature", start_temperature, 0.0)
         if filter_thres is not None:
             _check.number("filter_thres", filter_thres, 0.0, 1.0, below_high=True)
+        if top_p is not None:
+            _check.number("top_p", top_p, 0.0, 1.0)
         _check.number("noise_level_scale", noise_level_scale, 0.0)
         _check.number("choice_temperature", choice_temperature, 0.0)
+        if threshold is not None:
+            _check.number("threshold", threshold, 0.0, 1.0)
         _check.integer("sample_offset", sample_offset, 0, 2**32)
+        self._check_combination(top_p, forbidden, threshold, progress, return_trajectory, cuda_graph)
         device = backbone.device_of(self.net)
+        forbidden = functional.as_forbidden(forbidden, self.num_tokens, device)
         ids, given, sample_one = self._canvas(batch_size, prompt, prompt_mask, device)
         # The one look at the device, before the loop: how many positions each prompt leaves open.
         num_maskable = torch.full((len(ids),), ids.shape[1]) if prompt is None else (~given).sum(dim=-1).cpu()
-        plan = self._plan(steps, num_maskable, device)
+        plan = self._plan(steps, num_maskable, device, threshold is not None, cuda_graph and prompt is not None)
         options = _Options(
-            ~given,
             start_temperature,
             filter_thres,
+            top_p,
             noise_level_scale,
             choice_temperature,
-            functional.draw_seed(device, generator),
-            generator,
+            None if threshold is None else self._min_score(threshold),
             sample_offset,
-            kwargs,
         )
-        state = _State(
-            ids, ~given, torch.zeros(ids.shape, device=device), self.null_embed if self.self_cond else None
-        )
-        trajectory = []
+        canvas = self._start(ids, given, plan, functional.draw_seed(device, generator))
         with _evaluating(self):
-            for number in track(steps, progress, "demasking"):
-                if plan[number].runs:
-                    state = self._demask(state, plan[number], options)
+            if cuda_graph:
+                ids = self._replay(canvas, plan, options, forbidden, kwargs)
+                return ids[0] if sample_one else ids
+            run = self._loop(canvas, plan, options, forbidden, generator, kwargs)
+            trajectory = []
+            for _ in track(steps, progress, "demasking"):
+                next(run)
                 if return_trajectory:
-                    trajectory.append(state[:3])
-        result = state.ids[0] if sample_one else state.ids
+                    trajectory.append([x.clone() for x in canvas[:3]])
+        result = canvas.ids[0] if sample_one else canvas.ids
         if return_trajectory:
             return result, Trajectory(*(torch.stack(values) for values in zip(*trajectory, strict=True)))
         return result
+
+    def _check_combination(
+        self,
+        top_p: float | None,
+        forbidden: Tensor | Sequence[int] | None,
+        threshold: float | None,
+        progress: Progress,
+        return_trajectory: bool,
+        cuda_graph: bool,
+    ) -> None:
+        ours = {"top_p": top_p, "forbidden": forbidden, "threshold": threshold, "cuda_graph": cuda_graph or None}
+        received = [name for name, value in ours.items() if value is not None]
+        if self.compat and received:
+            raise ValueError(f"expected compat=False with {', '.join(received)}=, which x-transformers does not have")
+        if cuda_graph and (progress or return_trajectory):
+            raise ValueError(
+                "expected cuda_graph=True without progress= and return_trajectory=: a graph runs all steps at once; "
+                "leave one out"
+            )
 
     def _canvas(
         self, batch_size: int | None, prompt: Tensor | None, prompt_mask: Tensor | None, device: torch.device
@@ -510,76 +548,147 @@ class NonAutoregressiveWrapper(nn.Module):
         prompt, prompt_mask = prompt.to(device), prompt_mask.to(device)
         return prompt.long().where(prompt_mask, self.mask_id), prompt_mask, sample_one
 
-    def _plan(self, steps: int, num_maskable: Tensor, device: torch.device) -> list[_Step]:
-        """Every step of a generation, from the schedule and how many positions [B] (CPU) are open."""
-        counts = step_counts(self._schedule, steps, num_maskable)
-        if not self.can_mask_prev_unmasked:  # what is committed stays committed
-            counts = torch.cat([num_maskable[None], counts]).cummin(dim=0).values[1:]
-        before = torch.cat([num_maskable[None], counts[:-1]])
-        # Without conditioning on the step before, a step that commits nothing changes nothing.
-        always = self.self_cond or self.can_mask_prev_unmasked
-        open_ahead = before.any(dim=-1) | counts.any(dim=-1).flip(0).cummax(dim=0).values.flip(0)
-        runs = open_ahead & (always | (counts < before).any(dim=-1))
-        sampled = num_maskable.expand_as(before) if self._rescores_all else before
-        on_device = counts.to(device)
-        return [
-            _Step(number, (steps - 1 - number) / steps, on_device[number], num_rows, run)
-            for number, (num_rows, run) in enumerate(zip(sampled.sum(dim=-1).tolist(), runs.tolist(), strict=True))
-        ]
+    def _plan(
+        self, steps: int, num_maskable: Tensor, device: torch.device, by_threshold: bool, for_any_prompt: bool
+    ) -> Plan:
+        eighth = math.ceil(self.max_seq_len / 8)
+        most = int(num_maskable.max()) if len(num_maskable) else 0
+        return make_plan(
+            self._schedule,
+            steps,
+            num_maskable,
+            device,
+            may_remask=self.can_mask_prev_unmasked,
+            by_threshold=by_threshold,
+            always_runs=self.self_cond or self.can_mask_prev_unmasked,
+            bound=min(self.max_seq_len, math.ceil(most / eighth) * eighth) if for_any_prompt else None,
+        )
 
     @property
     def _rescores_all(self) -> bool:
         """Whether committed positions need a probability too: they compete to be masked again."""
         return self.can_mask_prev_unmasked and self.token_critic is None
 
-    def _demask(self, state: _State, step: _Step, options: _Options) -> _State:
-        """One pass of the network: sample the masked positions, keep the best, mask the others again."""
-        sum_embeds = self._condition(state.self_cond)
-        out = backbone.run(self.net, state.ids, with_embeddings=self.self_cond, **sum_embeds, **options.kwargs)
-        ids, log_probs = self._propose(out, state, step, options)
-        scores = self._scores(ids, log_probs, step, options)
-        eligible = options.maskable if self.can_mask_prev_unmasked else state.is_masked
-        is_masked = functional.select_to_remask(scores, eligible, step.counts)
-        self_cond = out.embeddings if self.self_cond else None
-        return _State(ids.masked_fill(is_masked, self.mask_id), is_masked, log_probs, self_cond)
+    def _min_score(self, threshold: float) -> float:
+        """The score from which on a token is not confident enough: of its probability, or of the critic's."""
+        if self.token_critic is None:
+            return functional.confidence_floor(threshold)
+        return functional.confidence_floor(threshold) - functional.confidence_floor(1.0 - threshold)
 
-    def _propose(self, out: backbone.Output, state: _State, step: _Step, options: _Options) -> tuple[Tensor, Tensor]:
-        """Ids with every masked position sampled, and the log-probability of each, [B, N]."""
+    def _start(self, ids: Tensor, given: Tensor, plan: Plan, seed: Tensor) -> _Canvas:
+        ids, maskable = ids.contiguous(), (~given).contiguous()
+        rows = torch.nonzero_static(maskable.flatten(), size=plan.steps[0].num_rows).squeeze(-1)
+        return _Canvas(
+            ids,
+            maskable.clone(),
+            torch.zeros(ids.shape, device=ids.device),
+            rows.clone(),
+            maskable,
+            rows,
+            plan.counts,
+            plan.row_starts,
+            seed,
+        )
+
+    def _loop(
+        self,
+        canvas: _Canvas,
+        plan: Plan,
+        options: _Options,
+        forbidden: Tensor | None,
+        generator: torch.Generator | None,
+        kwargs: dict[str, Any],
+    ) -> Iterator[None]:
+        """Runs the steps on the canvas, and yields after each."""
+        condition: Tensor | None = self.null_embed if self.self_cond else None
+        for step in plan.steps:
+            if step.runs:
+                sum_embeds = self._condition(condition)
+                out = backbone.run(self.net, canvas.ids, with_embeddings=self.self_cond, **sum_embeds, **kwargs)
+                self._propose(out, canvas, step, options, forbidden, generator)
+                self._remask(canvas, step, options, kwargs)
+                condition = out.embeddings if self.self_cond else None
+            yield
+
+    def _propose(
+        self,
+        out: backbone.Output,
+        canvas: _Canvas,
+        step: Step,
+        options: _Options,
+        forbidden: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Samples every masked position, and finds the log-probability of each."""
         temperature = max(options.start_temperature * step.left, MIN_TEMPERATURE)
-        wanted = options.maskable if self._rescores_all else state.is_masked
-        rows = torch.nonzero_static(wanted.flatten(), size=step.num_rows).squeeze(-1)
+        rows = canvas.maskable_rows if self._rescores_all else canvas.row_indices[: step.num_rows]
         if self.compat:
             sampled = compat.sample_tokens(
                 out.logits_of(rows),
                 temperature=temperature,
                 filter_thres=options.filter_thres,
-                generator=options.generator,
+                generator=generator,
             )
-        else:
-            kept = state.ids.masked_fill(state.is_masked, -1).flatten()[rows] if self._rescores_all else None
-            sampled = out.sample(
-                rows,
-                temperature=temperature,
-                filter_thres=options.filter_thres,
-                mask_id=self.mask_id,
-                kept_ids=kept,
-                seed=options.seed,
-                step=step.number,
-                sample_offset=options.sample_offset,
-            )
-        ids = state.ids.flatten().index_put((rows,), sampled.ids).view_as(state.ids)
-        log_probs = state.log_probs.flatten().index_put((rows,), sampled.log_probs).view_as(state.log_probs)
-        return torch.where(state.is_masked, ids, state.ids), log_probs
+            canvas.log_probs.view(-1)[rows] = sampled.log_probs
+            flat = canvas.ids.view(-1)
+            flat[rows] = sampled.ids.where(canvas.is_masked.flatten()[rows], flat[rows])
+            return
+        kept = canvas.ids.masked_fill(canvas.is_masked, -1).flatten()[rows] if self._rescores_all else None
+        out.sample(
+            rows,
+            temperature=temperature,
+            filter_thres=options.filter_thres,
+            top_p=options.top_p,
+            mask_id=self.mask_id,
+            forbidden=forbidden,
+            kept_ids=kept,
+            out=Sampled(canvas.ids, canvas.log_probs),
+            seed=canvas.seed,
+            step=step.number,
+            sample_offset=options.sample_offset,
+        )
 
-    def _scores(self, ids: Tensor, log_probs: Tensor, step: _Step, options: _Options) -> Tensor:
-        """How much each position [B, N] deserves to be masked again."""
-        counters: dict[str, Any] = {"seed": options.seed, "step": step.number, "sample_offset": options.sample_offset}
-        if self.token_critic is None:
-            return functional.confidence_scores(
-                log_probs, choice_temperature=options.choice_temperature * step.left, **counters
-            )
-        logits = critic_logits(self.token_critic, ids, {} if self.compat else options.kwargs)
-        return functional.critic_scores(logits, noise_scale=options.noise_level_scale * step.left, **counters)
+    def _remask(self, canvas: _Canvas, step: Step, options: _Options, kwargs: dict[str, Any]) -> None:
+        """Masks again what deserves it most, and lists it."""
+        values, scale = canvas.log_probs, options.choice_temperature
+        if self.token_critic is not None:
+            values = critic_logits(self.token_critic, canvas.ids, {} if self.compat else kwargs)
+            scale = options.noise_level_scale
+        functional.remask_(
+            canvas.ids,
+            canvas.is_masked,
+            canvas.row_indices[: step.num_left],
+            canvas.row_starts[step.number],
+            values,
+            canvas.counts[step.number],
+            mask_id=self.mask_id,
+            is_confidence=self.token_critic is None,
+            noise_scale=scale * step.left,
+            min_score=options.min_score,
+            eligible=canvas.maskable if self.can_mask_prev_unmasked else None,
+            seed=canvas.seed,
+            step=step.number,
+            sample_offset=options.sample_offset,
+        )
+
+    def _replay(
+        self, canvas: _Canvas, plan: Plan, options: _Options, forbidden: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The ids of the whole loop by one CUDA graph."""
+        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in kwargs.items() if name not in tensors}
+        extra = [*tensors.values(), *([] if forbidden is None else [forbidden])]
+
+        def function(inputs: list[Tensor]) -> list[Tensor]:
+            static = _Canvas(*inputs[: len(canvas)])
+            given = dict(zip(tensors, inputs[len(canvas) :], strict=False))
+            kept_out = None if forbidden is None else inputs[-1]
+            for _ in self._loop(static, plan, options, kept_out, None, {**others, **given}):
+                pass
+            return [static.ids]
+
+        key = (plan.steps, options, forbidden is None, tuple(tensors), repr(others))
+        return _cuda_graph.replay(self, key, function, [*canvas, *extra])[0]
 
     def _check_tokens(self, name: str, tokens: Tensor) -> None:
         _check.tensor(name, tokens, _check.INTEGER, ndim=2)

@@ -27,11 +27,37 @@ def body(start, V, VECTOR: tl.constexpr):
 
 @triton.jit
 def edges(V, body_column, body_length, VECTOR: tl.constexpr):
-    """Columns before and after the body, and which of these lanes are columns at all."""
-    lane = tl.arange(0, 2 * VECTOR)
+    """Columns before and after the body, and which of these 2 VECTOR lanes are columns at all."""
+    return edges_of_lanes(tl.arange(0, 2 * VECTOR), V, body_column, body_length, VECTOR)
+
+
+@triton.jit
+def edges_of_lanes(lane, V, body_column, body_length, VECTOR: tl.constexpr):
+    """Likewise, of at least as many lanes."""
     is_head = lane < VECTOR
     offs_v = tl.where(is_head, lane, body_column + body_length + lane - VECTOR)
     return offs_v, offs_v < tl.where(is_head, tl.minimum(body_column, V), V)
+
+
+@triton.jit
+def without_excluded(
+    z,
+    offs_v,
+    in_v,
+    first,
+    last,
+    mask_id,
+    forbidden_ptr,
+    HAS_MASK_ID: tl.constexpr,
+    HAS_FORBIDDEN: tl.constexpr,
+):
+    """The logits z at columns offs_v, all in [first, last): -inf at the mask's and at forbidden ones."""
+    if HAS_MASK_ID:
+        if (mask_id >= first) & (mask_id < last):  # a block without it spends nothing on it
+            z = tl.where(offs_v == mask_id, -float("inf"), z)
+    if HAS_FORBIDDEN:
+        z = tl.where(tl.load(forbidden_ptr + offs_v, mask=in_v, other=0) != 0, -float("inf"), z)
+    return z
 
 
 def lead(x: Tensor) -> int:

@@ -206,8 +206,7 @@ def test_temperature_and_noise_keep_the_schedules_own_index(compat, critic, devi
 
     module = compat_module if compat else functional
     monkeypatch.setattr(module, "sample_tokens", recording(module.sample_tokens, temperatures, "temperature"))
-    scores, noise = ("critic_scores", "noise_scale") if critic else ("confidence_scores", "choice_temperature")
-    monkeypatch.setattr(functional, scores, recording(getattr(functional, scores), noises, noise))
+    monkeypatch.setattr(functional, "remask_", recording(functional.remask_, noises, "noise_scale"))
     options = {"token_critic": FixedCritic([0.0] * 4)} if critic else {}
     wrapper = wrap(device, varied(4), compat=compat, **options)
     wrapper.generate(2, start_temperature=2.0, noise_level_scale=3.0, choice_temperature=3.0)

@@ -34,61 +34,83 @@ HEAD_CHUNK_ROWS = 1024
 
 
 class Sampled(NamedTuple):
-    """ids: [M] int64. log_probs: [M] float32, nats, of ``ids`` under the filtered, unheated softmax."""
+    """One id for each row, int64, and figures of the filtered, unheated softmax, float32, None where not asked for.
+
+    log_probs: nats, of ``ids``. margins: how much more likely the likeliest id is than the next. entropies: nats.
+    """
 
     ids: Tensor
     log_probs: Tensor
+    margins: Tensor | None = None
+    entropies: Tensor | None = None
 
 
 class Rows(NamedTuple):
-    """Which counters M rows draw from: seed [] int64; samples, positions [M] int64; the step."""
+    """Which M rows of logits are sampled, and which counters they draw from.
 
+    row_indices: [M] int64, flat positions b N + i; -1 for no row. seq_len: N. is_compact: whether there are logits
+    of these rows only, [M, V], or of every position, [B N, V]. seed: [] int64.
+    """
+
+    row_indices: Tensor
+    seq_len: int
+    is_compact: bool
     seed: Tensor
-    samples: Tensor
-    positions: Tensor
+    sample_offset: int
     step: int
 
     def chunk(self, part: slice) -> Rows:
-        return self._replace(samples=self.samples[part], positions=self.positions[part])
+        return self._replace(row_indices=self.row_indices[part])
+
+    def of(self, values: Tensor, part: slice) -> Tensor:
+        """What belongs to a part of the rows; some other's where there is no row."""
+        return values[part] if self.is_compact else values[self.row_indices[part].clamp(min=0)]
+
+    @property
+    def samples(self) -> Tensor:
+        return self.row_indices // self.seq_len + self.sample_offset
+
+    @property
+    def positions(self) -> Tensor:
+        return self.row_indices % self.seq_len
+
+
+class Sampling(NamedTuple):
+    """How ids are sampled; see ``fastmask.functional.sample_tokens``."""
+
+    temperature: float
+    filter_thres: float | None
+    top_p: float | None
+    mask_id: int | None
+    forbidden: Tensor | None
+    with_margin: bool
+    with_entropy: bool
 
 
 @torch.no_grad()
 def sample_tokens(
-    logits: Tensor,
-    rows: Rows,
-    kept_ids: Tensor | None = None,
-    *,
-    temperature: float,
-    filter_thres: float | None,
-    mask_id: int | None,
+    logits: Tensor, rows: Rows, kept_ids: Tensor | None, sampling: Sampling, out: Sampled | None = None
 ) -> Sampled:
     """The twin of ``kernels/demask.py``.
 
     Args:
-        logits: [M, V] floating point.
-        rows: the counters of the M rows.
+        logits: [M, V] or [B N, V] floating point.
+        rows: which of them, and their counters.
         kept_ids: [M] integer: an id >= 0 is not sampled but kept, and its probability returned.
-        temperature: 0 for the argmax, ties to the lower id.
-        filter_thres: keeps the ceil((1 - filter_thres) V) largest logits and their ties; None keeps all.
-        mask_id: never sampled; None or an id outside [0, V) excludes nothing.
+        sampling: how.
+        out: ids and log_probs [B, N] to write in place, at the rows' positions.
 
-    A row with NaN, +inf or no finite logit gives the lowest allowed id and log-probability NaN.
+    A row with NaN, +inf or no finite logit gives the lowest allowed id and NaN; no row gives id -1 and zeros.
     """
     chunk = max(1, _CHUNK_ELEMENTS // _padded(logits.shape[-1]))
     parts = []
-    for start in range(0, max(1, len(logits)), chunk):
+    for start in range(0, max(1, len(rows.row_indices)), chunk):
         part = slice(start, start + chunk)
-        parts.append(
-            _sample_chunk(
-                logits[part],
-                rows.chunk(part),
-                None if kept_ids is None else kept_ids[part],
-                temperature=temperature,
-                filter_thres=filter_thres,
-                mask_id=mask_id,
-            )
-        )
-    return Sampled(*map(torch.cat, zip(*parts, strict=True)))
+        z = rows.of(logits, part)
+        # Worked on in place: a copy, unless indexing has made one.
+        z = z.to(torch.float32, copy=rows.is_compact)
+        parts.append(_sample_chunk(z, rows.chunk(part), None if kept_ids is None else kept_ids[part], sampling))
+    return _gathered(parts, rows, out)
 
 
 @torch.no_grad()
@@ -97,42 +119,38 @@ def linear_sample_tokens(
     weight: Tensor,
     bias: Tensor | None,
     rows: Rows,
-    kept_ids: Tensor | None = None,
-    *,
-    temperature: float,
-    filter_thres: float | None,
-    mask_id: int | None,
+    kept_ids: Tensor | None,
+    sampling: Sampling,
+    out: Sampled | None = None,
 ) -> Sampled:
     """``sample_tokens`` at logits = embeddings [M, D] weight^T + bias, one chunk of logits at a time."""
     parts = []
-    for start in range(0, max(1, len(embeddings)), HEAD_CHUNK_ROWS):
+    for start in range(0, max(1, len(rows.row_indices)), HEAD_CHUNK_ROWS):
         part = slice(start, start + HEAD_CHUNK_ROWS)
-        parts.append(
-            sample_tokens(
-                F.linear(embeddings[part], weight, bias),
-                rows.chunk(part),
-                None if kept_ids is None else kept_ids[part],
-                temperature=temperature,
-                filter_thres=filter_thres,
-                mask_id=mask_id,
-            )
-        )
-    return Sampled(*map(torch.cat, zip(*parts, strict=True)))
+        logits = F.linear(rows.of(embeddings, part), weight, bias)
+        compact = rows.chunk(part)._replace(is_compact=True)
+        parts.append(sample_tokens(logits, compact, None if kept_ids is None else kept_ids[part], sampling))
+    return _gathered(parts, rows, out)
 
 
-def _sample_chunk(
-    logits: Tensor,
-    rows: Rows,
-    kept_ids: Tensor | None,
-    *,
-    temperature: float,
-    filter_thres: float | None,
-    mask_id: int | None,
-) -> Sampled:
-    z = logits.to(torch.float32, copy=True)
-    if excludes(mask_id, z.shape[-1]):
-        z[:, mask_id] = -torch.inf
-    threshold = filter_threshold(z, filter_thres)
+def _gathered(parts: list[Sampled], rows: Rows, out: Sampled | None) -> Sampled:
+    """The chunks' results as one, or where they belong in ``out``."""
+    sampled = Sampled(*(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    if out is None:
+        return sampled
+    for canvas, values in ((out.ids, sampled.ids), (out.log_probs, sampled.log_probs)):
+        padded = F.pad(canvas.flatten(), (0, 1))  # the last place is for what is no row
+        canvas.copy_(padded.index_put_((rows.row_indices,), values)[:-1].view_as(canvas))
+    return out
+
+
+def _sample_chunk(z: Tensor, rows: Rows, kept_ids: Tensor | None, sampling: Sampling) -> Sampled:
+    temperature, num_tokens = sampling.temperature, z.shape[-1]
+    if excludes(sampling.mask_id, num_tokens):
+        z[:, sampling.mask_id] = -torch.inf
+    if sampling.forbidden is not None:
+        z.masked_fill_(sampling.forbidden, -torch.inf)
+    threshold = filter_threshold(z, sampling.filter_thres, sampling.top_p)
     z_max = z.amax(dim=-1, keepdim=True)
     valid = z_max.isfinite()
 
@@ -143,19 +161,60 @@ def _sample_chunk(
         ids = _race(unheated, rows)
     else:
         ids = _race(_weights(z, z_max, threshold, temperature), rows)
-    ids = ids.where(valid, 1 if mask_id == 0 and z.shape[-1] > 1 else 0)
+    ids = ids.where(valid, _lowest_allowed(sampling, num_tokens))
     if kept_ids is not None:
         ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
 
-    z_sampled = z.gather(-1, ids)
-    log_probs = (z_sampled - z_max) - unheated.sum(dim=-1, keepdim=True).log()
+    z_sampled, total = z.gather(-1, ids), unheated.sum(dim=-1, keepdim=True)
+    log_probs = (z_sampled - z_max) - total.log()
     if threshold is not None:  # a kept id may lie below it
         log_probs = log_probs.where(z_sampled >= threshold, -torch.inf)
-    return Sampled(ids.squeeze(-1), log_probs.where(valid, torch.nan).squeeze(-1))
+    margins = entropies = None
+    if sampling.with_margin:
+        margins = _margins(z, z_max, threshold) / total
+    if sampling.with_entropy:
+        # Clamped, since 0 times infinity is NaN.
+        energy = (unheated * (z - z_max).clamp(min=-1e30)).sum(dim=-1, keepdim=True)
+        entropies = (total.log() - energy / total).clamp(min=0.0)
+    is_row = rows.row_indices[:, None] >= 0
+    figures = (
+        None if x is None else x.where(valid, torch.nan).where(is_row, 0.0).squeeze(-1)
+        for x in (log_probs, margins, entropies)
+    )
+    return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)  # type: ignore[arg-type]
 
 
-def filter_threshold(z: Tensor, filter_thres: float | None) -> Tensor | None:
-    """The ceil((1 - filter_thres) V)-th largest of each row of z [M, V], [M, 1]; None where all stay."""
+def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
+    """The lowest id that may be sampled; 0 where none may."""
+    if sampling.forbidden is None:
+        return int(sampling.mask_id == 0 and num_tokens > 1)
+    excluded = sampling.forbidden.int()
+    if sampling.mask_id is not None and excludes(sampling.mask_id, num_tokens):
+        excluded[sampling.mask_id] = 1
+    return excluded.argmin()
+
+
+def _margins(z: Tensor, z_max: Tensor, threshold: Tensor | None) -> Tensor:
+    """1 - exp(second largest - largest) of each row, [M, 1]; 1 where nothing else stays."""
+    if z.shape[-1] == 1:
+        return torch.ones_like(z)
+    second = z.topk(2, dim=-1).values[:, 1:]
+    if threshold is not None:
+        second = second.where(second >= threshold, -torch.inf)
+    return -torch.expm1(second - z_max)
+
+
+def filter_threshold(z: Tensor, filter_thres: float | None, top_p: float | None) -> Tensor | None:
+    """What the logits of each row of z [M, V] must not be below, [M, 1]: both filters; None where all stay."""
+    threshold = _top_k_threshold(z, filter_thres)
+    if top_p is None:
+        return threshold
+    kept = z if threshold is None else z.where(z >= threshold, -torch.inf)
+    return _top_p_threshold(kept, top_p)
+
+
+def _top_k_threshold(z: Tensor, filter_thres: float | None) -> Tensor | None:
+    """The ceil((1 - filter_thres) V)-th largest of each row."""
     num_kept = z.shape[-1] if filter_thres is None else math.ceil((1.0 - filter_thres) * z.shape[-1])
     first_kept = z.shape[-1] - num_kept
     if first_kept <= 0:
@@ -163,6 +222,15 @@ def filter_threshold(z: Tensor, filter_thres: float | None) -> Tensor | None:
     if z.device.type == "cpu" and np is not None and not torch.compiler.is_compiling():  # six times as fast as topk
         return torch.from_numpy(np.partition(z.numpy(), first_kept, axis=-1)[:, first_kept, None])
     return z.topk(num_kept, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+
+
+def _top_p_threshold(z: Tensor, top_p: float) -> Tensor:
+    """The least likely id of each row's nucleus: with all that are likelier it first reaches the share top_p."""
+    z = z.sort(dim=-1, descending=True).values
+    weights = (z - z[:, :1]).double().exp()
+    mass = weights.cumsum(dim=-1)
+    last = (mass < top_p * mass[:, -1:]).sum(dim=-1, keepdim=True)
+    return z.gather(-1, last.clamp(max=z.shape[-1] - 1))
 
 
 def _weights(z: Tensor, z_max: Tensor, threshold: Tensor | None, temperature: float) -> Tensor:
@@ -219,15 +287,16 @@ def _winner(weights: Tensor, stream: int, rows: Rows, first: Tensor) -> Tensor:
     return (weights / philox.exponential(high, low)).argmax(dim=-1)
 
 
-def score_noise(rows: Rows) -> Tensor:
-    """Gumbel(0, 1) noise of each row's score, [M] float32."""
+def score_noise(seed: Tensor, shape: torch.Size, sample_offset: int, step: int) -> Tensor:
+    """Gumbel(0, 1) noise of the score of each position [B, N], float32."""
+    sample, position = (torch.arange(size, device=seed.device) for size in shape)
     high, low, _, _ = philox.draw(
-        rows.seed, streams.SCORE_NOISE, rows.step, sample=rows.samples, position=rows.positions
+        seed, streams.SCORE_NOISE, step, sample=sample[:, None] + sample_offset, position=position
     )
     return philox.gumbel(high, low)
 
 
-def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
+def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor, min_score: float | None) -> Tensor:
     """The ``counts`` eligible positions of highest score in each row.
 
     Order: NaN first, then by falling score (-0.0 equals 0.0), ties by rising position.
@@ -236,11 +305,52 @@ def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor
         scores: [B, N] float32.
         eligible: [B, N] bool.
         counts: [B] integer; more than are eligible selects all of them.
+        min_score: a lower score is not eligible; NaN is.
 
     Returns:
         [B, N] bool.
     """
+    if min_score is not None:
+        eligible = eligible & ~(scores < min_score)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     in_order = eligible.gather(-1, order)
     chosen = in_order & (in_order.cumsum(dim=-1) <= counts[:, None])
     return torch.zeros_like(eligible).scatter_(-1, order, chosen)
+
+
+@torch.no_grad()
+def remask_(
+    ids: Tensor,
+    is_masked: Tensor,
+    row_indices: Tensor,
+    row_starts: Tensor,
+    values: Tensor,
+    eligible: Tensor | None,
+    counts: Tensor,
+    seed: Tensor,
+    *,
+    is_confidence: bool,
+    noise_scale: float,
+    min_score: float | None,
+    mask_id: int,
+    sample_offset: int,
+    step: int,
+) -> None:
+    """Selects by values [B, N] and writes ids, is_masked [B, N] and the list of masked positions in place.
+
+    Sequence b lists its flat positions in row_indices[row_starts[b] : row_starts[b + 1]], then -1; what does not
+    fit is left out. ``eligible`` is by default what is masked.
+    """
+    scores = values.float()
+    if noise_scale:
+        scores = scores + noise_scale * score_noise(seed, values.shape, sample_offset, step)
+    chosen = select_to_remask(
+        -scores if is_confidence else scores, is_masked if eligible is None else eligible, counts, min_score
+    )
+    is_masked.copy_(chosen)
+    ids.masked_fill_(chosen, mask_id)
+    slots = row_starts[:-1, None] + chosen.cumsum(dim=-1) - 1
+    slots = slots.where(chosen & (slots < row_starts[1:, None]), len(row_indices))  # the place behind the last
+    flat = torch.arange(ids.numel(), device=ids.device)
+    listed = torch.full((len(row_indices) + 1,), -1, device=ids.device)
+    row_indices.copy_(listed.index_put_((slots.flatten(),), flat)[:-1])

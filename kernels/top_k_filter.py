@@ -1,0 +1,361 @@
+"""Which logits of a row stay: the k largest, or the nucleus; as a threshold for each row, found without a sort.
+
+Both are the largest threshold above which lies enough, enough being k logits (ties stay), or a share p of the
+probability (the nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p). A sample
+of the row brackets the threshold; one pass over the row counts what lies above the bracket and compacts what lies
+inside it, a few thousand candidates, among which the threshold is then searched in registers. A bracket that misses, or
+holds too many, is moved or narrowed and the pass repeated.
+
+Bytes for each row: its V logits, once for k; three times for p, of which two from L2; and its candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels import _elementary as elementary
+from fastmask.kernels import _order as ordered
+from fastmask.kernels import _rows as logit_rows
+
+_LOWEST = tl.constexpr(-2139095040)  # the order of -FLT_MAX
+_BEYOND = tl.constexpr(0x7F800001)  # above the order of infinity
+
+# A program reads a block of logits at once: so many lanes of a 16-byte vector each. A lane counts and lists its own
+# candidates, so that a pass needs no communication between threads.
+_BLOCK = tl.constexpr(8192)
+_LISTED = tl.constexpr(2 * 8192)  # candidates of all lanes: two for each logit of a block
+_SAMPLE = tl.constexpr(8192)
+_SIGMAS = tl.constexpr(2.0)  # of the sample's counts, at either end of the bracket: 2 to 3 % of a row, which may miss
+_WARPS = 16
+_PROGRAMS = 528  # four for each SM of an H200; their candidates stay in L2
+
+
+@triton.jit
+def _weight(z, top, BY_MASS: tl.constexpr):
+    """What a logit counts for: one, or its probability relative to the largest."""
+    return elementary.exp(z - top) if BY_MASS else tl.full(z.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _search(z, weight, base, target, slack, SPACING: tl.constexpr):
+    """The order of a threshold: base and the weight of what of z is not below it reach the target, and hardly more;
+    and that weight.
+
+    It ends where the weight is the target or no more than ``slack`` lies between the two ends, or where no number of
+    the logits' dtype does. The lowest of z where even all of it does not reach the target. -inf is no logit.
+    """
+    is_logit = z > -float("inf")
+    low = ordered.order(tl.min(tl.where(is_logit, z, float("inf"))))
+    high = ordered.order(tl.max(z)) + 1
+    above_low = base + tl.sum(tl.where(is_logit, weight, 0.0))
+    above_high = base
+    high = tl.where(above_low < target, low, high)
+    turn = tl.full((), 0, tl.int32)
+    while (high - low > SPACING) & (above_low - above_high > slack) & (above_low != target):
+        # As if the weight were spread evenly over the values between, and by halves.
+        share = (above_low - target) / (above_low - above_high)
+        z_low = ordered.value(low)
+        probe = ordered.order(z_low + (ordered.value(high) - z_low) * share)
+        probe = tl.where(turn % 2 == 0, probe, (low + high) >> 1)
+        probe = tl.minimum(tl.maximum(probe, low + 1), high - 1)
+        turn += 1
+        above = base + tl.sum(tl.where(z >= ordered.value(probe), weight, 0.0))
+        is_low = above >= target
+        low = tl.where(is_low, probe, low)
+        above_low = tl.where(is_low, above, above_low)
+        high = tl.where(is_low, high, probe)
+        above_high = tl.where(is_low, above_high, above)
+    return low, above_low
+
+
+@triton.jit
+def _block(x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr,
+           HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """A block of a row's body [lanes, VECTOR], float32, -inf where it has ended."""
+    LANES: tl.constexpr = _BLOCK // VECTOR
+    block = offset + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    in_body = block < body_length
+    z = tl.load(x_ptr + body_start + block, mask=in_body, other=-float("inf")).to(tl.float32)
+    first = body_column + offset
+    return logit_rows.without_excluded(
+        z, body_column + block, in_body, first, first + _BLOCK, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
+    )
+
+
+@triton.jit
+def _sorted_out(z, z_low, z_high):
+    """Which logits are in [z_low, z_high), and which above."""
+    is_high = z >= z_high  # never of a NaN, which is beyond infinity
+    return (z >= z_low) & (is_high == 0), is_high
+
+
+@triton.jit
+def _weight_where(condition, z, top, BY_MASS: tl.constexpr):
+    """What logits count for: one, or their probability relative to the largest; 0 elsewhere."""
+    return tl.where(condition, elementary.exp(z - top), 0.0) if BY_MASS else condition.to(tl.float32)
+
+
+@triton.jit
+def _halves(z):
+    """[lanes, n] as two [lanes, n / 2] of the same threads."""
+    return tl.split(tl.reshape(z, (z.shape[0], z.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _columns(z, VECTOR: tl.constexpr):
+    """The columns of a block [lanes, VECTOR], each with its lanes, in the threads that hold them."""
+    if VECTOR == 2:
+        return tl.split(z)
+    even, odd = _halves(z)
+    if VECTOR == 4:
+        a, b = tl.split(even)
+        c, d = tl.split(odd)
+        return a, b, c, d
+    else:
+        a, b = _halves(even)
+        c, d = _halves(odd)
+        a, e = tl.split(a)
+        b, f = tl.split(b)
+        c, g = tl.split(c)
+        d, h = tl.split(d)
+        return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id, forbidden_ptr,
+          HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """One pass over a row: each lane lists its candidates in [low, high); how many a lane has, the weight above high,
+    and that of the candidates."""
+    LANES: tl.constexpr = _BLOCK // VECTOR
+    CAPACITY: tl.constexpr = _LISTED // LANES
+    z_low, z_high = ordered.value(low), ordered.value(high)
+    lane = tl.arange(0, LANES)
+    tl.debug_barrier()  # every thread has read the candidates of the pass before
+    # A lane's first place is for its edge.
+    is_candidate, is_high = _sorted_out(edges, z_low, z_high)
+    tl.store(candidates_ptr + lane * CAPACITY, tl.where(is_candidate, edges, -float("inf")))
+    edge_above = tl.sum(_weight_where(is_high, edges, top, BY_MASS))
+    edge_between = tl.sum(_weight_where(is_candidate, edges, top, BY_MASS))
+    slot = lane * CAPACITY + 1
+    end = lane * CAPACITY + CAPACITY
+    above_high = tl.full((LANES,), 0.0, tl.float32)
+    between = tl.full((LANES,), 0.0, tl.float32)
+    for offset in range(0, body_length, _BLOCK):
+        z = _block(
+            x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
+            VECTOR,
+        )  # fmt: skip
+        columns = _columns(z, VECTOR)
+        for i in tl.static_range(VECTOR):
+            is_inside, is_above = _sorted_out(columns[i], z_low, z_high)
+            tl.store(candidates_ptr + slot, columns[i], mask=is_inside & (slot < end))
+            slot += is_inside.to(tl.int32)
+            above_high += _weight_where(is_above, columns[i], top, BY_MASS)
+            if BY_MASS:
+                between += _weight_where(is_inside, columns[i], top, BY_MASS)
+    number = slot - lane * CAPACITY
+    if not BY_MASS:
+        between = (number - 1).to(tl.float32)
+    tl.debug_barrier()  # every thread sees all candidates
+    return number, tl.sum(above_high) + edge_above, tl.sum(between) + edge_between
+
+
+@triton.jit
+def _select(x_ptr, body_start, body_column, body_length, edges, floor, low, high, target, top, candidates_ptr,
+            mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr,
+            SPACING: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """The order of the largest threshold whose weight reaches the target; floor where none above it does.
+
+    [low, high) is the first guess of where it lies.
+    """
+    LANES: tl.constexpr = _BLOCK // VECTOR
+    CAPACITY: tl.constexpr = _LISTED // LANES
+    least = floor  # the threshold lies in [least, most), and so much weight is not below most
+    most = tl.full((), _BEYOND, tl.int64)
+    above_most = tl.full((), 0.0, tl.float32)
+    number = tl.full((LANES,), CAPACITY + 1, tl.int32)
+    is_listed = tl.full((), 0, tl.int1)
+    turn = tl.full((), 0, tl.int32)
+    while (most - least > SPACING) & (is_listed == 0):
+        number, above_high, between = _pass(
+            x_ptr, body_start, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id,
+            forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, VECTOR,
+        )  # fmt: skip
+        is_above = above_high >= target
+        is_below = above_high + between < target
+        is_inside = (is_above | is_below) == 0
+        is_listed = is_inside & (tl.max(number) <= CAPACITY)
+        above_most = tl.where(is_below, above_high + between, tl.where(is_above, above_most, above_high))
+        most = tl.where(is_below, low, tl.where(is_above, most, high))
+        least = tl.where(is_above, high, tl.where(is_below, least, low))
+        # Next: the neighbouring four times as much, or the middle third; or the middle third of all numbers left.
+        z_low, z_high = ordered.value(low), ordered.value(high)
+        width = (z_high - z_low) * tl.where(is_inside, -0.3333333, 4.0)
+        third = (most - least) // 3
+        is_even = turn % 2 == 0
+        low = tl.where(is_even, ordered.order(tl.where(is_above, z_high, z_low - width)), least + third)
+        high = tl.where(is_even, ordered.order(tl.where(is_below, z_low, z_high + width)), most - third)
+        low = tl.minimum(tl.maximum(low, least), most - 1)
+        high = tl.minimum(tl.maximum(high, low + 1), most)
+        turn += 1
+    if is_listed:
+        place = tl.arange(0, CAPACITY)[None, :]
+        z = tl.load(
+            candidates_ptr + tl.arange(0, LANES)[:, None] * CAPACITY + place, mask=place < number[:, None],
+            other=-float("inf"),
+        )  # fmt: skip
+        least, _ = _search(z, _weight(z, top, BY_MASS), above_most, target, 0.0, SPACING)
+    return least
+
+
+@triton.jit
+def _bracket(x_ptr, body_start, body_column, body_length, V, num_kept, mask_id, forbidden_ptr,
+             HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, SPACING: tl.constexpr,
+             VECTOR: tl.constexpr):  # fmt: skip
+    """Between which orders the num_kept-th largest logit of a row probably lies, from a sample spread over it."""
+    LANES: tl.constexpr = _SAMPLE // VECTOR
+    lane = tl.arange(0, LANES)[:, None]
+    column = lane * (body_length // VECTOR) // LANES * VECTOR + tl.arange(0, VECTOR)[None, :]
+    z = tl.load(x_ptr + body_start + column).to(tl.float32)
+    z = logit_rows.without_excluded(
+        z, body_column + column, column >= 0, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
+    )
+    share = num_kept / V.to(tl.float32)
+    rank = share * _SAMPLE
+    spread = _SIGMAS * tl.sqrt(rank * (1.0 - share)) + 1.0
+    slack = 0.5 * spread
+    one = _weight(z, 0.0, False)
+    low, number = _search(z, one, 0.0, rank + spread, slack, SPACING)
+    low = tl.where(number < rank + spread, _LOWEST, low)
+    rank = tl.maximum(rank - spread - slack, 0.0)  # the search stops at most a slack above it
+    high, number = _search(z, one, 0.0, rank, slack, SPACING)
+    high = tl.where((number < rank) | (rank == 0.0), _BEYOND, high)
+    return low, tl.maximum(high, low + 1)
+
+
+@triton.jit
+def _total(x_ptr, body_start, body_column, body_length, edges, threshold, mask_id, forbidden_ptr,
+           HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """The largest logit of a row, and the weight relative to it of all that are not below the threshold."""
+    maxima = edges
+    for offset in range(0, body_length, _BLOCK):
+        z = _block(
+            x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
+            VECTOR,
+        )  # fmt: skip
+        maxima = tl.maximum(maxima, tl.max(z, 1))
+    top = tl.max(maxima)
+    top = tl.where(tl.abs(top) < float("inf"), top, 0.0)  # a row without a law
+    z_threshold = ordered.value(threshold)
+    sums = tl.where(edges >= z_threshold, _weight(edges, top, True), 0.0)
+    for offset in range(0, body_length, _BLOCK):
+        z = _block(
+            x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
+            VECTOR,
+        )  # fmt: skip
+        sums += tl.sum(tl.where(z >= z_threshold, _weight(z, top, True), 0.0), 1)
+    return top, tl.sum(sums)
+
+
+@triton.jit(do_not_specialize=["lead_x", "num_rows", "V", "num_kept", "mask_id"])
+def _thresholds_kernel(
+    x_ptr,
+    lead_x,
+    stride_x,
+    row_indices_ptr,
+    forbidden_ptr,
+    thresholds_ptr,
+    candidates_ptr,
+    num_rows,
+    V,
+    num_kept,
+    top_p,
+    mask_id,
+    IS_COMPACT: tl.constexpr,
+    BY_MASS: tl.constexpr,  # the nucleus, of what lies above the thresholds given, rather than the num_kept largest
+    HAS_MASK_ID: tl.constexpr,
+    HAS_FORBIDDEN: tl.constexpr,
+    SPACING: tl.constexpr,  # least distance in order of two numbers of the logits' dtype
+    VECTOR: tl.constexpr,
+):
+    # This program finds the thresholds of one row after another, each num_programs rows on.
+    x_ptr = tl.multiple_of(x_ptr - lead_x, 16)
+    candidates_ptr += tl.program_id(0).to(tl.int64) * _LISTED
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        flat = tl.load(row_indices_ptr + row)
+        if flat >= 0:
+            x_row = flat * 0 + row if IS_COMPACT else flat  # row is an int in the interpreter
+            start = lead_x + x_row * stride_x
+            body_column, body_start, body_length = logit_rows.body(start, V, VECTOR)
+            lane = tl.arange(0, _BLOCK // VECTOR)
+            offs_v, in_v = logit_rows.edges_of_lanes(lane, V, body_column, body_length, VECTOR)
+            edges = tl.load(x_ptr + start + offs_v, mask=in_v, other=-float("inf")).to(tl.float32)
+            edges = logit_rows.without_excluded(
+                edges, offs_v, in_v, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
+            )
+            if BY_MASS:
+                floor = ordered.order(tl.load(thresholds_ptr + row))
+                top, total = _total(
+                    x_ptr, body_start, body_column, body_length, edges, floor, mask_id, forbidden_ptr, HAS_MASK_ID,
+                    HAS_FORBIDDEN, VECTOR,
+                )  # fmt: skip
+                # All that is less likely than an even share of 1 - p is together less likely than 1 - p.
+                low = ordered.order(top + elementary.log(total * (1.0 - top_p) / V.to(tl.float32)))
+                low = tl.maximum(low, floor)
+                high = tl.maximum(ordered.order(top), low) + 1
+                target = tl.maximum(total * top_p, 1e-30)
+            else:
+                floor = tl.full((), _LOWEST, tl.int64)
+                low, high = floor, tl.full((), _BEYOND, tl.int64)
+                if V > _BLOCK:
+                    low, high = _bracket(
+                        x_ptr, body_start, body_column, body_length, V, num_kept, mask_id, forbidden_ptr,
+                        HAS_MASK_ID, HAS_FORBIDDEN, SPACING, VECTOR,
+                    )  # fmt: skip
+                top = 0.0
+                target = num_kept.to(tl.float32)
+            threshold = _select(
+                x_ptr, body_start, body_column, body_length, edges, floor, low, high, target, top, candidates_ptr,
+                mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR,
+            )  # fmt: skip
+            tl.store(thresholds_ptr + row, ordered.value(threshold))
+
+
+# Least distance in the order of float32 between two numbers of the logits' dtype.
+_SPACING = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13}
+
+
+def thresholds(logits: dict[str, Any], filter_thres: float | None, top_p: float | None) -> Tensor | None:
+    """What the logits of each row must not be below, [M] float32: both filters; None where all stay.
+
+    Args:
+        logits: how a kernel reads them: its arguments as ``kernels/demask.py`` gives them.
+        filter_thres, top_p: see ``fastmask.functional.sample_tokens``.
+    """
+    x, num_ids, num_rows = logits["x_ptr"], logits["V"], logits["num_rows"]
+    num_kept = num_ids if filter_thres is None else math.ceil((1.0 - filter_thres) * num_ids)
+    if num_kept == num_ids and top_p is None:
+        return None
+    programs = min(num_rows, _PROGRAMS)
+    lowest = torch.finfo(torch.float32).min
+    out = torch.full((num_rows,), lowest, dtype=torch.float32, device=x.device)
+    candidates = torch.empty((programs, _LISTED.value), dtype=torch.float32, device=x.device)
+    for by_mass, is_wanted in ((False, num_kept < num_ids), (True, top_p is not None)):
+        if is_wanted:
+            _thresholds_kernel[(programs,)](
+                **logits,
+                thresholds_ptr=out,
+                candidates_ptr=candidates,
+                num_kept=num_kept,
+                top_p=top_p or 0.0,
+                BY_MASS=by_mass,
+                SPACING=_SPACING.get(x.dtype, 1),
+                num_warps=_WARPS,
+            )
+    return out
