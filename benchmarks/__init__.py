@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks`` (end to end), ``pytest benchmarks`` (each operation against eager)."""
+"""Benchmarks: ``python -m benchmarks`` (everything), ``pytest benchmarks`` (the same cases, pytest-benchmark)."""

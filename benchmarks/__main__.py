@@ -1,74 +1,79 @@
-"""``python -m benchmarks``: end to end on this machine; writes benchmarks/results/<machine>-<date>.json."""
+"""``python -m benchmarks``: every operation and both tasks end to end on this machine, correctness first.
+
+Writes benchmarks/results/<gpu-or-cpu>-<date>.json and plots beside it. ``report`` rebuilds README's tables from the
+results files; ``static`` tells what the compilers make of the kernels, without a GPU.
+"""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import pathlib
-import platform
-import subprocess
 import sys
+import time
 
-import torch
+from benchmarks import (
+    bench_demask,
+    bench_generate,
+    bench_linear_masked_cross_entropy,
+    bench_mask_sampling,
+    bench_masked_cross_entropy,
+    bench_training,
+    end_to_end,
+    harness,
+    report,
+    results_file,
+    scaling,
+    static,
+)
+from benchmarks.harness import Row
 
-import fastmask
-from benchmarks import end_to_end
+MODULES = (
+    bench_mask_sampling,
+    bench_masked_cross_entropy,
+    bench_linear_masked_cross_entropy,
+    bench_demask,
+    bench_training,
+    bench_generate,
+)
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 
-
-def main() -> int:
-    """Verifies, measures, prints a table and, unless --quick, writes the results."""
+def main(arguments: list[str] | None = None) -> int:
+    """1 if fastmask was refused anywhere."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each task")
-    parser.add_argument("--quick", action="store_true", help="the first size only, three rounds, nothing written")
-    arguments = parser.parse_args()
-    sizes = end_to_end.SIZES[:1] if arguments.quick else end_to_end.SIZES
-    rounds = 3 if arguments.quick else arguments.rounds
-    rows = []
-    for size in sizes:
-        end_to_end.verify(size)
-        for task in end_to_end.TASKS:
-            rows.append(end_to_end.measure(size, task, rounds))
-            print(_line(rows[-1]), flush=True)
-    if arguments.quick:
-        return 0
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"cpu-{datetime.date.today()}.json"
-    path.write_text(json.dumps({"machine": _machine(), "rounds": rounds, "end_to_end": rows}, indent=1) + "\n")
-    print(f"written to {path}")
-    return 0
-
-
-def _line(row: dict) -> str:
-    seconds, peaks = row["seconds"], row["peak_mib"]
-    return (
-        f"{row['size']:<42} {row['task']:<9} {seconds['fastmask']:8.3f} s, upstream {seconds['upstream']:8.3f} s "
-        f"({row['speedup']:.2f}x)   peak {peaks['fastmask']} MiB, upstream {peaks['upstream']} MiB"
+    parser.add_argument("command", nargs="?", choices=["run", "report", "static"], default="run")
+    parser.add_argument(
+        "--quick", action="store_true", help="a large and a small shape of each operation; no scaling"
     )
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=results_file.DIRECTORY, help="directory of results files"
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "report":
+        return report.rewrite_readme(chosen.output)
+    if chosen.command == "static":
+        return static.main(chosen.output)
+    return run(chosen.quick, chosen.output)
 
 
-def _machine() -> dict:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "fastmask": fastmask.__version__,
-        "commit": commit.stdout.strip(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "x-transformers")},
+def run(quick: bool, directory: pathlib.Path) -> int:
+    """Measures everything this machine can, prints tables, writes results and plots."""
+    device, start = harness.default_device(), time.monotonic()
+    print(harness.machine(device), flush=True)
+    jobs = [(module.BENCHMARK, case) for module in MODULES for case in module.BENCHMARK.cases(quick)]
+    rows: list[Row] = []
+    for number, (benchmark, case) in enumerate(jobs, 1):
+        print(f"\n[{number}/{len(jobs)}, {time.monotonic() - start:.0f} s] {benchmark.name}, {case}", flush=True)
+        rows += benchmark.show(case, quick)
+    measured = results_file.about(device, quick) | {
+        "rows": rows,
+        "scaling": [] if quick else scaling.show(device),
+        "largest_batches": [] if quick or device.type == "cpu" else end_to_end.show_largest_batches(),
+        "seconds": time.monotonic() - start,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    file = results_file.write(measured, directory)
+    print(f"\nwritten to {file} after {measured['seconds']:.0f} s")
+    report.plot(measured, file)
+    return int(harness.any_of_ours_refused(rows))
 
 
 if __name__ == "__main__":

@@ -1,36 +1,178 @@
-"""Sampling and scoring of logit rows, against upstream's step (top_k, softmax, gumbel_sample, gather)."""
+"""Sampling and scoring of logit rows, against x-transformers' own step (the baseline) and every peer.
+
+``pytest benchmarks`` or ``python -m benchmarks.bench_demask [--quick]``.
+"""
 
 from __future__ import annotations
 
+import itertools
+import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from x_transformers.nonautoregressive_wrapper import gumbel_sample, top_k
+from torch import Tensor
 
+from benchmarks import harness, peers
+from benchmarks.harness import Benchmark, Ceilings, Contender, Floor, Step
 from fastmask import functional
 
+TEMPERATURE = 0.7
+FILTER_THRES = 0.9  # the default of upstream's top_k
+CUDA_SHAPES = tuple(itertools.product((32, 256, 2048, 8192), (8192, 50257, 126464, 152064)))
+CPU_SHAPES = ((512, 8192), (64, 50257), (32, 8192))
+CUDA_QUICK, CPU_QUICK = ((2048, 50257), (32, 8192)), ((64, 50257), (32, 8192))
 
-def eager(logits: torch.Tensor, filter_thres: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if filter_thres is not None:
-        logits = top_k(logits, filter_thres)
-    ids = gumbel_sample(logits, temperature=0.7)
-    return ids, logits.softmax(dim=-1).gather(-1, ids[..., None]).squeeze(-1)
+# So spread that the argmax, a sample at another temperature and ours have other mean log-probabilities: at 256 draws
+# the first is 20 standard errors off, a sample at temperature 1 13, x-transformers' in bfloat16 9 and more.
+LOGIT_SPREAD = 2.0
+MIN_DRAWS = 256
+MAX_STANDARD_ERRORS = 5.0
+# Relative error of a probability: a softmax rounded to bfloat16 is within 2^-8 of the float64 one.
+PROBABILITY_LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
-def ours(logits: torch.Tensor, filter_thres: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, log_probs = functional.sample_tokens(logits, temperature=0.7, filter_thres=filter_thres)
-    return ids, log_probs.exp()
+@dataclass(frozen=True)
+class Case:
+    """M masked rows over V ids; bfloat16 on CUDA, float32 on a CPU."""
+
+    num_rows: int
+    num_tokens: int
+    filter_thres: float | None
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.num_rows}x{self.num_tokens}, filter_thres {self.filter_thres}, T {TEMPERATURE}"
 
 
-@pytest.mark.parametrize("filter_thres", [None, 0.7])
-@pytest.mark.parametrize("shape", [(1, 512, 8192), (1, 64, 50257)], ids=str)
-@pytest.mark.parametrize("contender", [eager, ours])
-def test_demask(benchmark: Any, contender: Any, shape: tuple[int, ...], filter_thres: float | None) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = torch.randn(shape, device=device)
-    ids, probs = ours(logits, filter_thres)
-    filtered = logits if filter_thres is None else top_k(logits, filter_thres)
-    torch.testing.assert_close(probs, filtered.softmax(dim=-1).gather(-1, ids[..., None]).squeeze(-1))
-    benchmark.group = f"demask {shape}, filter_thres {filter_thres}"
-    benchmark(contender, logits, filter_thres)
+def cases(quick: bool) -> list[Case]:
+    """Every shape, filtered and not; ``quick``: a large and a small shape."""
+    device = harness.default_device()
+    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
+    if quick:
+        shapes = CUDA_QUICK if device.type == "cuda" else CPU_QUICK
+    return [Case(*shape, filter_thres, device) for shape in shapes for filter_thres in (None, FILTER_THRES)]
+
+
+@dataclass
+class SamplingProblem:
+    """Logits [1, M, V] with -inf at the mask's id, the last, and what is known of a right sample.
+
+    ids and probabilities are judged by the float64 softmax of the same logits. Upstream's filter keeps exactly k
+    logits, ours also those that tie with the last of them: an id that ties is allowed, and a probability may be of
+    either normaliser.
+
+    kept: [M] the least logit that the filter keeps; log_totals: [M, 2] log-sum-exp with ties and without;
+    mean, variance: [M] of the log-probability of an id sampled at TEMPERATURE.
+    """
+
+    logits: Tensor
+    filter_thres: float | None
+    kept: Tensor = field(init=False)
+    log_totals: Tensor = field(init=False)
+    mean: Tensor = field(init=False)
+    variance: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = [_expect(chunk, self.filter_thres) for chunk in self.logits[0].split(256)]
+        self.kept, self.log_totals, self.mean, self.variance = map(torch.cat, zip(*parts, strict=True))
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.logits,)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        return {
+            "ids that are not allowed": 0.0,
+            "probability": PROBABILITY_LIMITS[self.logits.dtype],
+            "standard errors of the mean log-probability": MAX_STANDARD_ERRORS,
+        }
+
+    def restore(self, contender: Contender) -> None:
+        pass
+
+    def run(self, contender: Contender, function: peers.Sampler) -> tuple[Tensor, Tensor]:
+        return function(self.logits, TEMPERATURE, self.filter_thres)
+
+    def errors(self, step: Step) -> dict[str, float]:
+        """Of at least MIN_DRAWS samples: how many are not allowed, the worst probability, and the distribution."""
+        torch.manual_seed(1)  # not the seed of the inputs: their noise would be correlated
+        repeats = -(-MIN_DRAWS // self.logits.shape[1])
+        not_allowed, worst, deviation = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(3))
+        for _ in range(repeats):
+            ids, probs = (out.squeeze(0) for out in step.run())
+            in_range = (ids >= 0) & (ids < self.logits.shape[-1])
+            chosen = self.logits[0].gather(-1, ids.where(in_range, 0)[:, None]).squeeze(-1).double()
+            not_allowed += (~in_range | chosen.isneginf() | (chosen < self.kept)).sum()
+            log_probs = chosen[:, None] - self.log_totals
+            relative = (probs.double()[:, None] / log_probs.exp() - 1).abs().amin(dim=-1)
+            worst = torch.maximum(worst, relative.max())  # NaN stays
+            deviation += (log_probs[:, 0] - self.mean).sum()
+        standard_error = (repeats * self.variance.sum()).sqrt()
+        figures = not_allowed, worst, (deviation / standard_error).abs()
+        return dict(zip(self.limits, (figure.item() for figure in figures), strict=True))
+
+
+def _expect(logits: Tensor, filter_thres: float | None) -> tuple[Tensor, ...]:
+    """The fields of SamplingProblem for some rows [M, V]."""
+    z = logits.double()
+    num_kept = z.shape[-1] if filter_thres is None else peers.num_kept(z.shape[-1], filter_thres)
+    largest = z.topk(num_kept, dim=-1).values
+    kept = largest[:, -1]
+    z = z.masked_fill(z < kept[:, None], -torch.inf)
+    log_total = z.logsumexp(dim=-1)
+    heated = (z / TEMPERATURE).softmax(dim=-1)
+    log_probs = (z - log_total[:, None]).where(heated > 0, 0.0)
+    mean = (heated * log_probs).sum(dim=-1)
+    variance = (heated * (log_probs - mean[:, None]).square()).sum(dim=-1)
+    return kept, torch.stack([log_total, largest.logsumexp(dim=-1)], dim=-1), mean, variance
+
+
+def problem(case: Case) -> SamplingProblem:
+    generator = torch.Generator(case.device).manual_seed(0)
+    shape, dtype = (1, case.num_rows, case.num_tokens), harness.default_dtype(case.device)
+    logits = torch.randn(shape, generator=generator, device=case.device, dtype=dtype).mul_(LOGIT_SPREAD)
+    logits[..., -1] = -torch.inf
+    return SamplingProblem(logits, case.filter_thres)
+
+
+def ours() -> peers.Sampler:
+    seeds = itertools.count()
+
+    def sample(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
+        mask_id, seed = logits.shape[-1] - 1, next(seeds)
+        sampled = functional.sample_tokens(
+            logits, temperature=temperature, filter_thres=filter_thres, mask_id=mask_id, seed=seed
+        )
+        return sampled.ids, sampled.log_probs.exp()
+
+    return sample
+
+
+def contenders() -> list[Contender]:
+    return [Contender("fastmask", "", ours, is_ours=True), *peers.samplers()]
+
+
+def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
+    """Bytes: the rows read once."""
+    logits = case.num_rows * case.num_tokens
+    return {"": Floor(logits * harness.default_dtype(case.device).itemsize, limits.copy, "GB/s", logits)}
+
+
+BENCHMARK = Benchmark("demask", cases, contenders, problem, floors)
+
+
+@pytest.mark.parametrize("contender", contenders(), ids=str)
+@pytest.mark.parametrize("case", cases(quick=False), ids=str)
+def test_demask(benchmark: Any, case: Case, contender: Contender) -> None:
+    BENCHMARK.run_pytest(benchmark, case, contender)
+
+
+if __name__ == "__main__":
+    sys.exit(BENCHMARK.main(__doc__))

@@ -15,15 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, peers
-from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Floor, Problem, Row
+from benchmarks import harness, losses, peers
+from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Benchmark, Ceilings, Contender, Floor, Runs
+from benchmarks.losses import LossProblem
 from fastmask import _dispatch, functional
 
 OPERATION = "linear_masked_cross_entropy"
 MASK_RATIOS = (0.15, 0.5, 1.0)
 CUDA_SHAPES = ((16384, 32768), (8192, 50304), (8192, 50257), (8192, 128256), (4096, 151936))
 CUDA_WIDTHS = (768, 2048, 4096)
-CPU_SHAPES = ((512, 8192),)
+CPU_SHAPES = ((512, 8192), (256, 2048))
 CPU_WIDTHS = (256,)
 
 
@@ -57,18 +58,17 @@ def cases(quick: bool) -> list[Case]:
     return everything
 
 
-@functools.lru_cache(maxsize=1)
-def problem(case: Case) -> Problem:
+def problem(case: Case) -> LossProblem:
     """Embeddings and head of which the logits are spread as in the dense benchmark."""
     generator = torch.Generator(case.device).manual_seed(0)
     draw = functools.partial(
         torch.randn, generator=generator, device=case.device, dtype=harness.default_dtype(case.device)
     )
     x = draw(case.num_rows, case.dim)
-    weight = draw(case.num_tokens, case.dim).mul_(harness.LOGIT_SPREAD / case.dim**0.5)
+    weight = draw(case.num_tokens, case.dim).mul_(losses.LOGIT_SPREAD / case.dim**0.5)
     targets = torch.randint(case.num_tokens, (case.num_rows,), generator=generator, device=case.device)
     is_masked = harness.draw_mask(case.num_rows, case.mask_ratio, case.device, generator)
-    return Problem(x, (weight,), targets, is_masked)
+    return LossProblem(x, (weight,), targets, is_masked)
 
 
 def ours(x: Tensor, weight: Tensor, targets: Tensor, is_masked: Tensor) -> Tensor:
@@ -79,19 +79,23 @@ def contenders() -> list[Contender]:
     return [Contender("fastmask", WITH_MASK, lambda: ours, is_ours=True), *peers.linear()]
 
 
-def floors(case: Case, product: float) -> dict[str, Floor]:
+def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
     """6 m rows D V FLOP: three products on the masked rows, whatever a contender is given."""
-    floor = Floor(6.0 * case.num_masked * case.dim * case.num_tokens, product, "TFLOP/s")
+    floor = Floor(6.0 * case.num_masked * case.dim * case.num_tokens, limits.product, "TFLOP/s")
     return dict.fromkeys((WITH_MASK, ALL_ROWS, COMPACTED), floor)
 
 
-def bare_products(case: Case) -> Callable[[], None]:
+def bounds(case: Case, problem: LossProblem) -> Runs:
+    return {"three bare products": bare_products(case, problem)}
+
+
+def bare_products(case: Case, problem: LossProblem) -> Callable[[], None]:
     """logits = X W^T, dX = G W and dW += G^T X on compacted rows, in the chunks and the dW dtype of our operation.
 
     G stands for the logits' gradient; its rows are padded to 16 bytes, as our chunk's are.
     """
-    x = problem(case).arguments(COMPACTED)[0].detach()
-    weight = problem(case).parameters[0]
+    x = problem.arguments(COMPACTED)[0].detach()
+    weight = problem.parameters[0]
     chunk = min(len(x), _dispatch.module(OPERATION, case.device, "auto").CHUNK_ROWS)
     padded = -(-case.num_tokens // 8) * 8
     buffer = torch.randn(chunk, padded, device=x.device, dtype=x.dtype)
@@ -116,18 +120,22 @@ def bare_products(case: Case) -> Callable[[], None]:
     return run
 
 
-def measure(case: Case) -> list[Row]:
-    limits = harness.ceilings(case.device, harness.default_dtype(case.device))
-    bounds = {"three bare products": bare_products(case)}
-    title = f"{OPERATION}, {case}"
-    return harness.compare(title, contenders(), problem(case), floors(case, limits.product), bounds)
+BENCHMARK = Benchmark(
+    OPERATION,
+    cases,
+    contenders,
+    problem,
+    floors,
+    bounds=bounds,
+    published=peers.QUACK_LINEAR,
+)
 
 
 @pytest.mark.parametrize("contender", contenders(), ids=str)
 @pytest.mark.parametrize("case", cases(quick=False), ids=str)
 def test_linear_masked_cross_entropy(benchmark: Any, case: Case, contender: Contender) -> None:
-    harness.run_benchmark(benchmark, contender, problem(case), f"{OPERATION}, {case}")
+    BENCHMARK.run_pytest(benchmark, case, contender)
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(__doc__, cases, measure, peers.QUACK_LINEAR))
+    sys.exit(BENCHMARK.main(__doc__))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, peers
-from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Floor, Loss, Problem, Row
+from benchmarks import harness, losses, peers
+from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Benchmark, Ceilings, Contender, Floor
+from benchmarks.losses import Loss, LossProblem
 from fastmask import functional
 
 OPERATION = "masked_cross_entropy"
@@ -47,15 +47,14 @@ def cases(quick: bool) -> list[Case]:
     return [Case(*shape, ratio, device) for shape in shapes for ratio in MASK_RATIOS]
 
 
-@functools.lru_cache(maxsize=1)
-def problem(case: Case) -> Problem:
+def problem(case: Case) -> LossProblem:
     """Logits so spread that the softmax weighs in the gradient's norm, beside the targets' ones."""
     generator = torch.Generator(case.device).manual_seed(0)
     shape, dtype = (case.num_rows, case.num_tokens), harness.default_dtype(case.device)
-    logits = torch.randn(shape, generator=generator, device=case.device, dtype=dtype).mul_(harness.LOGIT_SPREAD)
+    logits = torch.randn(shape, generator=generator, device=case.device, dtype=dtype).mul_(losses.LOGIT_SPREAD)
     targets = torch.randint(case.num_tokens, shape[:1], generator=generator, device=case.device)
     is_masked = harness.draw_mask(case.num_rows, case.mask_ratio, case.device, generator)
-    return Problem(logits, (), targets, is_masked)
+    return LossProblem(logits, (), targets, is_masked)
 
 
 def _ours(inplace_grad: bool) -> Loss:
@@ -73,25 +72,30 @@ def contenders() -> list[Contender]:
     ]
 
 
-def floors(case: Case, copy: float) -> dict[str, Floor]:
+def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
     """Bytes: masked rows read once and written once, unmasked rows only zeroed: (1 + m) S of DESIGN 4. On
     compacted rows nothing is zeroed: 2 m S, of the smaller job."""
     row = case.num_tokens * harness.default_dtype(case.device).itemsize
     masked = round(case.mask_ratio * case.num_rows)
-    whole = Floor((case.num_rows + masked) * row, copy, "GB/s")
-    return {WITH_MASK: whole, ALL_ROWS: whole, COMPACTED: Floor(2 * masked * row, copy, "GB/s")}
+    whole = Floor((case.num_rows + masked) * row, limits.copy, "GB/s")
+    return {WITH_MASK: whole, ALL_ROWS: whole, COMPACTED: Floor(2 * masked * row, limits.copy, "GB/s")}
 
 
-def measure(case: Case) -> list[Row]:
-    limits = harness.ceilings(case.device, harness.default_dtype(case.device))
-    return harness.compare(f"{OPERATION}, {case}", contenders(), problem(case), floors(case, limits.copy), {})
+BENCHMARK = Benchmark(
+    OPERATION,
+    cases,
+    contenders,
+    problem,
+    floors,
+    published=peers.QUACK_DENSE,
+)
 
 
 @pytest.mark.parametrize("contender", contenders(), ids=str)
 @pytest.mark.parametrize("case", cases(quick=False), ids=str)
 def test_masked_cross_entropy(benchmark: Any, case: Case, contender: Contender) -> None:
-    harness.run_benchmark(benchmark, contender, problem(case), f"{OPERATION}, {case}")
+    BENCHMARK.run_pytest(benchmark, case, contender)
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(__doc__, cases, measure, peers.QUACK_DENSE))
+    sys.exit(BENCHMARK.main(__doc__))

@@ -1,132 +1,284 @@
-"""A training step and ``generate``, fastmask against x-transformers' own wrapper, on the same network.
+"""Training steps and generations, fastmask against x-transformers' own wrapper, on the same network.
 
-Times are medians over rounds that alternate between the two, so that both see the same machine; peak
-memory is the growth of the resident set in a process of its own.
+A training step is masking, network, loss, backward and optimizer; a generation is the 18 steps and the filter that
+both have by default. The network is timed by itself in the same rounds, so that what lies outside it shows: as many
+passes, with backward where there is one, on masked ids, to logits of all rows for upstream and to embeddings for
+fastmask (whose head works on masked rows only, and counts as outside).
 """
 
 from __future__ import annotations
 
-import json
-import pathlib
-import re
-import statistics
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import x_transformers
-from torch import nn
+from torch import Tensor
 
 import fastmask
+from benchmarks import harness
+from benchmarks.harness import Benchmark, Ceilings, Contender, Floor, Row, Runs, Step
 
-WRAPPERS = {"fastmask": fastmask.NonAutoregressiveWrapper, "upstream": x_transformers.NonAutoregressiveWrapper}
 TASKS = ("train", "generate")
+STEPS = 18  # the default of both
 
 
 @dataclass(frozen=True)
-class Size:
-    """B sequences of N positions over V ids; a network of width D and some depth."""
+class Case:
+    """B sequences of N positions over V ids; a network of width D and some depth.
 
+    float32 on a CPU; on CUDA float32 parameters under bfloat16 autocast.
+    """
+
+    task: str
     batch: int
     seq_len: int
     num_tokens: int
     dim: int
     depth: int
+    device: torch.device
 
     def __str__(self) -> str:
         return f"B {self.batch}, N {self.seq_len}, V {self.num_tokens}, D {self.dim}, depth {self.depth}"
 
 
-SIZES = (Size(8, 256, 8192, 256, 4), Size(8, 128, 32768, 256, 4), Size(16, 64, 2048, 256, 4))
+CPU_SIZES = ((8, 256, 8192, 256, 4), (8, 128, 32768, 256, 4), (16, 64, 2048, 256, 4))
+# 25M, 85M (110M with BERT's vocabulary) and 302M (350M with GPT-2's) parameters without embeddings and head.
+NETWORKS = ((512, 8), (768, 12), (1024, 24))
+CUDA_SIZES = tuple(
+    (batch, seq_len, num_tokens, *network)
+    for network in NETWORKS
+    for num_tokens in (8192, 50257)
+    for batch, seq_len in ((64, 256), (16, 1024))
+)
 
 
-def build(size: Size, wrapper: str) -> Any:
-    """The wrapper over a TransformerWrapper of this size, with the same weights at every call."""
-    torch.manual_seed(0)
-    net = x_transformers.TransformerWrapper(
-        num_tokens=size.num_tokens,
-        max_seq_len=size.seq_len,
-        attn_layers=x_transformers.Encoder(dim=size.dim, depth=size.depth, heads=4, rotary_pos_emb=True),
-    )
-    return WRAPPERS[wrapper](net, mask_id=size.num_tokens - 1)
+def cases(task: str, quick: bool) -> list[Case]:
+    """Every size; ``quick``: the smallest network, whose compilation is short, at a large and a small one."""
+    device = harness.default_device()
+    sizes = CUDA_SIZES if device.type == "cuda" else CPU_SIZES
+    if quick:
+        sizes = ((16, 1024, 50257, *NETWORKS[0]), CUDA_SIZES[0]) if device.type == "cuda" else (sizes[0], sizes[-1])
+    return [Case(task, *size, device) for size in sizes]
 
 
-def run(model: Any, size: Size, task: str) -> torch.Tensor:
-    """One training step without its optimizer (a loss), or one generation (ids)."""
-    if task == "generate":
-        ids: torch.Tensor = model.generate(size.batch)
-        return ids
-    model.zero_grad()
-    x = torch.randint(size.num_tokens - 1, (size.batch, size.seq_len))
-    loss: torch.Tensor = model(x).loss
-    loss.backward()
-    return loss.detach()
+@dataclass(frozen=True)
+class Wrapping:
+    """What a contender loads: whose wrapper, and whether the network in it is compiled."""
+
+    wrapper: Callable[..., Any]
+    is_compiled: bool = False
 
 
-def verify(size: Size) -> None:
-    """The gate before any timing: on the same masks both wrappers must find the same loss.
+class WrapperProblem:
+    """One network that all contenders share; the step's optimizer has a learning rate of 0, so that it stays."""
 
-    Raises:
-        AssertionError: they do not, or fastmask's generation is not a clean sequence.
-    """
-    ours, theirs = build(size, "fastmask"), build(size, "upstream")
-    x = torch.randint(size.num_tokens - 1, (size.batch, size.seq_len))
-    masked = fastmask.functional.mask_sampling(x, mask_id=size.num_tokens - 1, num_tokens=size.num_tokens, seed=0)
-    out = fastmask.backbone.run(ours.net, masked.masked_ids)
-    loss = out.loss(x, masked, None, None, None)
-    logits = theirs.net(masked.masked_ids)
-    expected = nn.functional.cross_entropy(logits[masked.is_masked], x[masked.is_masked])
-    torch.testing.assert_close(loss, expected)
-    ids = run(ours, size, "generate")
-    assert ids.shape == x.shape
-    assert bool(((ids >= 0) & (ids < size.num_tokens - 1)).all()), "generate returned a masked or unknown id"
+    inputs: tuple[Tensor, ...] = ()
+
+    def __init__(self, case: Case, steps: int = STEPS) -> None:
+        torch.manual_seed(0)
+        self.case, self.device, self.steps = case, case.device, steps
+        encoder = x_transformers.Encoder(
+            dim=case.dim, depth=case.depth, heads=case.dim // 64, rotary_pos_emb=True, attn_flash=True
+        )
+        self.net = x_transformers.TransformerWrapper(
+            num_tokens=case.num_tokens, max_seq_len=case.seq_len, attn_layers=encoder
+        ).to(case.device)
+        self.mask_id = case.num_tokens - 1
+        self.tokens = torch.randint(self.mask_id, (case.batch, case.seq_len), device=case.device)
+        self._models: dict[Wrapping, Any] = {}
+        self._optimizers: dict[Wrapping, torch.optim.Optimizer] = {}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Relative errors follow the dtype; a regret of 20 T is sampling noise, that of a random id is about 1."""
+        loss, gradient = (1e-4, 1e-3) if self.device.type == "cpu" else (2e-2, 1e-1)
+        if self.case.task == "train":
+            return {"loss": loss, "gradient": gradient}
+        return {"ids out of range or masked": 0.0, "regret of a greedy generation, nats": 2e-2}
+
+    def restore(self, contender: Contender) -> None:
+        pass
+
+    def network(self, is_compiled: bool) -> Any:
+        return self._compiled if is_compiled else self.net
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        return torch.compile(self.net, dynamic=False)
+
+    def model(self, wrapping: Wrapping, **options: Any) -> Any:
+        options = {"steps": self.steps, "mask_id": self.mask_id} | options
+        return wrapping.wrapper(self.network(wrapping.is_compiled), **options).to(self.device)
+
+    def run(self, contender: Contender, function: Wrapping) -> Tensor:
+        """One training step (the loss), or one generation (ids)."""
+        if function not in self._models:
+            self._models[function] = self.model(function)
+        model = self._models[function]
+        if self.case.task == "generate":
+            with autocast(self.device):
+                ids: Tensor = model.generate(self.case.batch)
+            return ids
+        if function not in self._optimizers:
+            self._optimizers[function] = torch.optim.AdamW(self.net.parameters(), lr=0.0)
+        with autocast(self.device):
+            loss: Tensor = model(self.tokens).loss
+        loss.backward()
+        self._optimizers[function].step()
+        self.net.zero_grad()
+        return loss.detach()
+
+    def errors(self, step: Step) -> dict[str, float]:
+        return self._train_errors(step) if self.case.task == "train" else self._generate_errors(step)
+
+    def _train_errors(self, step: Step) -> dict[str, float]:
+        """Where every position is masked and unweighted, loss and gradients are those of the plain cross-entropy."""
+        options = {"no_replace_prob": 0.0, "random_token_prob": 0.0, "use_simple_mdlm_loss_weight": False}
+        model = self.model(step.function, schedule=lambda t: 1.0 - 0.0 * t, **options)
+        masked = torch.full_like(self.tokens, self.mask_id)
+        results = []
+        with autocast(self.device):
+            losses = model(self.tokens).loss, F.cross_entropy(self.net(masked).flatten(0, 1), self.tokens.flatten())
+        for loss in losses:
+            loss.backward()
+            gradients = [p.grad.flatten().float() for p in self.net.parameters() if p.grad is not None]
+            results.append((loss.detach().float(), torch.cat(gradients)))
+            self.net.zero_grad()
+        pairs = zip(*results, strict=True)
+        return {name: harness.relative_error(*pair) for name, pair in zip(self.limits, pairs, strict=True)}
+
+    def _generate_errors(self, step: Step) -> dict[str, float]:
+        """Ids of a whole generation; and a generation of one step, which is greedy (T 1e-3, filtered), against the
+        best logits."""
+        ids = step.run()
+        outside = ((ids < 0) | (ids >= self.mask_id)).sum().item()
+        with torch.no_grad(), autocast(self.device):
+            greedy = self.model(step.function, steps=1).generate(self.case.batch)
+            logits = self.net(torch.full_like(self.tokens, self.mask_id)).float()
+        chosen = logits.gather(-1, greedy[..., None]).squeeze(-1)
+        regret = (logits[..., : self.mask_id].amax(dim=-1) - chosen).mean().item()
+        return dict(zip(self.limits, (outside, regret), strict=True))
 
 
-def measure(size: Size, task: str, rounds: int) -> dict[str, Any]:
-    """Median seconds and spread of each wrapper, their ratio, and peak memory in MiB."""
-    models = {name: build(size, name) for name in WRAPPERS}
-    seconds: dict[str, list[float]] = {name: [] for name in WRAPPERS}
-    for number in range(rounds + 1):
-        for name, model in models.items():
-            torch.manual_seed(number)
-            start = time.perf_counter()
-            run(model, size, task)
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    peaks = {name: peak_memory(size, task, name) for name in WRAPPERS}
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def contenders() -> list[Contender]:
+    """Compiling takes minutes on a CPU, so only eager is timed there."""
+    wrappers = {
+        "fastmask": fastmask.NonAutoregressiveWrapper,
+        "x-transformers": x_transformers.NonAutoregressiveWrapper,
+    }
+    found = []
+    for is_compiled in (False, True):
+        for name, wrapper in wrappers.items():
+            is_ours = name == "fastmask"
+            found.append(
+                Contender(
+                    name + ", network compiled" * is_compiled,
+                    "",
+                    functools.partial(Wrapping, wrapper, is_compiled),
+                    is_ours=is_ours,
+                    is_baseline=not is_ours and not is_compiled,
+                    needs_cuda=is_compiled,
+                    timed_if_wrong=not is_ours,  # its generate returns masks
+                )
+            )
+    return found
+
+
+# Which of the bounds is a contender's network.
+NETWORKS_OF = {
+    "fastmask": "network alone, to embeddings",
+    "x-transformers": "network alone, to logits",
+    "fastmask, network compiled": "compiled network alone, to embeddings",
+    "x-transformers, network compiled": "compiled network alone, to logits",
+}
+
+
+def bounds(case: Case, problem: WrapperProblem) -> Runs:
+    """The network by itself, as often as a task runs it, once for each kind of output."""
     return {
-        "size": str(size),
-        "task": task,
-        "seconds": {name: round(value, 4) for name, value in medians.items()},
-        "spread": {name: [round(min(v), 4), round(max(v), 4)] for name, v in seconds.items()},
-        "speedup": round(medians["upstream"] / medians["fastmask"], 2),
-        "peak_mib": peaks,
+        name: functools.partial(_network_alone, problem, "compiled" in name, "embeddings" in name)
+        for name in NETWORKS_OF.values()
+        if case.device.type == "cuda" or "compiled" not in name
     }
 
 
-def peak_memory(size: Size, task: str, wrapper: str) -> int:
-    """MiB by which one run raises the peak resident set of a fresh process, the model already built (Linux)."""
-    arguments = [str(SIZES.index(size)), task, wrapper]
-    output = subprocess.run(
-        [sys.executable, "-m", "benchmarks.end_to_end", *arguments], check=True, capture_output=True, text=True
-    )
-    return int(json.loads(output.stdout))
+def _network_alone(problem: WrapperProblem, is_compiled: bool, to_embeddings: bool) -> None:
+    net, case = problem.network(is_compiled), problem.case
+    masked = torch.full_like(problem.tokens, problem.mask_id)
+    is_training = case.task == "train"
+    options = {"return_embeddings": True} if to_embeddings else {}
+    problem.net.train(is_training)  # as the wrappers do: one compilation serves both
+    for _ in range(1 if is_training else STEPS):
+        with torch.set_grad_enabled(is_training), autocast(problem.device):
+            out = net(masked, **options)
+        if is_training:
+            out.backward(out.detach())
+            problem.net.zero_grad()
+    problem.net.train()
 
 
-def _resident_mib(field: str) -> float:
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+def finish(rows: list[Row]) -> None:
+    """Adds the milliseconds that a contender spends outside its network."""
+    times = {row["name"]: row["ms"] for row in rows if row["status"] == "bound"}
+    for row in rows:
+        network = times.get(NETWORKS_OF.get(row["name"], ""))
+        if "ms" in row and network is not None:
+            row["outside_ms"] = row["ms"] - network
 
 
-if __name__ == "__main__":
-    index, task_name, wrapper_name = sys.argv[1:]
-    chosen = SIZES[int(index)]
-    built = build(chosen, wrapper_name)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
-    before = _resident_mib("VmRSS")
-    run(built, chosen, task_name)
-    print(round(_resident_mib("VmHWM") - before))
+def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
+    """No floor: throughput only."""
+    return {"": Floor(case.batch * case.seq_len, None, "tokens/s")}
+
+
+def benchmark(task: str) -> Benchmark:
+    return Benchmark(task, functools.partial(cases, task), contenders, WrapperProblem, floors, bounds, finish)
+
+
+def largest_batch(case: Case, contender: Contender) -> int:
+    """The most sequences of one run that fit into the GPU's memory, within an eighth: doubled, then bisected."""
+    fits, fails = 0, 0
+    batch = 1
+    while not fails or fails - fits > max(1, fits // 8):
+        if _runs(replace(case, batch=batch), contender):
+            fits = batch
+        else:
+            fails = batch
+        batch = (fits + fails) // 2 if fails else 2 * fits
+    return fits
+
+
+def _runs(case: Case, contender: Contender) -> bool:
+    torch.cuda.empty_cache()
+    problem = WrapperProblem(case, steps=1)  # the first step, where every position is masked, needs the most
+    try:
+        problem.run(contender, contender.load())
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def show_largest_batches() -> list[Row]:
+    """Prints and returns the largest batch of each contender whose network is not compiled, at each network's
+    largest vocabulary and length (CUDA only)."""
+    rows: list[Row] = []
+    for case in [
+        case for task in TASKS for case in cases(task, False) if (case.seq_len, case.num_tokens) == (1024, 50257)
+    ]:
+        for contender in contenders():
+            if not contender.needs_cuda:
+                network = str(case).partition(", ")[2]
+                rows.append({"task": case.task, "case": network, "contender": contender.name})
+                rows[-1]["batch"] = largest_batch(case, contender)
+                print("{task}, {case}: {contender} fits {batch} sequences".format(**rows[-1]), flush=True)
+    return rows

@@ -1,19 +1,26 @@
-"""The peers of the two losses, each with its exact call, on all rows (labels -100) and on compacted rows.
+"""The peers, each with its exact call: of the two losses, on all rows (labels -100) and on compacted rows; of the
+sampler; of the masking.
 
 Nothing is imported before a contender is loaded. Signatures were read in liger-kernel 0.8.5, cut-cross-entropy
-25.1.1, fla-core 0.6.0, quack-kernels 0.6.5, flash-attention's repository and torch 2.13.
+25.1.1, fla-core 0.6.0, quack-kernels 0.6.5, flash-attention's and FlashInfer's repositories and torch 2.13.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import ALL_ROWS, COMPACTED, IGNORE_INDEX, WITH_MASK, Contender, Loss, Published
+from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Published
+from benchmarks.losses import IGNORE_INDEX, Loss
+
+Function = Callable[..., Any]
+Sampler = Callable[[Tensor, float, float | None], tuple[Tensor, Tensor]]
 
 QUACK_DENSE = Published(
     "QuACK's cross-entropy on an H100",
@@ -36,12 +43,12 @@ def _both(name: str, load: Callable[[], Loss], overwrites: bool = False, needs_c
     ]
 
 
-def _plain(loss: Loss) -> Callable[[], Loss]:
-    return lambda: loss
+def _plain(function: Function) -> Callable[[], Function]:
+    return lambda: function
 
 
-def _compiled(loss: Loss) -> Callable[[], Loss]:
-    return lambda: torch.compile(loss, dynamic=False)
+def _compiled(load: Callable[[], Function]) -> Callable[[], Function]:
+    return lambda: torch.compile(load(), dynamic=False)
 
 
 def _with_pytorch(with_mask: Loss, with_labels: Loss) -> list[Contender]:
@@ -49,8 +56,8 @@ def _with_pytorch(with_mask: Loss, with_labels: Loss) -> list[Contender]:
     return [
         Contender("PyTorch", WITH_MASK, _plain(with_mask), is_baseline=True),
         *_both("PyTorch", _plain(with_labels), needs_cuda=False),
-        Contender("torch.compile", WITH_MASK, _compiled(with_mask), needs_cuda=True),
-        *_both("torch.compile", _compiled(with_labels)),
+        Contender("torch.compile", WITH_MASK, _compiled(_plain(with_mask)), needs_cuda=True),
+        *_both("torch.compile", _compiled(_plain(with_labels))),
     ]
 
 
@@ -208,4 +215,119 @@ def linear() -> list[Contender]:
         *_both("Cut Cross-Entropy (filtered, its default)", functools.partial(_cut_cross_entropy, filter_eps="high")),
         *_both("fla-core", _fla_linear),
         *_both("QuACK", _quack_linear),
+    ]
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------
+# From logits [1, M, V], a temperature and a filter: ids [1, M], and the probability of each under the softmax that
+# is filtered and not heated.
+
+
+def num_kept(num_tokens: int, filter_thres: float) -> int:
+    """Upstream's formula."""
+    return math.ceil((1 - filter_thres) * num_tokens)
+
+
+def _probability(probs: Tensor, ids: Tensor) -> Tensor:
+    return probs.gather(-1, ids[..., None]).squeeze(-1)
+
+
+def _filtered(logits: Tensor, filter_thres: float | None) -> Tensor:
+    """The largest logits and their ties; the others -inf."""
+    if filter_thres is None:
+        return logits
+    least = logits.topk(num_kept(logits.shape[-1], filter_thres), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def _upstream_step(precision: torch.dtype | None) -> Sampler:
+    """The lines of its ``generate``, without the softmax there that nothing uses."""
+    from x_transformers.nonautoregressive_wrapper import gumbel_sample, top_k
+
+    def sample(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
+        if precision is not None:
+            logits = logits.to(precision)
+        if filter_thres is not None:
+            logits = top_k(logits, filter_thres)
+        ids = gumbel_sample(logits, temperature=temperature)
+        return ids, _probability(logits.softmax(dim=-1), ids)
+
+    return sample
+
+
+def _float64_gumbel(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
+    """Of LLaDA's generation: argmax exp(z) / (-log u)^T, and the confidence, in float64."""
+    wide = _filtered(logits, filter_thres).double()
+    noise = (-torch.rand_like(wide).log()) ** temperature
+    ids = (wide.exp() / noise).argmax(dim=-1)
+    return ids, _probability(wide.softmax(dim=-1), ids)
+
+
+def _multinomial(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
+    kept = _filtered(logits, filter_thres).float()
+    ids = torch.multinomial((kept / temperature).softmax(dim=-1).squeeze(0), 1).T
+    return ids, _probability(kept.softmax(dim=-1), ids)
+
+
+def _flashinfer() -> Sampler:
+    from flashinfer import sampling
+
+    def sample(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
+        rows = logits.squeeze(0).float()  # which it would do itself, several times
+        probs = sampling.softmax(rows)
+        if filter_thres is None:
+            ids = sampling.sampling_from_logits(rows / temperature)
+        else:
+            kept = num_kept(rows.shape[-1], filter_thres)
+            ids = sampling.top_k_sampling_from_probs(sampling.softmax(rows, temperature), kept)
+            probs = sampling.top_k_renorm_probs(probs, kept)
+        ids = ids.long()
+        return ids[None], _probability(probs, ids)[None]
+
+    return sample
+
+
+def samplers() -> list[Contender]:
+    """The peers of ``sample_tokens``. Upstream's bfloat16 noise has 256 values: its own float32 stands beside it."""
+    own, in_float32 = (functools.partial(_upstream_step, precision) for precision in (None, torch.float32))
+    return [
+        Contender("x-transformers", "", own, is_baseline=True, timed_if_wrong=True),
+        Contender("x-transformers, torch.compile", "", _compiled(own), needs_cuda=True, timed_if_wrong=True),
+        Contender("x-transformers in float32", "", in_float32, needs_cuda=True),
+        Contender("x-transformers in float32, torch.compile", "", _compiled(in_float32), needs_cuda=True),
+        Contender("float64 Gumbel (LLaDA)", "", _plain(_float64_gumbel)),
+        Contender("torch.multinomial", "", _plain(_multinomial)),
+        Contender("FlashInfer", "", _flashinfer, needs_cuda=True),
+    ]
+
+
+# --- masking ----------------------------------------------------------------------------------------------------
+# From tokens [B, N], times [B], maskable [B, N] or None: what the network sees, and what is masked.
+
+
+def _upstream_masking(no_replace_prob: float, random_token_prob: float, mask_id: int) -> Function:
+    """The lines of its ``forward``, both coins fallen; padding as one would add it."""
+    from x_transformers.nonautoregressive_wrapper import get_mask_subset_prob
+
+    def mask(tokens: Tensor, times: Tensor, maskable: Tensor | None) -> tuple[Tensor, Tensor]:
+        keys, length = torch.rand(tokens.shape, device=tokens.device), tokens.new_full((1, 1), tokens.shape[1])
+        order = keys.argsort(dim=-1)
+        if maskable is not None:
+            order = keys.masked_fill(~maskable, 2.0).argsort(dim=-1).argsort(dim=-1)
+            length = maskable.sum(dim=-1, keepdim=True)
+        is_masked = order.float() < ((1 - times)[:, None] * length).clamp(min=1.0)
+        replaced = is_masked & ~get_mask_subset_prob(is_masked, no_replace_prob)
+        random = get_mask_subset_prob(replaced, random_token_prob * (1 - no_replace_prob))
+        ids = tokens.where(~random, torch.randint(0, mask_id + 1, tokens.shape, device=tokens.device))
+        return ids.masked_fill(replaced & ~random, mask_id), is_masked
+
+    return mask
+
+
+def maskers(no_replace_prob: float, random_token_prob: float, mask_id: int) -> list[Contender]:
+    """The peers of ``mask_sampling``."""
+    load = functools.partial(_upstream_masking, no_replace_prob, random_token_prob, mask_id)
+    return [
+        Contender("x-transformers", "", load, is_baseline=True),
+        Contender("x-transformers, torch.compile", "", _compiled(load), needs_cuda=True),
     ]

@@ -21,14 +21,26 @@ class _Captured:
 
     def __init__(self, function: Function, inputs: Sequence[Tensor]) -> None:
         self._inputs = [x.clone() for x in inputs]
-        stream = torch.cuda.Stream(inputs[0].device)
-        stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
-        with torch.cuda.stream(stream):  # compiles kernels and starts libraries, which a capture must not
-            function(self._inputs)
-        torch.cuda.current_stream(inputs[0].device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = function(self._inputs)
+        current = torch.cuda.current_stream()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(current)
+        # Without autocast's cache: what it keeps is freed when autocast ends, and the graph would still read it.
+        autocast = torch.autocast(
+            "cuda",
+            enabled=torch.is_autocast_enabled("cuda"),
+            dtype=torch.get_autocast_dtype("cuda"),
+            cache_enabled=False,
+        )
+        try:
+            with autocast:
+                with torch.cuda.stream(stream):  # compiles kernels and starts libraries, which a capture must not
+                    function(self._inputs)
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                    self._outputs = function(self._inputs)
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
+        current.wait_stream(stream)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         for static, x in zip(self._inputs, inputs, strict=True):
@@ -45,27 +57,38 @@ def replay(module: nn.Module, key: Hashable, function: Function, inputs: Sequenc
         key: everything else that the function depends on besides the inputs' values.
         function: may write the inputs it is given.
     """
-    obstacle = None
     device = inputs[0].device
+    if device.type != "cuda":
+        _warn(f"the network is on {device}")
+        return function([x.clone() for x in inputs])
     graphs = _graphs.setdefault(module, {})
     key = (
         key,
         tuple((x.shape, x.dtype, x.device) for x in inputs),
-        tuple(x.data_ptr() for x in (*module.parameters(), *module.buffers())),  # replaced, they would not be seen
-        (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+        # Replaced, they would not be seen.
+        tuple((x.data_ptr(), x.dtype, x.shape) for x in (*module.parameters(), *module.buffers())),
+        tuple(id(part) for part in module.modules()),
+        (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_inference_mode_enabled()),
     )
-    if device.type != "cuda":
-        obstacle = f"the network is on {device}"
-    elif key not in graphs:
-        while len(graphs) >= _KEPT:
-            graphs.pop(next(iter(graphs)))
-        try:
-            with torch.cuda.device(device):
+    try:
+        is_known = key in graphs
+    except TypeError as error:
+        _warn(f"the network's arguments must be tensors and what can be hashed ({error})")
+        return function([x.clone() for x in inputs])
+    with torch.cuda.device(device):
+        if not is_known:
+            while len(graphs) >= _KEPT:
+                graphs.pop(next(iter(graphs)))
+            try:
                 graphs[key] = _Captured(function, inputs)
-        except Exception as error:  # a network may fail in any way
-            graphs[key] = None
-            obstacle = f"the network cannot be captured ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-    if obstacle is not None:
-        warnings.warn(f"cuda_graph=True has no effect: {obstacle}; the steps run one by one", stacklevel=4)
-    captured = None if device.type != "cuda" else graphs[key]
-    return function([x.clone() for x in inputs]) if captured is None else captured(inputs)
+            except Exception as error:  # a network may fail in any way
+                graphs[key] = None
+                cause = error.__context__ or error  # the end of a failed capture fails too
+                told = (str(cause).splitlines() or [""])[0][:200]
+                _warn(f"the network cannot be captured ({type(cause).__name__}: {told})")
+        captured = graphs[key]
+        return function([x.clone() for x in inputs]) if captured is None else captured(inputs)
+
+
+def _warn(obstacle: str) -> None:
+    warnings.warn(f"cuda_graph=True has no effect: {obstacle}; the steps run one by one", stacklevel=6)

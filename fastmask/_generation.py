@@ -60,7 +60,7 @@ def plan(
 
     def counts_of(num_maskable: Tensor) -> Tensor:
         if by_threshold:
-            counts = (num_maskable - torch.arange(1, steps + 1)[:, None]).clamp(min=0)
+            counts = (num_maskable - torch.arange(1, steps + 1, device="cpu")[:, None]).clamp(min=0)
             counts[-1:] = 0
             return counts
         counts = step_counts(schedule, steps, num_maskable)

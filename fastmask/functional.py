@@ -574,7 +574,7 @@ def sample_tokens(
             position; or [M, V], compact rows, with ``row_indices`` and ``seq_len``.
         temperature: T >= 0; 0 takes the argmax, ties to the lower id.
         filter_thres: in [0, 1): keeps the ceil((1 - filter_thres) V) largest logits, and all that tie
-            with the last of them. None keeps all.
+            with the last of them (for exactly k: 1 - (k - 0.5) / V). None keeps all.
         top_p: in [0, 1]: of those, keeps the nucleus at temperature 1: the fewest likeliest ids that together have
             at least this share of the probability, at least one, and all that tie with the last. None keeps all.
         mask_id: never sampled. None, or an id outside [0, V), excludes nothing.
@@ -583,7 +583,8 @@ def sample_tokens(
         row_indices: [M] int64, flat positions b N + i: those of compact rows, or the only ones of [B, N, V] to be
             sampled. -1 is no row: id -1, figures 0.
         seq_len: N, for compact rows.
-        kept_ids: as the ids returned, int64: where >= 0 that id is kept, not sampled, and its probability given.
+        kept_ids: as the ids returned, int64, below V: where >= 0 that id is kept, not sampled, and its probability
+            given.
         with_margin: also give how much more likely the likeliest id is than the next.
         with_entropy: also give the entropy.
         out: ids [B, N] int64 and log_probs [B, N] float32, contiguous, to be written in place at the rows'
@@ -625,7 +626,7 @@ def sample_tokens(
         with_entropy,
         logits.device,
     )
-    kept_ids = _check_canvas("logits", rows, shape, kept_ids, out, sampling)
+    kept_ids = _check_canvas("logits", logits, rows, shape, kept_ids, out, sampling)
     run = _dispatch.module("demask", logits.device, backend).sample_tokens
     return _shaped(run(logits.flatten(0, -2), rows, kept_ids, sampling, out), shape, out)
 
@@ -676,7 +677,7 @@ def linear_sample_tokens(
     sampling = _sampling(
         len(weight), temperature, filter_thres, top_p, mask_id, forbidden, with_margin, with_entropy, weight.device
     )
-    kept_ids = _check_canvas("embeddings", rows, shape, kept_ids, out, sampling)
+    kept_ids = _check_canvas("embeddings", embeddings, rows, shape, kept_ids, out, sampling)
     run = _dispatch.module("demask", embeddings.device, backend).linear_sample_tokens
     sampled = run(embeddings.flatten(0, -2), weight, bias, rows, kept_ids, sampling, out)
     return _shaped(sampled, shape, out)
@@ -768,13 +769,19 @@ def as_forbidden(
 
 
 def _check_canvas(
-    name: str, rows: Rows, shape: torch.Size, kept_ids: Tensor | None, out: Sampled | None, sampling: Sampling
+    name: str,
+    source: Tensor,
+    rows: Rows,
+    shape: torch.Size,
+    kept_ids: Tensor | None,
+    out: Sampled | None,
+    sampling: Sampling,
 ) -> Tensor | None:
     """The checks of what a sampler keeps and of what it writes; the kept ids, flat."""
     if kept_ids is not None:
         _check.tensor("kept_ids", kept_ids, [torch.int64])
         _check.shape("kept_ids", kept_ids, shape, "as the rows")
-        _check.same_device(**{name: rows.row_indices, "kept_ids": kept_ids})
+        _check.same_device(**{name: source, "kept_ids": kept_ids})
         kept_ids = kept_ids.flatten()
     if out is not None:
         if sampling.with_margin or sampling.with_entropy:
@@ -782,12 +789,16 @@ def _check_canvas(
         _check.tensor("out.ids", out.ids, [torch.int64], ndim=2)
         _check.tensor("out.log_probs", out.log_probs, [torch.float32])
         _check.shape("out.log_probs", out.log_probs, out.ids.shape, "B, N")
-        if out.ids.shape[1] != rows.seq_len or not (out.ids.is_contiguous() and out.log_probs.is_contiguous()):
+        if source.ndim == 3:
+            _check.shape("out.ids", out.ids, source.shape[:2], "B, N")
+        if max(1, out.ids.shape[1]) != rows.seq_len or not (
+            out.ids.is_contiguous() and out.log_probs.is_contiguous()
+        ):
             raise ValueError(
                 f"expected out.ids and out.log_probs [B, {rows.seq_len}] and contiguous, received "
                 f"{list(out.ids.shape)}, strides {list(out.ids.stride())} and {list(out.log_probs.stride())}"
             )
-        _check.same_device(**{name: rows.row_indices, "out.ids": out.ids, "out.log_probs": out.log_probs})
+        _check.same_device(**{name: source, "out.ids": out.ids, "out.log_probs": out.log_probs})
     return kept_ids
 
 
@@ -925,9 +936,10 @@ def select_to_remask(
     _check.tensor("eligible", eligible, [torch.bool])
     _check.shape("eligible", eligible, scores.shape, "B, N")
     counts = _as_counts(counts, scores)
+    _check_score(min_score)
     _check.same_device(scores=scores, eligible=eligible, counts=counts)
     run = _dispatch.module("demask", scores.device, _of_length(backend, scores), scores.dtype).select_to_remask
-    chosen: Tensor = run(scores, eligible, counts, _as_score(min_score))
+    chosen: Tensor = run(scores, eligible, counts, min_score)
     return chosen
 
 
@@ -940,9 +952,9 @@ def _as_counts(counts: Tensor | int, scores: Tensor) -> Tensor:
     return counts
 
 
-def _as_score(min_score: float | None) -> float | None:
-    """What min_score is in float32, so that all compare with the same number."""
-    return None if min_score is None else torch.tensor(min_score, dtype=torch.float32).item()
+def _check_score(min_score: float | None) -> None:
+    if min_score is not None and math.isnan(min_score):
+        raise ValueError("expected min_score to be a number, received nan")
 
 
 def _of_length(backend: str, scores: Tensor) -> str:
@@ -1019,6 +1031,8 @@ def remask_(
         _check.tensor("eligible", eligible, [torch.bool])
         _check.shape("eligible", eligible, values.shape, "B, N")
     counts = _as_counts(counts, values)
+    _check_score(min_score)
+    mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
     _check.number("noise_scale", noise_scale, 0.0)
     _check.integer("step", step, 0, 2**24)
     _check.integer("sample_offset", sample_offset, 0, 2**32)
@@ -1035,7 +1049,7 @@ def remask_(
         _as_seed(seed, values.device, generator) if noise_scale else counts.new_zeros((), dtype=torch.int64),
         is_confidence=is_confidence,
         noise_scale=float(noise_scale),
-        min_score=_as_score(min_score),
+        min_score=min_score,
         mask_id=mask_id,
         sample_offset=sample_offset,
         step=step,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmask import _check, _cuda_graph, backbone, compat, functional
 from fastmask._generation import Plan, Step
@@ -435,7 +436,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 0 commits greedily and tends to one mode (MaskGIT: 4.5).
             threshold: in [0, 1]: in place of the schedule's counts every step commits all tokens whose confidence
                 (their probability; with a critic, that of being right) is above it, and one of each sequence at
-                least; the last step commits everything.
+                least; the last step commits everything. All steps run, since nothing waits to see what is left: give
+                few, or write the loop with ``functional.demask_step`` and stop when you have looked.
             prompt: [N] or [B, N] int32|int64; with
             prompt_mask: likewise bool, True where the prompt's id is given: it is never changed, even if it
                 equals mask_id.
@@ -447,7 +449,7 @@ class NonAutoregressiveWrapper(nn.Module):
             cuda_graph: capture the whole loop once for each batch, number of steps and set of options (and, to an
                 eighth of N, the most positions that a prompt leaves open), then replay it, with fresh randomness and
                 new prompts. The network then sees no Python: it must not branch on values. Where it cannot be
-                captured a warning says why and the loop runs as usual.
+                captured a warning says why and the loop runs as usual. Each ``sample_offset`` is a graph of its own.
             kwargs: passed to the network and to the critic.
 
         Returns:
@@ -478,7 +480,9 @@ class NonAutoregressiveWrapper(nn.Module):
         forbidden = functional.as_forbidden(forbidden, self.num_tokens, device)
         ids, given, sample_one = self._canvas(batch_size, prompt, prompt_mask, device)
         # The one look at the device, before the loop: how many positions each prompt leaves open.
-        num_maskable = torch.full((len(ids),), ids.shape[1]) if prompt is None else (~given).sum(dim=-1).cpu()
+        num_maskable = (
+            torch.full((len(ids),), ids.shape[1], device="cpu") if prompt is None else (~given).sum(dim=-1).cpu()
+        )
         plan = self._plan(steps, num_maskable, device, threshold is not None, cuda_graph and prompt is not None)
         options = _Options(
             start_temperature,
@@ -654,13 +658,16 @@ class NonAutoregressiveWrapper(nn.Module):
         if self.token_critic is not None:
             values = critic_logits(self.token_critic, canvas.ids, {} if self.compat else kwargs)
             scale = options.noise_level_scale
+        counts = canvas.counts[step.number]
+        if options.min_score is not None and not self.can_mask_prev_unmasked:  # one at least of what is left
+            counts = counts.minimum(canvas.is_masked.sum(dim=-1) - 1)
         functional.remask_(
             canvas.ids,
             canvas.is_masked,
             canvas.row_indices[: step.num_left],
             canvas.row_starts[step.number],
             values,
-            canvas.counts[step.number],
+            counts,
             mask_id=self.mask_id,
             is_confidence=self.token_critic is None,
             noise_scale=scale * step.left,
@@ -675,20 +682,22 @@ class NonAutoregressiveWrapper(nn.Module):
         self, canvas: _Canvas, plan: Plan, options: _Options, forbidden: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
         """The ids of the whole loop by one CUDA graph."""
-        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        others = {name: value for name, value in kwargs.items() if name not in tensors}
-        extra = [*tensors.values(), *([] if forbidden is None else [forbidden])]
+        leaves, structure = tree_flatten((kwargs, forbidden))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
         def function(inputs: list[Tensor]) -> list[Tensor]:
-            static = _Canvas(*inputs[: len(canvas)])
-            given = dict(zip(tensors, inputs[len(canvas) :], strict=False))
-            kept_out = None if forbidden is None else inputs[-1]
-            for _ in self._loop(static, plan, options, kept_out, None, {**others, **given}):
+            static, given = _Canvas(*inputs[: len(canvas)]), iter(inputs[len(canvas) :])
+            arguments = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            static_kwargs, static_forbidden = tree_unflatten(arguments, structure)
+            for _ in self._loop(static, plan, options, static_forbidden, None, static_kwargs):
                 pass
             return [static.ids]
 
-        key = (plan.steps, options, forbidden is None, tuple(tensors), repr(others))
-        return _cuda_graph.replay(self, key, function, [*canvas, *extra])[0]
+        own = (self.mask_id, self.can_mask_prev_unmasked, self.self_cond)
+        return _cuda_graph.replay(
+            self, (own, plan.steps, options, others, str(structure)), function, [*canvas, *tensors]
+        )[0]
 
     def _check_tokens(self, name: str, tokens: Tensor) -> None:
         _check.tensor(name, tokens, _check.INTEGER, ndim=2)

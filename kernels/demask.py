@@ -6,8 +6,8 @@ its sums of exponentials; one program a row lets the tiles race and reads the wi
 SMs busy as well as many rows do, and the sample does not depend on how the work was spread. One program a sequence
 then selects what is masked again, and lists it for the next step.
 
-Bytes for each row: its V logits, one tile of them again (from L2), 12 or 20 for each tile written and read. With a
-vocabulary filter the row is read once or thrice before (``kernels/top_k_filter.py``).
+Bytes for each row: its V logits, one tile of them again, 12 or 20 for each tile written and read. A vocabulary filter
+reads the row before (``kernels/top_k_filter.py``).
 """
 
 from __future__ import annotations
@@ -384,7 +384,11 @@ def _commit(ids_ptr, is_masked_ptr, row_indices_ptr, row, offs_n, N, is_chosen, 
     return slot + tl.sum(number)
 
 
-@triton.jit(do_not_specialize=["N", "sample_offset", "step", "mask_id"])
+# The counts and starts of one step lie in a row of a plan's, so that their alignment differs between steps.
+@triton.jit(
+    do_not_specialize=["N", "sample_offset", "step", "mask_id"],
+    do_not_specialize_on_alignment=["counts_ptr", "row_starts_ptr"],
+)
 def _selection_kernel(
     scores_ptr,
     eligible_ptr,
@@ -805,6 +809,8 @@ def _select(
             'use backend="reference" for longer ones'
         )
     if not scores.numel():
+        if row_indices_ptr is not None:
+            row_indices_ptr.fill_(-1)
         return
     block_n, num_warps = _SELECTION_BLOCKS
     if _fits(length):

@@ -1,12 +1,12 @@
 """Which logits of a row stay: the k largest, or the nucleus; as a threshold for each row, found without a sort.
 
 Both are the largest threshold above which lies enough, enough being k logits (ties stay), or a share p of the
-probability (the nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p). A sample
-of the row brackets the threshold; one pass over the row counts what lies above the bracket and compacts what lies
-inside it, a few thousand candidates, among which the threshold is then searched in registers. A bracket that misses, or
-holds too many, is moved or narrowed and the pass repeated.
+probability (the nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p). A
+sample of the row brackets the threshold; one pass over the row counts what lies above the bracket and compacts what
+lies inside it, a few thousand candidates, among which the threshold is then searched in registers. A bracket that
+misses, or holds too many, is moved or narrowed and the pass repeated.
 
-Bytes for each row: its V logits, once for k; three times for p, of which two from L2; and its candidates.
+Bytes for each row: a sample; its V logits, as a rule once for k and three to six times for p; its candidates.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ _BEYOND = tl.constexpr(0x7F800001)  # above the order of infinity
 # candidates, so that a pass needs no communication between threads.
 _BLOCK = tl.constexpr(8192)
 _LISTED = tl.constexpr(2 * 8192)  # candidates of all lanes: two for each logit of a block
-_SAMPLE = tl.constexpr(8192)
-_SIGMAS = tl.constexpr(2.0)  # of the sample's counts, at either end of the bracket: 2 to 3 % of a row, which may miss
+_SIGMAS = tl.constexpr(2.0)  # of the sample's weight, at either end of the bracket, which may miss
 _WARPS = 16
-_PROGRAMS = 528  # four for each SM of an H200; their candidates stay in L2
+_PROGRAMS = 528  # four for each SM of an H200, of which one runs at a time; their candidates stay in L2
+
+# Largest vocabulary, logits sampled: a larger sample makes a narrower bracket, 3 % or 2 % of a row, whose candidates
+# must find their places (at V 152064 one row in a hundred of 16-bit logits does not, and one in three of float32).
+_SAMPLES = ((100_000, 8192), (math.inf, 16384))
 
 
 @triton.jit
 def _weight(z, top, BY_MASS: tl.constexpr):
-    """What a logit counts for: one, or its probability relative to the largest."""
-    return elementary.exp(z - top) if BY_MASS else tl.full(z.shape, 1.0, tl.float32)
+    """What logits count for: one, or their probability relative to the largest; -inf for nothing."""
+    return elementary.exp(z - top) if BY_MASS else (z > -float("inf")).to(tl.float32)
 
 
 @triton.jit
@@ -50,10 +53,9 @@ def _search(z, weight, base, target, slack, SPACING: tl.constexpr):
     It ends where the weight is the target or no more than ``slack`` lies between the two ends, or where no number of
     the logits' dtype does. The lowest of z where even all of it does not reach the target. -inf is no logit.
     """
-    is_logit = z > -float("inf")
-    low = ordered.order(tl.min(tl.where(is_logit, z, float("inf"))))
+    low = ordered.order(tl.min(tl.where(z > -float("inf"), z, float("inf"))))
     high = ordered.order(tl.max(z)) + 1
-    above_low = base + tl.sum(tl.where(is_logit, weight, 0.0))
+    above_low = base + tl.sum(weight)
     above_high = base
     high = tl.where(above_low < target, low, high)
     turn = tl.full((), 0, tl.int32)
@@ -96,12 +98,6 @@ def _sorted_out(z, z_low, z_high):
 
 
 @triton.jit
-def _weight_where(condition, z, top, BY_MASS: tl.constexpr):
-    """What logits count for: one, or their probability relative to the largest; 0 elsewhere."""
-    return tl.where(condition, elementary.exp(z - top), 0.0) if BY_MASS else condition.to(tl.float32)
-
-
-@triton.jit
 def _halves(z):
     """[lanes, n] as two [lanes, n / 2] of the same threads."""
     return tl.split(tl.reshape(z, (z.shape[0], z.shape[1] // 2, 2)))
@@ -112,12 +108,13 @@ def _columns(z, VECTOR: tl.constexpr):
     """The columns of a block [lanes, VECTOR], each with its lanes, in the threads that hold them."""
     if VECTOR == 2:
         return tl.split(z)
-    even, odd = _halves(z)
-    if VECTOR == 4:
+    elif VECTOR == 4:
+        even, odd = _halves(z)
         a, b = tl.split(even)
         c, d = tl.split(odd)
         return a, b, c, d
     else:
+        even, odd = _halves(z)
         a, b = _halves(even)
         c, d = _halves(odd)
         a, e = tl.split(a)
@@ -129,7 +126,8 @@ def _columns(z, VECTOR: tl.constexpr):
 
 @triton.jit
 def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id, forbidden_ptr,
-          HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+          HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr,
+          VECTOR: tl.constexpr):  # fmt: skip
     """One pass over a row: each lane lists its candidates in [low, high); how many a lane has, the weight above high,
     and that of the candidates."""
     LANES: tl.constexpr = _BLOCK // VECTOR
@@ -140,8 +138,9 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
     # A lane's first place is for its edge.
     is_candidate, is_high = _sorted_out(edges, z_low, z_high)
     tl.store(candidates_ptr + lane * CAPACITY, tl.where(is_candidate, edges, -float("inf")))
-    edge_above = tl.sum(_weight_where(is_high, edges, top, BY_MASS))
-    edge_between = tl.sum(_weight_where(is_candidate, edges, top, BY_MASS))
+    edge_weight = _weight(edges, top, BY_MASS)
+    edge_above = tl.sum(tl.where(is_high, edge_weight, 0.0))
+    edge_between = tl.sum(tl.where(is_candidate, edge_weight, 0.0))
     slot = lane * CAPACITY + 1
     end = lane * CAPACITY + CAPACITY
     above_high = tl.full((LANES,), 0.0, tl.float32)
@@ -156,9 +155,12 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
             is_inside, is_above = _sorted_out(columns[i], z_low, z_high)
             tl.store(candidates_ptr + slot, columns[i], mask=is_inside & (slot < end))
             slot += is_inside.to(tl.int32)
-            above_high += _weight_where(is_above, columns[i], top, BY_MASS)
             if BY_MASS:
-                between += _weight_where(is_inside, columns[i], top, BY_MASS)
+                weight = _weight(columns[i], top, True)
+                above_high += tl.where(is_above, weight, 0.0)
+                between += tl.where(is_inside, weight, 0.0)
+            else:
+                above_high += is_above.to(tl.float32)
     number = slot - lane * CAPACITY
     if not BY_MASS:
         between = (number - 1).to(tl.float32)
@@ -167,17 +169,16 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
 
 
 @triton.jit
-def _select(x_ptr, body_start, body_column, body_length, edges, floor, low, high, target, top, candidates_ptr,
+def _select(x_ptr, body_start, body_column, body_length, edges, floor, most, low, high, target, top, candidates_ptr,
             mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr,
             SPACING: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
-    """The order of the largest threshold whose weight reaches the target; floor where none above it does.
+    """The order of the largest threshold below most whose weight reaches the target; floor where none above it does.
 
     [low, high) is the first guess of where it lies.
     """
     LANES: tl.constexpr = _BLOCK // VECTOR
     CAPACITY: tl.constexpr = _LISTED // LANES
     least = floor  # the threshold lies in [least, most), and so much weight is not below most
-    most = tl.full((), _BEYOND, tl.int64)
     above_most = tl.full((), 0.0, tl.float32)
     number = tl.full((LANES,), CAPACITY + 1, tl.int32)
     is_listed = tl.full((), 0, tl.int1)
@@ -215,27 +216,36 @@ def _select(x_ptr, body_start, body_column, body_length, edges, floor, low, high
 
 
 @triton.jit
-def _bracket(x_ptr, body_start, body_column, body_length, V, num_kept, mask_id, forbidden_ptr,
-             HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, SPACING: tl.constexpr,
-             VECTOR: tl.constexpr):  # fmt: skip
-    """Between which orders the num_kept-th largest logit of a row probably lies, from a sample spread over it."""
-    LANES: tl.constexpr = _SAMPLE // VECTOR
+def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, share, top, mask_id, forbidden_ptr,
+             HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr, SPACING: tl.constexpr,
+             VECTOR: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
+    """Between which orders the threshold of a row probably lies, above which its share of the weight is; from a
+    sample of logits that is spread over the row. It is known to lie in [even, most)."""
+    LANES: tl.constexpr = SAMPLE // VECTOR
     lane = tl.arange(0, LANES)[:, None]
     column = lane * (body_length // VECTOR) // LANES * VECTOR + tl.arange(0, VECTOR)[None, :]
     z = tl.load(x_ptr + body_start + column).to(tl.float32)
     z = logit_rows.without_excluded(
         z, body_column + column, column >= 0, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
     )
-    share = num_kept / V.to(tl.float32)
-    rank = share * _SAMPLE
-    spread = _SIGMAS * tl.sqrt(rank * (1.0 - share)) + 1.0
+    weight = tl.where(z >= ordered.value(floor), _weight(z, top, BY_MASS), 0.0)
+    # Of a count the share is that of all V ids; what is excluded or -inf weighs nothing, but is one of them.
+    target = share * (tl.sum(weight) if BY_MASS else SAMPLE)
+    # The error of the share above the threshold, by each weight's own part in it.
+    middle, _ = _search(z, weight, 0.0, target, 0.02 * target, SPACING)
+    part = tl.where(z >= ordered.value(middle), 1.0 - share, share) * (weight if BY_MASS else 1.0)
+    spread = _SIGMAS * tl.sqrt(tl.sum(part * part)) + (0.0 if BY_MASS else 1.0)
     slack = 0.5 * spread
-    one = _weight(z, 0.0, False)
-    low, number = _search(z, one, 0.0, rank + spread, slack, SPACING)
-    low = tl.where(number < rank + spread, _LOWEST, low)
-    rank = tl.maximum(rank - spread - slack, 0.0)  # the search stops at most a slack above it
-    high, number = _search(z, one, 0.0, rank, slack, SPACING)
-    high = tl.where((number < rank) | (rank == 0.0), _BEYOND, high)
+    low, above = _search(z, weight, 0.0, target + spread, slack, SPACING)
+    low = tl.where(above < target + spread, floor, low)
+    target = tl.maximum(target - spread - slack, 0.0)  # the search stops at most a slack above it
+    high, above = _search(z, weight, 0.0, target, slack, SPACING)
+    high = tl.where((above < target) | (target == 0.0), most, high)
+    if BY_MASS:  # a peaked row, of whose weight the sample knows little, has but few logits above the even share
+        num_above_even = tl.sum((z >= ordered.value(even)).to(tl.float32)) * (V.to(tl.float32) / SAMPLE)
+        is_peaked = num_above_even < _LISTED // 8
+        low = tl.where(is_peaked, even, tl.maximum(low, even))
+        high = tl.where(is_peaked, most, tl.minimum(high, most))
     return low, tl.maximum(high, low + 1)
 
 
@@ -283,6 +293,7 @@ def _thresholds_kernel(
     HAS_FORBIDDEN: tl.constexpr,
     SPACING: tl.constexpr,  # least distance in order of two numbers of the logits' dtype
     VECTOR: tl.constexpr,
+    SAMPLE: tl.constexpr,
 ):
     # This program finds the thresholds of one row after another, each num_programs rows on.
     x_ptr = tl.multiple_of(x_ptr - lead_x, 16)
@@ -306,23 +317,25 @@ def _thresholds_kernel(
                     HAS_FORBIDDEN, VECTOR,
                 )  # fmt: skip
                 # All that is less likely than an even share of 1 - p is together less likely than 1 - p.
-                low = ordered.order(top + elementary.log(total * (1.0 - top_p) / V.to(tl.float32)))
-                low = tl.maximum(low, floor)
-                high = tl.maximum(ordered.order(top), low) + 1
+                even = ordered.order(top + elementary.log(total * (1.0 - top_p) / V.to(tl.float32)))
+                even = tl.maximum(even, floor)
+                most = tl.maximum(ordered.order(top), even) + 1
+                share = top_p
                 target = tl.maximum(total * top_p, 1e-30)
             else:
                 floor = tl.full((), _LOWEST, tl.int64)
-                low, high = floor, tl.full((), _BEYOND, tl.int64)
-                if V > _BLOCK:
-                    low, high = _bracket(
-                        x_ptr, body_start, body_column, body_length, V, num_kept, mask_id, forbidden_ptr,
-                        HAS_MASK_ID, HAS_FORBIDDEN, SPACING, VECTOR,
-                    )  # fmt: skip
-                top = 0.0
+                even, most, top = floor, tl.full((), _BEYOND, tl.int64), 0.0
+                share = num_kept / V.to(tl.float32)
                 target = num_kept.to(tl.float32)
+            low, high = even, most
+            if V > _BLOCK:
+                low, high = _bracket(
+                    x_ptr, body_start, body_column, body_length, V, floor, even, most, share, top, mask_id,
+                    forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, SAMPLE,
+                )  # fmt: skip
             threshold = _select(
-                x_ptr, body_start, body_column, body_length, edges, floor, low, high, target, top, candidates_ptr,
-                mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR,
+                x_ptr, body_start, body_column, body_length, edges, floor, most, low, high, target, top,
+                candidates_ptr, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR,
             )  # fmt: skip
             tl.store(thresholds_ptr + row, ordered.value(threshold))
 
@@ -356,6 +369,7 @@ def thresholds(logits: dict[str, Any], filter_thres: float | None, top_p: float 
                 top_p=top_p or 0.0,
                 BY_MASS=by_mass,
                 SPACING=_SPACING.get(x.dtype, 1),
+                SAMPLE=next(sample for most, sample in _SAMPLES if num_ids <= most),
                 num_warps=_WARPS,
             )
     return out

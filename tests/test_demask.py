@@ -17,7 +17,6 @@ from x_transformers import nonautoregressive_wrapper as upstream
 
 from fastmask import _streams as streams
 from fastmask import functional
-from fastmask.reference import demask as reference_module
 from fastmask.reference import philox
 
 OPERATION = "demask"
@@ -58,17 +57,35 @@ def kept_by(z: np.ndarray, filter_thres: float | None) -> np.ndarray:
     return z >= np.sort(z)[::-1][kept - 1]
 
 
-def probabilities(logits, temperature=1.0, filter_thres=None, mask_id=None) -> np.ndarray:
-    """The law of one row [V] in float64."""
+def nucleus(z: np.ndarray, top_p: float | None) -> np.ndarray:
+    """Which logits [V] stay: the fewest largest with the share top_p of the mass, and what ties with the last."""
+    if top_p is None or top_p >= 1:
+        return np.ones(len(z), dtype=bool)
+    falling = np.sort(z)[::-1]
+    mass = np.exp(falling - falling[0]).cumsum()
+    return z >= falling[(mass < top_p * mass[-1]).sum()]
+
+
+def filtered(logits, filter_thres=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
+    """One row [V] in float64, -inf at what is excluded or does not stay."""
     z = logits.double().numpy().copy()
-    if mask_id is not None:
+    if mask_id is not None and 0 <= mask_id < len(z):
         z[mask_id] = -np.inf
+    if forbidden is not None:
+        z[np.asarray(forbidden)] = -np.inf
     z[~kept_by(z, filter_thres)] = -np.inf
+    z[~nucleus(z, top_p)] = -np.inf
+    return z
+
+
+def probabilities(logits, temperature=1.0, **filters) -> np.ndarray:
+    """The law of one row [V] in float64."""
+    z = filtered(logits, **filters)
     weights = np.exp((z - z.max()) / temperature)
     return weights / weights.sum()
 
 
-NUM_LAW_TESTS = 200  # Bonferroni: what all calls of assert_law of this file share
+NUM_LAW_TESTS = 300  # Bonferroni: what all calls of assert_law of this file share
 
 
 def assert_law(counts, law, effect=0.1):
@@ -122,6 +139,39 @@ def test_law_of_small_vocabularies(law_door, vocabulary, temperature, filter_thr
     assert_law(np.bincount(ids, minlength=vocabulary), probabilities(logits, **options))
 
 
+@pytest.mark.parametrize("filter_thres", [None, 0.5])
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize(("vocabulary", "top_p"), [(6, 0.8), (65, 0.5), (65, 0.95)])
+def test_law_of_the_nucleus(law_door, vocabulary, top_p, temperature, filter_thres):
+    """At temperature 1 whatever the sample's, and of what the other filter keeps."""
+    logits = draw(vocabulary, seed=vocabulary)
+    options = {"temperature": temperature, "filter_thres": filter_thres, "top_p": top_p, "forbidden": [1, 4]}
+    ids = sample_ids(law_door, logits, 8000, **options)
+    law = probabilities(logits, **options)
+    assert (law > 0).sum() < vocabulary - 2
+    assert_law(np.bincount(ids, minlength=vocabulary), law)
+
+
+def test_law_of_the_nucleus_where_the_tail_has_the_mass(law_door):
+    """A third of it lies on twenty ids, the rest on 50237 of p ~ 1e-5."""
+    logits = torch.zeros(50257)
+    logits[::2513] = math.log(50257 / 40)
+    for top_p, number in ((0.1, 20), (0.9, 50257)):
+        options = {"top_p": top_p, "temperature": 1.5}
+        ids, law = sample_ids(law_door, logits, 600, **options), probabilities(logits, **options)
+        assert (law > 0).sum() == number  # of ties all stay
+        bins = np.where(np.arange(50257) % 2513 == 0, 8, np.arange(50257) * 8 // 50257)
+        assert_law(np.bincount(bins[ids], minlength=9), np.bincount(bins, law))
+
+
+def test_the_joint_law_of_two_positions(law_door):
+    logits = torch.stack([draw(5, seed=5), draw(5, seed=6)])
+    options = {"temperature": 0.7, "top_p": 0.9}
+    ids = law_door.sample_tokens(logits.expand(10000, 2, 5), seed=2, **options).ids.numpy()
+    laws = [probabilities(row, **options) for row in logits]
+    assert_law(np.bincount(ids[:, 0] * 5 + ids[:, 1], minlength=25), np.outer(*laws).flatten())
+
+
 LARGE = [
     *itertools.product([4096, 4097, 8192], [0.1, 0.7, 1.0, 2.0], [None], [4000]),
     *itertools.product([4097, 8192], [0.7], [0.7], [4000]),
@@ -166,6 +216,12 @@ def test_levels_are_independent(law_door):
     assert_independent(sub_tile % 8, element % 8, 8, 8)
 
 
+def assert_rate(hits, draws, rate):
+    """A tail of this mass was drawn so often."""
+    assert stats.binomtest(int(hits), draws, rate).pvalue > 1e-3 / NUM_LAW_TESTS, (hits, rate * draws)
+    assert 0.5 < hits / (rate * draws) < 2.0
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "gap", "draws"),
     [
@@ -179,11 +235,7 @@ def test_the_tail_is_drawn_at_its_rate(law_door, vocabulary, gap, draws):
     logits = torch.full((vocabulary,), -gap)
     logits[1] = 0.0
     ids = sample_ids(law_door, logits, draws, seed=3)
-    hits = (ids != 1).sum()
-    rate = 1 - probabilities(logits)[1]
-    test = stats.binomtest(int(hits), draws, rate)
-    assert test.pvalue > 1e-3 / NUM_LAW_TESTS
-    assert 0.5 < hits / (rate * draws) < 2.0
+    assert_rate((ids != 1).sum(), draws, 1 - probabilities(logits)[1])
     # And evenly over the vocabulary, not at a few ids that one uniform's steps favour.
     quarter = np.arange(vocabulary) * 4 // vocabulary
     tail = np.bincount(quarter) - (np.arange(4) == 0)
@@ -208,6 +260,32 @@ def test_the_gate_can_tell(law_door):
     assert_law(np.bincount(bins[ours], minlength=8), law)
     with pytest.raises(AssertionError):
         assert_law(np.bincount(bins[theirs], minlength=8), law)
+
+
+def gumbel(uniform):
+    return -np.log(-np.log(uniform))
+
+
+def float32_gumbel_hits(tail, gap, draws, bits):
+    """How often one of ``tail`` ids beats a head ``gap`` above them, by Gumbel-max of uniforms of so many bits.
+
+    The largest of the tail's uniforms is drawn at once, by its own law: the same outcome as of a uniform for each id.
+    """
+    random, steps = np.random.default_rng(0), 2.0**bits
+    largest = np.floor(random.random(draws) ** (1 / tail) * steps) / steps
+    return (gumbel(largest.clip(max=1 - 1 / steps)) - gap > gumbel(random.random(draws))).sum()
+
+
+def test_the_gate_can_tell_24_bit_uniforms(law_door):
+    """At a logit gap of 18 they give a twelfth of the tail's mass: their Gumbel noise ends at 16.6."""
+    tail, gap, draws = 131071, 18.0, 10000
+    rate = 1 / (1 + math.exp(gap) / tail)  # about 20 of the draws
+    logits = torch.full((tail + 1,), -gap)
+    logits[1] = 0.0
+    assert_rate((sample_ids(law_door, logits, draws, seed=3) != 1).sum(), draws, rate)
+    assert_rate(float32_gumbel_hits(tail, gap, draws, bits=50), draws, rate)
+    with pytest.raises(AssertionError):
+        assert_rate(float32_gumbel_hits(tail, gap, draws, bits=24), draws, rate)
 
 
 @pytest.mark.parametrize("wrong", ["temperature", "shifted", "mask_id"])
@@ -249,8 +327,12 @@ def test_draws_are_independent(law_door):
 
 
 def race(row, seed, position, sample, step):
-    """DESIGN 3.6 word for word, on float64 weights [V]: tiles, sub-tiles and ids race for argmax w / E."""
+    """DESIGN 3.6 word for word, on float64 weights [V]: tiles, sub-tiles and ids race for argmax w / E.
+
+    The winner, and how near the nearest of the three runners-up came: 1 is a tie.
+    """
     seed = torch.tensor(seed)
+    nearest = [0.0]
 
     def winner(weights, stream, first):
         if len(weights) == 1:
@@ -259,13 +341,15 @@ def race(row, seed, position, sample, step):
         high, low, _, _ = philox.draw(seed, stream, step, sample=sample, position=position, element=elements)
         uniform = [(int(h) * 2**32 + int(low_) + 0.5) / 2**64 for h, low_ in zip(high, low, strict=True)]
         exponentials = np.array([-math.log1p(-v) for v in uniform])
+        second, first = np.sort(weights / exponentials)[-2:]
+        nearest.append(second / first)
         return int(np.argmax(weights / exponentials))
 
     padded = np.append(row, np.zeros(-len(row) % 4096)).reshape(-1, 64, 64)
     tile = winner(padded.sum((1, 2)), streams.TILE_RACE, 0)
     sub_tile = winner(padded[tile].sum(1), streams.SUB_TILE_RACE, tile * 64)
     first = (tile * 64 + sub_tile) * 64
-    return first + winner(padded[tile, sub_tile], streams.ELEMENT_RACE, first)
+    return first + winner(padded[tile, sub_tile], streams.ELEMENT_RACE, first), max(nearest)
 
 
 @pytest.mark.parametrize(("vocabulary", "temperature"), [(50, 1.0), (300, 0.5), (9000, 2.0), (8192, 1.0)])
@@ -276,7 +360,7 @@ def test_ids_are_those_of_the_contract(door, vocabulary, temperature):
     ids = door.sample_tokens(logits, seed=seed, step=step, sample_offset=offset, **options).ids
     for b, n in itertools.product(range(2), range(8)):
         row = probabilities(logits[b, n], **options)
-        assert ids[b, n] == race(row, seed, n, offset + b, step)
+        assert ids[b, n] == race(row, seed, n, offset + b, step)[0]
 
 
 @pytest.mark.parametrize("position", [398339, 499918])
@@ -507,40 +591,9 @@ def test_a_kept_id_of_a_row_without_a_law_stays(door):
 # ---- the filter ----
 
 
-def survivors(door, logits, **options):
-    """Which ids of one row [V] the filter keeps: those whose probability is not 0."""
-    vocabulary = len(logits)
-    rows = torch.arange(vocabulary)
-    out = door.sample_tokens(
-        logits.expand(vocabulary, -1), row_indices=rows, seq_len=vocabulary, kept_ids=rows, seed=0, **options
-    )
-    return out.log_probs.isfinite()
-
-
-@pytest.mark.parametrize("thres", [0.0, 0.05, 0.1, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 0.9999])
-@pytest.mark.parametrize("vocabulary", [1, 3, 10, 100, 1000])
-def test_filter_keeps_what_upstreams_top_k_keeps(door, vocabulary, thres):
-    if vocabulary > door.rows(1000, few=10):
-        pytest.skip("a row for each id takes minutes in the interpreter: see the kernel's own test of its thresholds")
-    logits = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0)).float() / 100
-    theirs = upstream.top_k(logits[None, None], thres)[0, 0].isfinite()
-    ours = survivors(door, logits, filter_thres=thres)
-    assert torch.equal(ours, theirs)
-    assert ours.sum() == math.ceil((1 - thres) * vocabulary)
-
-
-def test_filter_keeps_ties_and_spends_no_place_on_the_mask(door):
-    logits = torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0, 0.0, 9.0, -1.0, -2.0, -3.0])
-    keep = {"filter_thres": 0.8}  # two of ten
-    assert survivors(door, logits, **keep).nonzero().flatten().tolist() == [0, 6]
-    assert survivors(door, logits, mask_id=6, **keep).nonzero().flatten().tolist() == [0, 1, 2, 3]
-    assert survivors(door, torch.zeros(10), filter_thres=0.9).all()
-
-
 def test_filter_over_rows_with_few_finite_logits(door):
     logits = torch.full((10,), -math.inf)
     logits[[2, 5]] = torch.tensor([1.0, 0.0])
-    assert survivors(door, logits, filter_thres=0.5).nonzero().flatten().tolist() == [2, 5]
     out = door.sample_tokens(logits.expand(2, door.rows(100, few=8), 10), filter_thres=0.5, seed=0)
     assert sorted(out.ids.unique().tolist()) == [2, 5]
 
@@ -558,10 +611,144 @@ def test_the_filter_without_numpy_is_the_same(reference, dtype, monkeypatch):
     logits = draw(4, 30, 507, dtype=dtype)  # bfloat16: with ties
     options = {"filter_thres": 0.7, "mask_id": 3, "seed": 1}
     with_numpy = door.sample_tokens(logits, **options)
-    monkeypatch.setattr(reference_module, "np", None)
+    monkeypatch.setattr(reference.module("top_k_filter"), "np", None)
     without = door.sample_tokens(logits, **options)
     assert torch.equal(with_numpy.ids, without.ids)
     assert torch.equal(with_numpy.log_probs, without.log_probs)
+
+
+def test_top_p_of_1_keeps_all_and_0_the_largest(door):
+    logits = torch.cat([draw(1, 2, 40), torch.full((1, 2, 3), -100.0)], -1)
+    everything, free = (door.sample_tokens(logits, top_p=p, seed=1, temperature=3.0) for p in (1.0, None))
+    assert torch.equal(everything.ids, free.ids)
+    assert torch.equal(everything.log_probs, free.log_probs)
+    largest = door.sample_tokens(logits, top_p=0.0, seed=1, temperature=3.0)
+    assert torch.equal(largest.ids, logits.argmax(-1))
+    assert not largest.log_probs.any()
+
+
+@pytest.mark.parametrize("content", [math.nan, math.inf, -math.inf])
+def test_the_filters_end_on_rows_without_a_law(door, content):
+    logits = draw(1, 1, 8300)
+    logits[..., 1:] = content
+    for options in ({"filter_thres": 0.7}, {"top_p": 0.6}, {"filter_thres": 0.7, "top_p": 0.6}):
+        out = door.sample_tokens(logits, seed=1, mask_id=0, **options)
+        assert out.ids.item() == 1
+        assert out.log_probs.isnan().all()
+
+
+# ---- margins and entropies ----
+
+
+def figures_of(door, logits, **options):
+    """Margins and entropies of rows [M, V], with their oracle's."""
+    out = door.sample_tokens(logits[None], seed=1, with_margin=True, with_entropy=True, **options)
+    options.pop("temperature", None)
+    laws = np.stack([probabilities(row, **options) for row in logits])
+    largest = np.sort(np.concatenate([laws, np.zeros((len(laws), 1))], 1))
+    entropies = -(laws * np.log(np.maximum(laws, 1e-300))).sum(1)
+    return (out.margins[0], torch.from_numpy(largest[:, -1] - largest[:, -2])), (
+        out.entropies[0], torch.from_numpy(entropies),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.0, "mask_id": 1},
+        {"temperature": 0.5, "filter_thres": 0.7},
+        {"temperature": 2.0, "top_p": 0.6, "forbidden": [0, 3]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("vocabulary", [6, 507, 4097])
+def test_margins_and_entropies_are_those_of_the_unheated_filtered_law(door, vocabulary, options):
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = draw(2, vocabulary, seed=vocabulary, dtype=dtype) * torch.tensor([[0.5], [6.0]], dtype=dtype)
+        for ours, theirs in figures_of(door, logits, **options):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours.double(), theirs, rtol=3e-6, atol=1e-6)
+
+
+CLOSE = [(2, 0, 1), (9001, 7, 5), (9001, 8191, 8192), (9001, 100, 9000), (8192, 0, 8191), (507, 506, 505)]
+
+
+@pytest.mark.parametrize(("vocabulary", "first", "second"), CLOSE)
+def test_close_margins_are_relatively_accurate(door, vocabulary, first, second):
+    """The two best in one sub-tile, in two tiles, at a row's edges; 1e-6 to 40 apart; a tie is 0."""
+    rows = draw(4, vocabulary, seed=1)
+    rows[:, first] = 30.0
+    rows[:, second] = torch.tensor([30.0, math.nextafter(30.0, 0.0) - 2e-6, 29.999, -10.0])
+    (ours, theirs), _ = figures_of(door, rows)
+    assert ours[0] == 0
+    assert 0 < theirs[1] < 2e-6
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=0.0)
+
+
+def test_margins_and_entropies_at_their_ends(door):
+    """One id left; all alike; no law; no row."""
+    rows = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [0.0, math.nan, 1.0], [0.0, 1.0, 2.0]])
+    options = {"seed": 1, "with_margin": True, "with_entropy": True, "seq_len": 2}
+    indices = torch.tensor([0, 1, 2, -1])
+    out = door.sample_tokens(rows, row_indices=indices, mask_id=2, forbidden=[0], **options)
+    assert out.margins.tolist() == pytest.approx([1.0, 1.0, math.nan, 0.0], nan_ok=True, abs=0.0)
+    assert out.entropies.tolist() == pytest.approx([0.0, 0.0, math.nan, 0.0], nan_ok=True, abs=0.0)
+    out = door.sample_tokens(rows, row_indices=indices, **options)
+    assert out.margins[1] == 0
+    assert out.entropies[1].item() == pytest.approx(math.log(3), rel=1e-6)
+    assert door.sample_tokens(rows[:1, None, :1], with_margin=True, seed=0).margins.tolist() == [[1.0]]
+    only = door.sample_tokens(rows[:1, None], with_margin=True, seed=0)
+    assert only.entropies is None
+    assert functional.sample_tokens(rows[:1, None], with_entropy=True).margins is None
+
+
+# ---- forbidden ids ----
+
+
+def test_forbidden_ids_are_never_sampled(law_door):
+    logits, forbidden = torch.zeros(4100), [0, 7, 4095, 4096, 4099]
+    logits[forbidden] = 20.0
+    for temperature in (0.0, 0.5, 1.0, 30.0):
+        ids = sample_ids(law_door, logits, 400, temperature=temperature, forbidden=forbidden, mask_id=8)
+        assert not np.isin(ids, [*forbidden, 8]).any()
+
+
+def test_forbidden_ids_may_be_listed_or_marked(door):
+    """And leave the law of a row in which they are -inf, the mask's id besides."""
+    logits, marked = draw(2, door.rows(20, few=2), 70), torch.zeros(70).bool()
+    marked[[0, 9, 69]] = True
+    options = {"filter_thres": 0.5, "temperature": 1.3, "seed": 3, "with_margin": True, "with_entropy": True}
+    expected = door.sample_tokens(logits.masked_fill(marked, -math.inf), mask_id=5, **options)
+    strided = torch.stack([marked, ~marked], -1)[:, 0]
+    assert not strided.is_contiguous()
+    for forbidden in ([0, 9, 69], (69, 0, 9, 9), marked, strided, np.array([0, 9, 69])):
+        out = door.sample_tokens(logits, mask_id=5, forbidden=forbidden, **options)
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    nothing, free = (door.sample_tokens(logits, forbidden=none, **options) for none in ([], None))
+    assert torch.equal(nothing.ids, free.ids)
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "mask_id", "lowest"),
+    [([0], None, 1), ([0, 1], 2, 3), ([0, 2], 1, 3), ([1, 2], 0, 3), ([3], 0, 1), ([0, 1, 2, 3], None, 0),
+     ([0, 1, 2], 3, 0), ([], 0, 1), ([0, 1, 2], 4, 3)],
+)  # fmt: skip
+def test_the_lowest_allowed_id_of_a_row_without_a_law(door, forbidden, mask_id, lowest):
+    """0 where none is allowed."""
+    logits = torch.tensor([[[math.nan] * 4, [-math.inf] * 4]])
+    out = door.sample_tokens(logits, mask_id=mask_id, forbidden=forbidden, seed=1)
+    assert out.ids.tolist() == [[lowest] * 2]
+    assert out.log_probs.isnan().all()
+    healthy = door.sample_tokens(torch.zeros(1, 1, 4), mask_id=mask_id, forbidden=forbidden, seed=1)
+    assert healthy.log_probs.isnan().any() == (len({*forbidden, mask_id} & {0, 1, 2, 3}) == 4)
+
+
+def test_a_forbidden_id_may_be_kept_and_has_no_probability(door):
+    kept_ids = torch.tensor([[2, 1]])
+    out = door.sample_tokens(torch.zeros(1, 2, 4), forbidden=[2], kept_ids=kept_ids, seed=1)
+    assert torch.equal(out.ids, kept_ids)
+    torch.testing.assert_close(out.log_probs, torch.tensor([[-math.inf, -math.log(3)]]))
 
 
 # ---- the head ----
@@ -570,6 +757,7 @@ def test_the_filter_without_numpy_is_the_same(reference, dtype, monkeypatch):
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_linear_sample_tokens_is_sample_tokens_of_the_logits(door, monkeypatch, with_bias):
     monkeypatch.setattr(door.backend.module("demask"), "HEAD_CHUNK_ROWS", 7)
+    monkeypatch.setattr(door.backend.module("demask"), "_CHUNK_ELEMENTS", 1, raising=False)  # the reference's
     # Small integers: their products are exact in whatever order they are summed.
     integers = torch.Generator().manual_seed(0)
     length = door.rows(10)
@@ -777,7 +965,7 @@ def test_logits_of_all_rows_never_exist(reference):
         functional.linear_sample_tokens(
             embeddings.to(reference.device), weight.to(reference.device), seed=0, backend="reference"
         )
-    assert max(sizes) <= 1024 * 640 < rows * vocabulary  # the padded chunk
+    assert max(sizes) <= 2**20 < rows * vocabulary  # a chunk
 
 
 # ---- the filter at its edge ----
@@ -816,42 +1004,144 @@ def test_filter_at_its_edge(door, shape, dtype, thres):
 
 # ---- the kernel is its twin ----
 
-CASES = range(60)
+
+def random_row(random, vocabulary, dtype):
+    """One row [V] of a random kind."""
+    scale = float(random.choice([0.1, 1.0, 4.0]))
+    row = draw(vocabulary, seed=int(random.integers(2**31)), scale=scale, dtype=dtype)
+    kind = random.choice(["plain", "plain", "-inf", "one finite", "equal", "ties", "nan", "no law"])
+    if kind == "-inf":
+        row[:: random.integers(1, 4)] = -math.inf
+    elif kind == "one finite":
+        row[torch.arange(vocabulary) != random.integers(vocabulary)] = -math.inf
+    elif kind == "equal":
+        row[:] = row[0].clone()
+    elif kind == "ties":
+        row = row.round()
+    elif kind == "nan":
+        row[random.integers(vocabulary)] = math.nan
+    elif kind == "no law":
+        row[:] = -math.inf
+    return row
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_kernel_samples_what_its_twin_samples(kernel, reference, case):
-    """Five rows of one random call: the same ids, and log-probabilities to rounding."""
-    random = np.random.default_rng(case)
-    vocabulary = int(random.choice([2, 5, 63, 64, 65, 300, 4095, 4096, 4097, 5000, 9001]))
-    dtype = [torch.float32, torch.bfloat16, torch.float16, torch.float64][case % 4]
-    logits = draw(1, 5, vocabulary, seed=case, scale=float(random.choice([0.1, 1.0, 4.0])), dtype=dtype)
-    if case % 3 == 0:
-        logits[..., ::2] = -math.inf
-    if case % 5 == 0:
-        logits = logits.round()  # ties
-    logits[0, 4, vocabulary // 2] = math.nan
-    options = {
+def random_sampling(random, vocabulary):
+    """Options of a random call, and whether it may write to a canvas."""
+    forbidden = [None, None, torch.from_numpy(random.random(vocabulary) < 0.3)][random.integers(3)]
+    figures = {"with_margin": bool(random.integers(2)), "with_entropy": bool(random.integers(2))}
+    return {
         "temperature": float(random.choice([0.0, 1e-3, 0.3, 1.0, 2.0])),
-        "filter_thres": random.choice([None, 0.3, 0.9]),
-        "mask_id": random.choice([None, 0, vocabulary - 1]),
+        "filter_thres": random.choice([None, None, 0.3, 0.9]),
+        "top_p": random.choice([None, None, 0.0, 0.5, 0.95]),
+        "mask_id": random.choice([None, 0, vocabulary - 1, vocabulary]),
+        "forbidden": forbidden,
         "step": int(random.integers(2**24)),
         "sample_offset": int(random.integers(2**31)),
         "seed": int(random.integers(2**62)),
-        "kept_ids": torch.tensor([[-1, -1, -1, vocabulary - 1, -1]]),
-    }
+    }, figures
+
+
+def random_layout(random, row, place):
+    """Where among two sequences of three the row lies: everywhere, listed with others that are none, or compact."""
+    vocabulary = len(row)
+    kind = random.choice(["dense", "listed", "compact"])
+    if kind == "dense":
+        return row.view(1, 1, vocabulary), {}, 0, (1, 1)
+    listed = torch.tensor([-1, place, -1])
+    if kind == "listed":
+        logits = torch.full((2, 3, vocabulary), math.nan, dtype=row.dtype)
+        logits[place // 3, place % 3] = row
+        return logits, {"row_indices": listed}, 1, (2, 3)
+    logits = torch.stack([torch.full_like(row, math.nan), row, row])
+    return logits, {"row_indices": listed, "seq_len": 3}, 1, (2, 3)
+
+
+def is_tie(row, position, sample, temperature, filter_thres, top_p, mask_id, forbidden, seed, step, **_):
+    """Whether rounding may decide a row's id: two run level in its race, or an id is at the edge of the nucleus."""
+    filters = {"filter_thres": filter_thres, "mask_id": mask_id, "forbidden": forbidden}
+    if top_p is not None:
+        mass = np.sort(probabilities(row, **filters))[::-1].cumsum()
+        if np.abs(mass - top_p).min() < 1e-6:
+            return True
+    law = probabilities(row, temperature, top_p=top_p, **filters)
+    return race(law, seed, position, sample, step)[1] > 1 - 1e-5
+
+
+@pytest.mark.parametrize("block", range(12))
+def test_the_kernel_samples_what_its_twin_samples(kernel, reference, block):
+    """Twenty-five random calls, one row each: the same id, and figures to rounding. Where rounding decides ids may
+    differ; they do nowhere today."""
+    ties = 0
+    for case in range(25 * block, 25 * block + 25):
+        random = np.random.default_rng(case)
+        edges = [2, 3, 5, 63, 64, 65, 4095, 4096, 4097, 5000, 9001]
+        vocabulary = int(random.choice([random.choice(edges), round(math.exp(random.uniform(0.7, 8.5)))]))
+        row = random_row(random, vocabulary, [torch.float32, torch.bfloat16, torch.float16, torch.float64][case % 4])
+        options, figures = random_sampling(random, vocabulary)
+        place = int(random.integers(6))
+        logits, layout, index, shape = random_layout(random, row, place)
+        has_canvas, has_kept = random.random() < 0.3, random.random() < 0.2
+        canvases = [functional.Sampled(torch.full(shape, -7), torch.full(shape, 7.0)) for _ in range(2)]
+        kept = torch.full(shape if not layout else (3,), int(random.integers(vocabulary)))
+        results = [
+            Door(backend).sample_tokens(
+                logits, **options, **layout, kept_ids=kept if has_kept else None,
+                **({"out": canvas} if has_canvas else figures),
+            )
+            for backend, canvas in zip((kernel, reference), canvases, strict=True)
+        ]  # fmt: skip
+        ours, theirs = results
+        if torch.equal(ours.ids, theirs.ids):
+            for a, b in zip(ours[1:], theirs[1:], strict=True):
+                torch.testing.assert_close(a, b, rtol=4e-6, atol=2e-6, equal_nan=True, msg=f"case {case}: {a} {b}")
+        else:
+            position, sample = (place % 3, place // 3) if layout else (0, 0)
+            assert options["temperature"] > 0, case
+            assert is_tie(row, position, sample + options["sample_offset"], **options), case
+            ties += 1
+        if not has_canvas and layout:
+            assert ours.ids[[0, 2]].tolist() == [-1, -1]
+            assert not any(figure[[0, 2]].any() for figure in ours[1:] if figure is not None)
+        elif layout:  # and nothing was written elsewhere
+            assert (ours.ids.flatten() == -7).sum() == 5
+            assert ours.ids.flatten()[place] != -7
+            assert (ours.log_probs == 7).sum() == 5
+        assert ours.ids.flatten()[min(place, len(ours.ids.flatten()) - 1) if has_canvas else index] < vocabulary
+    assert ties <= 1
+
+
+def test_a_tie_is_told_from_an_error():
+    options = {"filter_thres": None, "top_p": None, "mask_id": None, "forbidden": None, "seed": 3, "step": 0}
+    row = draw(2, seed=1)
+    low, high = -40.0, 40.0  # where id 1 wins over id 0 or not
+    for _ in range(60):
+        row[1] = (low + high) / 2
+        winner, _ = race(probabilities(row), 3, 0, 0, 0)
+        low, high = (low, float(row[1])) if winner else (float(row[1]), high)
+    assert is_tie(row, 0, 0, temperature=1.0, **options)
+    row[1] += 1e-3
+    assert not is_tie(row, 0, 0, temperature=1.0, **options)
+    even = torch.zeros(4)
+    assert is_tie(even, 0, 0, temperature=1.0, **{**options, "top_p": 0.5})
+    assert not is_tie(even, 0, 0, temperature=1.0, **{**options, "top_p": 0.6})
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "options"),
+    [
+        (50257, torch.bfloat16, {"filter_thres": 0.7}),
+        (50257, torch.float32, {"top_p": 0.5, "with_margin": True, "with_entropy": True}),
+        (50257, torch.float16, {"forbidden": range(0, 50257, 3), "with_margin": True, "with_entropy": True}),
+        (70001, torch.float32, {"filter_thres": 0.7}),
+    ],
+)
+def test_the_kernel_samples_large_vocabularies_alike(kernel, reference, vocabulary, dtype, options):
+    logits = draw(1, 1, vocabulary, seed=vocabulary, scale=2.0, dtype=dtype)
+    options = {"temperature": 0.7, "mask_id": 50000, "seed": 9, **options}
     ours, theirs = (Door(backend).sample_tokens(logits, **options) for backend in (kernel, reference))
-    assert torch.equal(ours.ids, theirs.ids), options
-    torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=2e-6, atol=1e-6, equal_nan=True)
-
-
-def test_the_kernel_samples_large_vocabularies_alike(kernel, reference):
-    for vocabulary, dtype in ((50257, torch.bfloat16), (70001, torch.float32)):
-        logits = draw(1, 2, vocabulary, seed=vocabulary, dtype=dtype)
-        options = {"temperature": 0.7, "filter_thres": 0.7, "mask_id": 50000, "seed": 9}
-        ours, theirs = (Door(backend).sample_tokens(logits, **options) for backend in (kernel, reference))
-        assert torch.equal(ours.ids, theirs.ids)
-        torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=2e-6, atol=1e-6)
+    assert torch.equal(ours.ids, theirs.ids)
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=4e-6, atol=2e-6)
 
 
 def test_rows_past_2_to_the_31(kernel):
@@ -958,10 +1248,10 @@ def test_a_compiled_step_is_the_step(kernel):
 
 # ---- without a device ----
 
-# Of the whole program over the 32 logits of a thread, addresses, reductions and branches included: of those the
-# edges of a misaligned row (about 3.7 a logit) and the mask's column (2.2) are mostly jumped over. Measured with
-# Triton 3.7.1: 17.2, 21.3, 24.5, 29.4, 24.2, 33.5, 28.4. On an H200 (29.6e12 instructions of lanes a second) a bf16
-# logit at 80 % of 4.3 TB/s leaves 17.2, at 50 % 27.5.
+# Of the whole program over the 32 logits of a thread, addresses, reductions and branches included. Of those the
+# mask's column (2.2 a logit) is mostly jumped over, and so are the edges (3.7) where rows begin at 16 bytes, as
+# they do behind a linear head. Measured with Triton 3.7.1: 17.2, 21.3, 24.5, 29.4, 24.2, 33.5, 28.4. On an H200
+# (29.6e12 instructions of lanes a second) a bf16 logit at 80 % of 4.3 TB/s leaves 17.2, at 50 % 27.5.
 MOST_INSTRUCTIONS_A_LOGIT = {
     "tiles": 19.0,
     "tiles T": 23.5,
@@ -971,8 +1261,8 @@ MOST_INSTRUCTIONS_A_LOGIT = {
     "tiles T margin entropy": 36.0,
     "tiles T forbidden": 31.0,
 }
-# Of the innermost loop over a row, 16 logits a thread: 16.4 (k) and 24.8 (p), of which the mask's column (3) is mostly
-# jumped over. At 25 % of 4.3 TB/s a bf16 logit leaves 55: for this pass, the tiles and the searches.
+# Of the innermost loop over a row, 16 logits a thread: 16.4 (k) and 24.8 (p), of which the mask's column (3) is
+# mostly jumped over. At 25 % of 4.3 TB/s a bf16 logit leaves 55: for this pass, the tiles and the searches.
 MOST_INSTRUCTIONS_A_PASS = {"thresholds k": 18.0, "thresholds p": 29.0}
 
 
@@ -1012,20 +1302,22 @@ def offline_plans() -> list[dict]:
         "tiles T everything": (True, {"forbidden": True}, {"filtered": True, "margin": True, "entropy": True}),
     }
     plans = []
-    for dtype, vector in (("bf16", 8), ("fp32", 4)):
+    for dtype, vector in (("bf16", 8), ("fp32", 4), ("fp64", 2)):
         aligned = {"lead_x": "i32", "num_rows": "i32", "VECTOR": vector}
-        suffix = "" if dtype == "bf16" else " fp32"
+        suffix = "" if dtype == "bf16" else f" {dtype}"
         for name, (heated, of_rows, of_tiles) in variants.items():
             for block in (streams.TILE, 64) if name == "tiles T" else (streams.TILE,):
                 plans.append(
                     plan(name + suffix + ("" if block > 64 else " small"), "_tiles_kernel", demask._TILE_WARPS,
                          BLOCK=block, IS_HEATED=heated, **rows(dtype, **of_rows), **tiles(**of_tiles), **aligned)
                 )  # fmt: skip
-        for name, by_mass, forbidden in (("k", False, False), ("p", True, False), ("p forbidden", True, True)):
+        for name, by_mass, forbidden, sample in (
+            ("k", False, False, 8192), ("p", True, False, 8192), ("p forbidden", True, True, 16384),
+        ):  # fmt: skip
             plans.append(
                 plan(f"thresholds {name}{suffix}", "_thresholds_kernel", top_k_filter._WARPS, "top_k_filter",
                      thresholds_ptr="*fp32:16", candidates_ptr="*fp32:16", num_kept="i32", top_p="fp32",
-                     BY_MASS=by_mass, SPACING=1, **rows(dtype, forbidden), **aligned)
+                     BY_MASS=by_mass, SPACING=1, SAMPLE=sample, **rows(dtype, forbidden), **aligned)
             )  # fmt: skip
         pointers = dict.fromkeys(("seed_ptr", "kept_ids_ptr", "ids_ptr"), "*i64:16")
         pointers |= dict.fromkeys(("sub_tiles_ptr", "log_probs_ptr", "margins_ptr", "entropies_ptr"), "*fp32:16")
@@ -1040,6 +1332,9 @@ def offline_plans() -> list[dict]:
                 "VECTOR": width,
             }  # fmt: skip
             plans.append(plan(name + suffix, "_choose_kernel", demask._CHOICE_WARPS, **arguments))
+    # Of float64 logits, which nobody samples for speed, only that the programs compile.
+    fp64 = {"tiles T fp64", "thresholds k fp64", "choice fp64"}
+    plans = [plan for plan in plans if not plan["name"].endswith("fp64") or plan["name"] in fp64]
     noise = {"seed_ptr": "*i64:16", "noise_ptr": "*fp32:16", "BLOCK": demask._NOISE_BLOCK}
     noise |= dict.fromkeys(("num_elements", "N", "sample_offset", "step"), "i32")
     plans.append(plan("noise", "_noise_kernel", 4, **noise))
@@ -1065,6 +1360,8 @@ def figures(compile_offline):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_nothing_spills(figures, target):
     for name, figure in figures.items():
+        if name.endswith("fp64"):
+            continue
         # AMD's scalar registers spill to lanes of vector registers: to no memory.
         spills = {key: figure[target][key] for key in ("stack", "spills")}
         assert not any(spills.values()), (name, spills)

@@ -15,6 +15,7 @@ from fastmask import _check, _dispatch, functional
 
 B, N, V, D = 2, 4, 6, 3
 TOKENS = torch.arange(B * N).view(B, N) % (V - 1)
+FIGURES = torch.zeros(B, N)
 LOGITS, EMBEDDINGS, WEIGHT = torch.zeros(B, N, V), torch.zeros(B, N, D), torch.zeros(V, D)
 TARGETS, MASKED = TOKENS, torch.ones(B, N, dtype=torch.bool)
 META = torch.device("meta")
@@ -52,6 +53,24 @@ def select(scores=LOGITS[0], eligible=LOGITS[0] == 0, counts=TOKENS[0], **option
     return functional.select_to_remask(scores, eligible, counts, **options)
 
 
+def remask(values=FIGURES, counts=1, **options):
+    batch, length = values.shape[:2]
+    options = {
+        "ids": torch.zeros(batch, length).long(), "is_masked": torch.ones(batch, length).bool(),
+        "row_indices": torch.zeros(batch * length).long(), "row_starts": torch.arange(batch + 1) * length,
+        "mask_id": V - 1, **options,
+    }  # fmt: skip
+    return functional.remask_(values=values, counts=counts, **options)
+
+
+def step(logits=LOGITS, ids=TOKENS, is_masked=MASKED, counts=1, **options):
+    return functional.demask_step(logits, ids, is_masked, counts, **{"mask_id": V - 1, **options})
+
+
+def to_canvas(ids=TOKENS, log_probs=FIGURES, **options):
+    return sample(out=functional.Sampled(ids.clone(), log_probs.clone()), **options)
+
+
 def refused(error, message, function, *arguments, **options):
     """A case: the call, and what it must raise, in so many words."""
     return pytest.param(error, message, function, arguments, options, id=f"{function.__name__}: {message[:60]}")
@@ -59,8 +78,10 @@ def refused(error, message, function, *arguments, **options):
 
 def test_the_cases_are_accepted_as_they_stand():
     """Otherwise the refusals below could have another cause than the one they name."""
-    for function in (mask, dense, linear, sample, linear_sample, confidence, critic, select):
+    for function in (mask, dense, linear, sample, linear_sample, confidence, critic, select, remask, step, to_canvas):
         function()
+    step(counts=None, threshold=0.5)
+    step(counts=torch.tensor([1, 2], dtype=torch.int32))
 
 
 # The checks that several functions share, in the words of each.
@@ -122,6 +143,92 @@ LOSS_CASES = [
     (ValueError, "expected targets in [0, 6) other than 2, received 2 at [0, 2] and 0 more",
      {"targets": torch.tensor([[0, 5, 2, 5], [3, 4, 3, 0]]), "exclude_id": 2, "check": True}),
 ]  # fmt: skip
+FORBIDDEN_CASES = [
+    (TypeError, "expected forbidden of dtype bool, received int64; convert it with forbidden.to(torch.bool)",
+     {"forbidden": torch.tensor([1, 2])}),
+    (ValueError, "expected forbidden of shape [V] = [6], received [4]", {"forbidden": MASKED[0]}),
+    (ValueError, "expected forbidden of shape [V] = [6], received [1, 6]", {"forbidden": torch.zeros(1, V).bool()}),
+    (ValueError, "expected forbidden on cpu, received meta; move it with .to(device)",
+     {"forbidden": torch.zeros(V, device=META).bool()}),
+    (ValueError, "expected forbidden ids of at least 0 and below 6, received 6", {"forbidden": [1, V]}),
+    (ValueError, "expected forbidden ids of at least 0 and below 6, received -1", {"forbidden": [-1]}),
+    (TypeError, "expected forbidden ids to be an int, received float", {"forbidden": [1.0]}),
+    (TypeError, "expected forbidden ids to be an int, received bool", {"forbidden": [True] * V}),
+]  # fmt: skip
+CANVAS = functional.Sampled(TOKENS, FIGURES)
+CANVAS_CASES = [
+    (ValueError, "expected out= without with_margin=True and with_entropy=True; leave one out",
+     {"out": CANVAS, "with_margin": True}),
+    (ValueError, "expected out= without with_margin=True and with_entropy=True",
+     {"out": CANVAS, "with_entropy": True}),
+    (TypeError, "expected out.ids of dtype int64, received int32", {"out": CANVAS._replace(ids=TOKENS.int())}),
+    (ValueError, "expected out.ids with 2 dimensions, received shape (8,)",
+     {"out": CANVAS._replace(ids=TOKENS.flatten())}),
+    (TypeError, "expected out.log_probs of dtype float32, received bfloat16",
+     {"out": CANVAS._replace(log_probs=FIGURES.bfloat16())}),
+    (ValueError, "expected out.log_probs of shape [B, N] = [2, 4], received [4]",
+     {"out": CANVAS._replace(log_probs=FIGURES[0])}),
+    (ValueError, "expected out.ids of shape [B, N] = [2, 4], received [2, 3]",
+     {"out": functional.Sampled(torch.zeros(B, 3).long(), torch.zeros(B, 3))}),
+    (ValueError, "and contiguous, received [2, 4], strides [1, 2] and [4, 1]",
+     {"out": functional.Sampled(torch.zeros(N, B).long().T, torch.zeros(B, N))}),
+    (ValueError, "and contiguous, received [2, 4], strides [4, 1] and [1, 2]",
+     {"out": functional.Sampled(torch.zeros(B, N).long(), torch.zeros(N, B).T)}),
+    (ValueError, "out.ids on meta, out.log_probs on cpu",
+     {"out": functional.Sampled(torch.zeros(B, N, device=META).long(), torch.zeros(B, N))}),
+]  # fmt: skip
+COUNTS_CASES = [
+    (TypeError, "expected counts of dtype int32|int64, received float32", {"counts": torch.ones(B)}),
+    (ValueError, "received [3]", {"counts": torch.ones(3).long()}),
+    (ValueError, "received []", {"counts": torch.tensor(1)}),
+    (ValueError, "expected counts of at least 0, received -1", {"counts": -1}),
+    (TypeError, "expected counts to be an int, received float", {"counts": 1.0}),
+    (TypeError, "expected counts to be an int, received list", {"counts": [1, 2]}),
+    (TypeError, "expected counts to be an int, received bool", {"counts": True}),
+]
+REMASK_CASES = [
+    (TypeError, "expected values of dtype float16|bfloat16|float32|float64, received int64", {"values": TOKENS}),
+    (ValueError, "expected values with 2 dimensions, received shape (2, 4, 6)", {"values": LOGITS}),
+    (TypeError, "expected ids of dtype int64, received int32", {"ids": TOKENS.int()}),
+    (ValueError, "expected ids of shape [B, N] = [2, 4], received [8]", {"ids": TOKENS.flatten()}),
+    (ValueError, "expected ids to be contiguous, received strides [1, 2]", {"ids": torch.zeros(N, B).long().T}),
+    (TypeError, "expected is_masked of dtype bool, received int64", {"is_masked": TOKENS}),
+    (ValueError, "expected is_masked of shape [B, N] = [2, 4], received [2, 3]",
+     {"is_masked": torch.ones(B, 3).bool()}),
+    (ValueError, "expected is_masked to be contiguous, received strides [1, 2]",
+     {"is_masked": torch.ones(N, B).bool().T}),
+    (TypeError, "expected row_indices of dtype int64, received int32", {"row_indices": torch.zeros(8).int()}),
+    (ValueError, "expected row_indices to be contiguous, received strides [2]",
+     {"row_indices": torch.zeros(16).long()[::2]}),
+    (TypeError, "expected row_starts of dtype int64, received int32", {"row_starts": torch.zeros(3).int()}),
+    (ValueError, "expected row_starts of shape [B + 1] = [3], received [2]", {"row_starts": torch.zeros(2).long()}),
+    (TypeError, "expected eligible of dtype bool, received int64", {"eligible": TOKENS}),
+    (ValueError, "expected eligible of shape [B, N] = [2, 4], received [4]", {"eligible": MASKED[0]}),
+    (ValueError, "expected noise_scale in [0, inf), received -1", {"noise_scale": -1}),
+    (ValueError, "expected noise_scale in [0, inf), received inf", {"noise_scale": math.inf}),
+    (ValueError, "expected all tensors on one device, received ids on cpu, is_masked on cpu, row_indices on cpu, "
+     "row_starts on cpu, values on cpu, counts on cpu, eligible on meta", {"eligible": MASKED.to(META)}),
+    (ValueError, "row_starts on meta", {"row_starts": torch.zeros(3, device=META).long()}),
+]  # fmt: skip
+DEMASK_CASES = [
+    (ValueError, "expected counts or threshold, received neither; say how many positions stay masked",
+     {"counts": None}),
+    (ValueError, "expected threshold in [0, 1], received 1.1", {"threshold": 1.1}),
+    (ValueError, "expected threshold in [0, 1], received nan", {"threshold": math.nan, "counts": None}),
+    (TypeError, "expected threshold to be a number, received Tensor", {"threshold": torch.tensor(0.5)}),
+    (ValueError, "expected choice_temperature in [0, inf), received -1", {"choice_temperature": -1}),
+    (TypeError, "expected ids of dtype int64, received int32", {"ids": TOKENS.int()}),
+    (ValueError, "expected ids with 2 dimensions, received shape (8,)", {"ids": TOKENS.flatten()}),
+    (TypeError, "expected is_masked of dtype bool, received int64", {"is_masked": TOKENS}),
+    (ValueError, "expected is_masked of shape [B, N] = [2, 4], received [4]", {"is_masked": MASKED[0]}),
+    (ValueError, "expected logits of shape [B, N, V] = [2, 4, 6], received [1, 4, 6]", {"logits": LOGITS[:1]}),
+    (ValueError, "expected compact logits [M, ...] with row_indices [M] and seq_len, received [4, 6], [8]",
+     {"logits": LOGITS[0]}),
+    (ValueError, "received logits on meta, ids on cpu, is_masked on cpu", {"logits": LOGITS.to(META)}),
+    (ValueError, "expected max_masked of at least 0 and below 5, received 5", {"max_masked": N + 1}),
+    (ValueError, "expected max_masked of at least 0 and below 5, received -1", {"max_masked": -1}),
+    (TypeError, "expected max_masked to be an int, received float", {"max_masked": 2.0}),
+]  # fmt: skip
 SAMPLER_CASES = [
     (ValueError, "expected temperature in [0, inf), received -0.5", {"temperature": -0.5}),
     (ValueError, "expected temperature in [0, inf), received inf", {"temperature": math.inf}),
@@ -129,6 +236,11 @@ SAMPLER_CASES = [
     (TypeError, "expected temperature to be a number, received Tensor", {"temperature": torch.tensor(1.0)}),
     (ValueError, "expected filter_thres in [0, 1), received 1", {"filter_thres": 1}),
     (ValueError, "expected filter_thres in [0, 1), received -0.1", {"filter_thres": -0.1}),
+    (ValueError, "expected top_p in [0, 1], received 1.5", {"top_p": 1.5}),
+    (ValueError, "expected top_p in [0, 1], received -0.1", {"top_p": -0.1}),
+    (ValueError, "expected top_p in [0, 1], received nan", {"top_p": math.nan}),
+    (TypeError, "expected top_p to be a number, received str", {"top_p": "0.9"}),
+    *FORBIDDEN_CASES,
     (TypeError, "expected row_indices of dtype int64, received int32", {"row_indices": torch.zeros(B).int()}),
     (TypeError, "expected kept_ids of dtype int64, received int32", {"kept_ids": TOKENS.int()}),
     (ValueError, "expected kept_ids of shape [as the rows] = [2, 4], received [8]", {"kept_ids": TOKENS.flatten()}),
@@ -226,6 +338,12 @@ CASES = [
     refused(ValueError, "expected embeddings [B, N, ...], received shape [4, 3]", linear_sample, EMBEDDINGS[0]),
     refused(ValueError, "expected compact embeddings [M, ...] with row_indices [M] and seq_len", linear_sample,
             EMBEDDINGS[0], row_indices=TOKENS[0]),
+    *(refused(*case[:2], function, **case[2]) for function in (sample, linear_sample) for case in CANVAS_CASES),
+    *(refused(*case[:2], function, **case[2]) for function in (select, remask, step) for case in COUNTS_CASES),
+    *(refused(*case[:2], remask, **case[2]) for case in REMASK_CASES),
+    *(refused(*case[:2], step, **case[2]) for case in DEMASK_CASES),
+    *(refused(*case[:2], step, **case[2]) for case in FORBIDDEN_CASES + SEED_CASES + STEP_CASES),
+    *(refused(*case[:2], remask, noise_scale=1.0, **case[2]) for case in SEED_CASES + STEP_CASES),
     refused(TypeError, "expected log_probs of dtype float32, received float64", confidence, LOGITS[0].double()),
     refused(ValueError, "expected log_probs with 2 dimensions", confidence, LOGITS),
     refused(ValueError, "expected choice_temperature in [0, inf), received -1", confidence, choice_temperature=-1),
@@ -262,6 +380,11 @@ def test_values_are_not_read_without_check():
 def test_a_mask_id_outside_the_vocabulary_needs_no_other_id():
     out = mask(TOKENS * 0, mask_id=1, num_tokens=1, random_token_prob=1.0, seed=0, check=True)
     assert set(out.masked_ids.unique().tolist()) <= {0, 1}
+
+
+def test_a_canvas_of_fewer_sequences_is_refused():
+    with pytest.raises(ValueError, match=r"expected out.ids"):
+        to_canvas(TOKENS[:1], FIGURES[:1])
 
 
 def test_check_accepts_an_empty_tensor():
@@ -396,7 +519,7 @@ def test_the_door_hands_backend_on(monkeypatch):
         return module(operation, device, "reference")
 
     monkeypatch.setattr(_dispatch, "module", spy)
-    demask = [sample, linear_sample, select]
+    demask = [sample, linear_sample, select, remask]
     calls = [(mask, "mask_sampling"), (dense, "masked_cross_entropy"), (linear, "linear_masked_cross_entropy")]
     for function, operation in [*calls, *((function, "demask") for function in demask)]:
         function(backend="triton")

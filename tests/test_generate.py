@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Encoder, TransformerWrapper
 
 from fastmask import NonAutoregressiveWrapper, Schedule, Trajectory, functional
+from fastmask.reference import top_k_filter
 from fastmask.schedules import as_schedule, step_counts
 
 V, N, MASK = 12, 18, 5
@@ -62,6 +68,36 @@ class Context(nn.Module):
         return self.table[place, ids].sum(dim=1)
 
 
+class Small(nn.Module):
+    """All that generation may ask of a network: embeddings that depend on every id, and logits of them. Nothing is
+    multiplied as a matrix, so that a sequence gets the same bits in every batch."""
+
+    def __init__(self, length: int = 8, scale: float = 1.0) -> None:
+        super().__init__()
+        self.num_tokens, self.max_seq_len, self.emb_dim = V, length, 4
+        self.attn_layers = SimpleNamespace(dim=4)
+        generator = torch.Generator().manual_seed(7)
+        self.table = nn.Parameter(torch.randn(length, V, length, 4, generator=generator))
+        self.head = nn.Parameter(scale * torch.randn(4, V, generator=generator))
+
+    def forward(self, ids, sum_embeds=0.0, return_embeddings=False, return_logits_and_embeddings=False):
+        place = torch.arange(self.max_seq_len, device=ids.device)
+        embeddings = self.table[place, ids].sum(dim=1).tanh() + sum_embeds
+        if return_embeddings:
+            return embeddings
+        logits = (embeddings[..., None] * self.head).sum(dim=-2)
+        return (logits, embeddings) if return_logits_and_embeddings else logits
+
+
+def prompts(device, batch: int = 4, length: int = 8) -> dict[str, torch.Tensor]:
+    """Row b gives 2b of the positions: none the first, and all the fifth of length 8."""
+    generator = torch.Generator().manual_seed(8)
+    prompt = torch.randint(0, V, (batch, length), generator=generator)
+    order = torch.rand(batch, length, generator=generator).argsort(dim=-1)
+    given = order < 2 * torch.arange(batch)[:, None]
+    return {"prompt": prompt.to(device), "prompt_mask": given.to(device)}
+
+
 def wrap(device, net=None, **options) -> NonAutoregressiveWrapper:
     torch.manual_seed(0)
     return NonAutoregressiveWrapper(net or varied(), mask_id=MASK, **options).to(device)
@@ -83,9 +119,12 @@ def assert_law(counts, shares, alpha=1e-4, effect=0.06) -> None:
     counts, shares = np.asarray(counts, dtype=float), np.asarray(shares, dtype=float)
     assert counts[shares == 0].sum() == 0
     counts, shares = counts[shares > 0], shares[shares > 0]
+    if len(counts) == 1:
+        return
     result = stats.chisquare(counts, shares / shares.sum() * counts.sum())
     assert result.pvalue > alpha, (counts, shares)
-    assert math.sqrt(result.statistic / counts.sum()) < effect, (counts, shares)
+    beyond_chance = max(0.0, result.statistic - len(counts) + 1)
+    assert math.sqrt(beyond_chance / counts.sum()) < effect, (counts, shares)
 
 
 # ---- counts ----
@@ -323,6 +362,43 @@ def test_positions_and_sequences_are_independent(device):
     assert_law(torch.bincount(2 * ids[1:, 0].cpu() + ids[:-1, 0].cpu(), minlength=4), [0.25] * 4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.6},
+        {"top_p": 0.0},
+        {"forbidden": [0, 3]},
+        {"forbidden": torch.arange(V) % 3 == 1},
+        {"filter_thres": 0.3, "top_p": 0.8, "forbidden": [7]},
+    ],
+    ids=["nucleus", "favourite", "ids", "mask", "all"],
+)
+def test_nucleus_and_forbidden_ids_shape_the_sampled_law(options, device):
+    """One open position, heated by 1.4: what is kept is chosen at temperature 1, the k largest first."""
+    place, rows, heat = 7, 20000, 1.4
+    wrapper = wrap(device)
+    given = torch.arange(N, device=device) != place
+    options = {"filter_thres": None, **options}
+    sent = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    ids, trajectory = wrapper.generate(
+        rows, heat * N / (N - 1), prompt=torch.zeros_like(given).long(), prompt_mask=given, steps=N,
+        return_trajectory=True, **sent,
+    )  # fmt: skip
+    logits = wrapper.net.logits[place].detach().double().cpu()
+    logits[MASK] = -math.inf
+    logits[options.get("forbidden", [])] = -math.inf
+    if options["filter_thres"] is not None:
+        logits[logits < logits.topk(math.ceil(0.7 * V)).values[-1]] = -math.inf
+    falling = logits.softmax(dim=-1).sort(descending=True)
+    before = falling.values.cumsum(dim=-1) - falling.values  # kept while what is likelier does not suffice
+    beyond = before >= options.get("top_p", 1.0)
+    logits[falling.indices[beyond & (torch.arange(V) > 0)]] = -math.inf
+    assert 1 <= logits.isfinite().sum() < V - 1
+    assert_law(torch.bincount(ids[:, place].cpu(), minlength=V), (logits / heat).softmax(dim=-1))
+    expected = logits.log_softmax(dim=-1).float().to(device)[ids[:, place]]
+    torch.testing.assert_close(trajectory.log_probs[-1, :, place], expected, rtol=1e-5, atol=1e-5)
+
+
 class Oracle(nn.Module):
     """The conditional marginals of a known law: ``modes`` sequences [M, N] with probabilities [M]."""
 
@@ -356,6 +432,313 @@ def test_choice_temperature_keeps_the_modes_apart(device):
         results[choice_temperature] = len(ids.unique(dim=0))
     assert results[0.0] <= 16
     assert results[4.5] >= 24  # 64 draws of the law itself: 30 or so
+
+
+# ---- a known joint law ----
+
+LETTERS, PLACES = 3, 4
+SEQUENCES = torch.tensor(list(itertools.product(range(LETTERS), repeat=PLACES)))
+
+
+def joint_law() -> torch.Tensor:
+    """[81] float64, far from independent."""
+    return torch.randn(len(SEQUENCES), dtype=torch.float64, generator=torch.Generator().manual_seed(9)).softmax(
+        dim=-1
+    )
+
+
+class Swapped(Oracle):
+    """Wrong: two positions have each other's conditionals where the last is masked."""
+
+    def forward(self, ids):
+        logits = super().forward(ids)
+        swapped = logits[:, torch.tensor([1, 0, 2, 3])]
+        return swapped.where((ids[:, -1] == MASK)[:, None, None], logits)
+
+
+def counts_of_sequences(wrapper, rows: int = 8000, **options) -> torch.Tensor:
+    """One position at each of the first steps, when it is as good as not yet cooled: 4 of 800."""
+    torch.manual_seed(10)
+    ids = wrapper.generate(rows, steps=800, filter_thres=None, **options).cpu()
+    assert (ids < LETTERS).all()
+    return torch.bincount((ids * LETTERS ** torch.arange(PLACES).flip(0)).sum(dim=-1), minlength=len(SEQUENCES))
+
+
+def one_at_a_time(t):
+    return (PLACES + 0.5 - 800 * t).clamp(min=0.0) / PLACES
+
+
+def wrap_oracle(device, oracle=Oracle, **options) -> NonAutoregressiveWrapper:
+    return wrap(device, oracle(SEQUENCES, joint_law().float()), schedule=one_at_a_time, **options)
+
+
+def test_an_oracles_samples_follow_the_joint_law_in_random_order(device):
+    counts = counts_of_sequences(wrap_oracle(device), choice_temperature=1e5)
+    assert_law(counts, joint_law())
+
+
+def test_an_oracles_samples_follow_the_joint_law_in_a_critics_random_order(device):
+    wrapper = wrap_oracle(device, token_critic=FixedCritic([0.0] * PLACES))
+    assert_law(counts_of_sequences(wrapper), joint_law())
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]], ids=str)
+def test_an_oracles_samples_follow_the_joint_law_in_a_fixed_order(order, device):
+    wrapper = wrap_oracle(device, token_critic=FixedCritic(torch.tensor(order)))
+    assert_law(counts_of_sequences(wrapper, noise_level_scale=0.0), joint_law())
+
+
+def test_an_oracles_samples_follow_the_joint_law_given_a_prompt(device):
+    prompt, given = torch.tensor([0, 2, 0, 0], device=device), torch.tensor([0, 1, 0, 0], device=device).bool()
+    counts = counts_of_sequences(wrap_oracle(device), choice_temperature=1e5, prompt=prompt, prompt_mask=given)
+    assert_law(counts, joint_law() * (SEQUENCES[:, 1] == 2))
+
+
+def test_a_wrong_oracle_is_told_from_the_right_one(device):
+    """And so are two positions a step, and an order that looks at what was sampled."""
+    with pytest.raises(AssertionError):
+        assert_law(counts_of_sequences(wrap_oracle(device, Swapped), choice_temperature=1e5), joint_law())
+    two_at_a_time = wrap(device, Oracle(SEQUENCES, joint_law().float()), schedule=lambda t: (1.02 - 400 * t).clamp(0))
+    with pytest.raises(AssertionError):
+        assert_law(counts_of_sequences(two_at_a_time, choice_temperature=1e5), joint_law())
+    with pytest.raises(AssertionError):
+        assert_law(counts_of_sequences(wrap_oracle(device)), joint_law())
+
+
+# ---- a loop by hand ----
+
+
+def by_hand(wrapper, generator, options, prompt=None, prompt_mask=None, batch=4) -> torch.Tensor:
+    """What generate does, out of the public functions, at every position of every step."""
+    options = {"filter_thres": 0.7, "noise_level_scale": 1.0, "choice_temperature": 0.0, **options}
+    net, critic, steps = wrapper.net, wrapper.token_critic, wrapper.steps
+    device = net.table.device
+    seed = functional.draw_seed(device, generator)
+    given = torch.zeros(batch, net.max_seq_len, dtype=torch.bool, device=device)
+    ids = torch.full(given.shape, MASK, device=device)
+    if prompt is not None:
+        given, ids = prompt_mask, prompt.where(prompt_mask, MASK)
+    maskable, is_masked = ~given, ~given
+    counts = step_counts(as_schedule("linear"), steps, maskable.sum(dim=-1).cpu()).to(device)
+    condition = wrapper.null_embed if wrapper.self_cond else None
+    for step in range(steps):
+        left = (steps - 1 - step) / steps
+        drawn = {"seed": seed, "step": step, "sample_offset": options.get("sample_offset", 0)}
+        given_embeddings = {} if condition is None else {"sum_embeds": wrapper.to_self_cond(condition)}
+        logits, embeddings = net(ids, return_logits_and_embeddings=True, **given_embeddings)
+        condition = embeddings if wrapper.self_cond else None
+        sampled = functional.sample_tokens(
+            logits,
+            temperature=max(left, 1e-3),
+            mask_id=MASK,
+            kept_ids=ids.where(~is_masked, -1),
+            **{name: options.get(name) for name in ("filter_thres", "top_p", "forbidden")},
+            **drawn,
+        )
+        ids = sampled.ids
+        if critic is None:
+            noise = options["choice_temperature"] * left
+            scores = functional.confidence_scores(sampled.log_probs, choice_temperature=noise, **drawn)
+        else:
+            noise = options["noise_level_scale"] * left
+            scores = functional.critic_scores(critic(ids).view(ids.shape), noise_scale=noise, **drawn)
+        may_be_masked = maskable if wrapper.can_mask_prev_unmasked else is_masked
+        is_masked = functional.select_to_remask(scores, may_be_masked, counts[step])
+        ids = ids.masked_fill(is_masked, MASK)
+    return ids
+
+
+HAND = {
+    "plain": ({}, {}),
+    "choice": ({}, {"choice_temperature": 1.0}),
+    "filters": ({}, {"top_p": 0.9, "filter_thres": 0.3, "forbidden": [1, 2], "sample_offset": 3}),
+    "self_cond": ({"self_cond": True}, {}),
+    "critic": ({"token_critic": "own"}, {}),
+    "self_critic": ({"self_token_critic": True}, {"noise_level_scale": 0.5}),
+    "remask": ({"can_mask_prev_unmasked": True}, {}),
+    "remask_critic": ({"can_mask_prev_unmasked": True, "token_critic": "own", "self_cond": True}, {}),
+}
+
+
+def wrap_small(device, length=8, **options) -> NonAutoregressiveWrapper:
+    if options.get("token_critic") == "own":
+        options["token_critic"] = Jumping()
+    return wrap(device, Small(length), **options)
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("case", HAND)
+@torch.no_grad()
+def test_generation_is_a_loop_by_hand(case, prompted, device):
+    of_wrapper, options = HAND[case]
+    wrapper = wrap_small(device, steps=5, **of_wrapper)
+    prompt = prompts(device) if prompted else {}
+    outs = set()
+    for seed in range(3):
+        expected = by_hand(wrapper, torch.Generator().manual_seed(seed), options, **prompt)
+        ids = wrapper.generate(4, generator=torch.Generator().manual_seed(seed), **options, **prompt)
+        assert torch.equal(ids, expected)
+        assert ((ids != MASK) | (prompt["prompt_mask"] if prompted else False)).all()
+        outs.add(tuple(ids.flatten().tolist()))
+    assert len(outs) == 3
+
+
+@pytest.mark.parametrize("case", ["plain", "filters", "self_cond", "critic", "self_critic", "remask"])
+@torch.no_grad()
+def test_generation_is_a_loop_by_hand_on_the_kernels_too(case, kernel, monkeypatch):
+    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    of_wrapper, options = HAND[case]
+    wrapper = wrap_small(kernel.device, length=4, steps=3, **of_wrapper)
+    prompt = prompts(kernel.device, batch=2, length=4)
+    expected = by_hand(wrapper, torch.Generator().manual_seed(0), options, **prompt)
+    assert torch.equal(wrapper.generate(2, generator=torch.Generator().manual_seed(0), **options, **prompt), expected)
+
+
+# ---- a threshold in place of counts ----
+
+
+def committed(trajectory, is_open):
+    """Step after step: what was open before it, what it committed, and the log-probabilities it proposed."""
+    for is_masked, log_probs in zip(trajectory.is_masked, trajectory.log_probs, strict=True):
+        yield is_open, is_open & ~is_masked, log_probs
+        is_open = is_masked
+
+
+def surest(confidence, is_open):
+    """[B, N] bool, the first open position of highest confidence [B, N]; none where nothing is open."""
+    best = confidence.masked_fill(~is_open, -math.inf).argmax(dim=-1)
+    return torch.nn.functional.one_hot(best, is_open.shape[1]).bool() & is_open
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("choice_temperature", [0.0, 2.0])
+@pytest.mark.parametrize("prompted", [False, True])
+def test_every_step_commits_what_is_surer_than_the_threshold(threshold, choice_temperature, prompted, device):
+    """And, where nothing of a sequence is, the surest; the last step the rest."""
+    wrapper, steps = wrap(device, Small(scale=3.0)), 3
+    prompt = prompts(device) if prompted else {}
+    seed = functional.draw_seed(device, torch.Generator().manual_seed(1))
+    ids, trajectory = wrapper.generate(
+        4, threshold=threshold, choice_temperature=choice_temperature, steps=steps, filter_thres=None,
+        generator=torch.Generator().manual_seed(1), return_trajectory=True, **prompt,
+    )  # fmt: skip
+    is_open = ~prompt["prompt_mask"] if prompted else torch.ones_like(ids, dtype=torch.bool)
+    by_one, by_many = 0, 0
+    for step, (before, now, log_probs) in enumerate(committed(trajectory, is_open)):
+        noise = choice_temperature * (steps - 1 - step) / steps
+        confidence = -functional.confidence_scores(log_probs, choice_temperature=noise, seed=seed, step=step)
+        expected = before & (confidence > math.log(threshold))
+        alone = before.any(dim=-1) & ~expected.any(dim=-1)
+        if step == steps - 1:
+            expected = before
+        elif alone.any():
+            expected = expected | (surest(confidence, before) & alone[:, None])
+        assert torch.equal(now, expected)
+        by_one, by_many = by_one + alone.sum(), by_many + (now.sum(dim=-1) > 1).sum()
+    assert (ids[is_open] != MASK).all()
+    assert by_one + by_many > 0
+    assert by_many > 0 or threshold > 0.5
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+@pytest.mark.parametrize("prompted", [False, True])
+def test_a_critics_confidence_is_that_a_token_is_right(threshold, prompted, device):
+    """1 - sigmoid of its logit, whatever the network's own probabilities."""
+    logits = []
+
+    class Watched(Jumping):
+        def forward(self, ids):
+            logits.append(2.0 * super().forward(ids))
+            return logits[-1]
+
+    wrapper = wrap(device, Small(), token_critic=Watched())
+    prompt = prompts(device) if prompted else {}
+    _, trajectory = wrapper.generate(
+        4, threshold=threshold, noise_level_scale=0.0, steps=6, return_trajectory=True, **prompt
+    )
+    is_open = ~prompt["prompt_mask"] if prompted else torch.ones_like(trajectory.is_masked[0])
+    for step, (before, now, _) in enumerate(committed(trajectory, is_open)):
+        if not before.any():
+            break
+        confidence = 1.0 - logits[step].sigmoid()
+        sure = before & (confidence > threshold)
+        expected = sure | (surest(confidence, before) & ~sure.any(dim=-1, keepdim=True))
+        assert torch.equal(now, before if step == 5 else expected)
+
+
+@pytest.mark.parametrize("critic", [False, True])
+@pytest.mark.parametrize("prompted", [False, True])
+def test_with_remasking_only_what_is_not_sure_is_masked_again(critic, prompted, device):
+    """One position more of each sequence is settled at each step, whatever the confidences."""
+    logits, steps, threshold = [], 6, 0.9 if critic else 0.6
+
+    class Watched(Jumping):
+        def forward(self, ids):
+            logits.append(3.0 * super().forward(ids))
+            return logits[-1]
+
+    wrapper = wrap(device, Small(scale=2.0), can_mask_prev_unmasked=True, token_critic=Watched() if critic else None)
+    prompt = prompts(device, 16) if prompted else {}
+    _, trajectory = wrapper.generate(
+        16, threshold=threshold, noise_level_scale=0.0, steps=steps, return_trajectory=True, **prompt
+    )
+    is_open = ~prompt["prompt_mask"] if prompted else torch.ones_like(trajectory.is_masked[0])
+    for step, is_masked in enumerate(trajectory.is_masked):
+        if critic and step >= len(logits):
+            break
+        confidence = 1.0 - logits[step].sigmoid() if critic else trajectory.log_probs[step].exp()
+        assert not (is_masked & (~is_open | (confidence > threshold))).any()
+        at_most = (is_open.sum(dim=-1) - step - 1).clamp(min=0)
+        assert (is_masked.sum(dim=-1) <= at_most).all()
+        # Up to as many, the least sure of all that are open.
+        unsure = (is_open & (confidence <= threshold)).sum(dim=-1)
+        if step < steps - 1:
+            assert (is_masked.any(dim=-1) == (unsure.minimum(at_most) > 0)).all()
+    assert not trajectory.is_masked[-1].any()
+    reopened = trajectory.is_masked[1:] & ~trajectory.is_masked[:-1]
+    assert reopened.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"can_mask_prev_unmasked": True}, {"token_critic": "own"}], ids=str)
+@pytest.mark.parametrize("prompted", [False, True])
+def test_the_ends_of_the_threshold(options, prompted, device):
+    """At 0 the first step commits everything, at 1 each step one position of each sequence."""
+    wrapper = wrap_small(device, **options)
+    prompt = prompts(device) if prompted else {}
+    shared = {"steps": 9, "filter_thres": None, "noise_level_scale": 0.0, "return_trajectory": True, **prompt}
+    assert not wrapper.generate(4, threshold=0.0, **shared)[1].is_masked.any()
+    assert not wrapper.generate(4, threshold=0, choice_temperature=9.0, **shared)[1].is_masked.any()
+    counts = wrapper.generate(4, threshold=1.0, **shared)[1].is_masked.sum(dim=-1)
+    num_open = (~prompt["prompt_mask"]).sum(dim=-1) if prompted else torch.full((4,), 8, device=device)
+    steps = torch.arange(1, 10, device=device)[:, None]
+    assert torch.equal(counts, (num_open - steps).clamp(min=0))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("options", [{}, {"choice_temperature": 2.0}, {"top_p": 0.9, "forbidden": [0]}], ids=str)
+@pytest.mark.parametrize("prompted", [False, True])
+@torch.no_grad()
+def test_a_threshold_is_a_loop_of_demask_steps(threshold, options, prompted, device):
+    net, steps = Small(scale=3.0).to(device), 6
+    prompt = prompts(device) if prompted else {}
+    ids = torch.full((4, 8), MASK, device=device)
+    is_masked = torch.ones_like(ids, dtype=torch.bool)
+    if prompted:
+        ids, is_masked = prompt["prompt"].where(prompt["prompt_mask"], MASK), ~prompt["prompt_mask"]
+    seed = functional.draw_seed(device, torch.Generator().manual_seed(2))
+    choice = {"choice_temperature": 0.0, **options}
+    for step in range(steps):
+        left = (steps - 1 - step) / steps
+        ids, is_masked, *_ = functional.demask_step(
+            net(ids), ids, is_masked, 0 if step == steps - 1 else None, mask_id=MASK, temperature=max(left, 1e-3),
+            threshold=threshold, seed=seed, step=step,
+            **{**choice, "choice_temperature": choice["choice_temperature"] * left},
+        )  # fmt: skip
+    generated = wrap(device, net).generate(
+        4, threshold=threshold, steps=steps, filter_thres=None, generator=torch.Generator().manual_seed(2),
+        **options, **prompt,
+    )  # fmt: skip
+    assert torch.equal(generated, ids)
 
 
 # ---- prompts ----
@@ -497,6 +880,39 @@ def test_a_batch_may_be_split(critic, remask, self_cond, prompted, device):
     assert torch.equal(whole, torch.cat([generate(slice(0, 1)), generate(slice(1, 4)), generate(slice(4, 6))]))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"filter_thres": 0.5},
+        {"top_p": 0.8, "filter_thres": None, "choice_temperature": 4.5},
+        {"threshold": 0.3, "choice_temperature": 1.0},
+        {"noise_level_scale": 2.0, "critic": True, "top_p": 0.9},
+        {"threshold": 0.4, "critic": True},
+        {"forbidden": [0, 1], "can_mask_prev_unmasked": True, "self_cond": True},
+    ],
+    ids=str,
+)
+def test_a_sequence_does_not_know_its_batch(options, device):
+    """Alone, among seven, in a part of them, and with a neighbour that is given."""
+    options = dict(options)
+    of_wrapper = {name: options.pop(name) for name in ("can_mask_prev_unmasked", "self_cond") if name in options}
+    if options.pop("critic", False):
+        of_wrapper["token_critic"] = Jumping()
+    wrapper = wrap(device, Small(), steps=5, **of_wrapper)
+    prompt = prompts(device, 7)
+    for prompted in (False, True):
+
+        def generate(rows: range, prompted=prompted) -> torch.Tensor:
+            given = {name: value[rows.start : rows.stop] for name, value in prompt.items()} if prompted else {}
+            generator = torch.Generator().manual_seed(3)
+            return wrapper.generate(len(rows), sample_offset=rows.start, generator=generator, **given, **options)
+
+        whole = generate(range(7))
+        assert len(whole.unique(dim=0)) > 2
+        assert torch.equal(whole, torch.cat([generate(range(row, row + 1)) for row in range(7)]))
+        assert torch.equal(whole, torch.cat([generate(range(3)), generate(range(3, 7))]))
+
+
 # ---- around the loop ----
 
 
@@ -575,7 +991,54 @@ def test_a_callable_schedule_may_rise_between(device):
         assert len(wrapper.net.calls) == (18 if remask else len({N, *counts.tolist()}) - 1)
 
 
+# ---- the trajectory ----
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=str)
+@pytest.mark.parametrize("remask", [False, True])
+def test_the_trajectory_is_what_each_step_left(options, remask, device):
+    """Cut short after n steps, a generation has left the first n entries: none is a view of what comes later."""
+    wrapper, prompt = wrap_small(device, can_mask_prev_unmasked=remask), prompts(device)
+    given, snapshots = prompt["prompt_mask"], []
+
+    def generate(**more):
+        return wrapper.generate(
+            **prompt, **options, steps=6, return_trajectory=True, generator=torch.Generator().manual_seed(4), **more
+        )
+
+    clone = torch.Tensor.clone
+    ids, trajectory = generate()
+    with pytest.MonkeyPatch.context() as patch:  # what is cloned after each step, as it was then
+        patch.setattr(torch.Tensor, "clone", lambda x, **more: (snapshots.append(x.tolist()), clone(x, **more))[1])
+        generate()
+    steps = list(zip(*[iter(snapshots[-18:])] * 3, strict=True))
+    for values, seen in zip(trajectory, zip(*steps, strict=True), strict=True):
+        for value, then in zip(values, seen, strict=True):
+            torch.testing.assert_close(value.cpu(), torch.tensor(then, dtype=value.dtype), rtol=0, atol=0)
+    assert trajectory.ids.data_ptr() != ids.data_ptr()
+    for state, is_masked, log_probs in zip(*trajectory, strict=True):
+        assert torch.equal(state[given], prompt["prompt"][given])
+        assert (state[is_masked] == MASK).all()
+        assert (state[~is_masked & ~given] != MASK).all()
+        assert (log_probs[given] == 0).all()
+        assert (log_probs[~given] < 0).all()  # proposed at the first step, or again since
+    assert (trajectory.is_masked[0] != trajectory.is_masked[-1]).any()
+    ids.zero_()
+    assert trajectory.ids[-1].any()
+
+
 # ---- the door ----
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.9}, {"forbidden": [1]}, {"threshold": 0.5}, {"cuda_graph": True}], ids=str
+)
+def test_upstreams_ways_have_none_of_the_new_options(options):
+    wrapper = wrap("cpu", compat=True)
+    message = f"expected compat=False with {next(iter(options))}=, which x-transformers does not have"
+    with pytest.raises(ValueError, match=message):
+        wrapper.generate(1, **options)
+    assert wrapper.net.calls == []
 
 
 ROW = torch.zeros(N, dtype=torch.int64)
@@ -594,6 +1057,7 @@ GIVEN = torch.zeros(N, dtype=torch.bool)
         ({"choice_temperature": "4"}, TypeError, "expected choice_temperature to be a number, received str"),
         ({"filter_thres": 1.0}, ValueError, r"expected filter_thres in \[0, 1\), received 1.0"),
         ({"filter_thres": -0.1}, ValueError, r"expected filter_thres in \[0, 1\), received -0.1"),
+        ({"choice_temperature": -1}, ValueError, r"expected choice_temperature in \[0, inf\), received -1"),
         ({"sample_offset": -1}, ValueError, "expected sample_offset of at least 0 and below 4294967296, received -1"),
         ({"prompt": ROW}, ValueError, "expected prompt and prompt_mask together, received one of them; give both"),
         ({"prompt_mask": GIVEN}, ValueError, "expected prompt and prompt_mask together, received one of them"),
@@ -629,6 +1093,31 @@ def test_arguments_that_do_not_fit(options, error, message, compat):
     assert wrapper.net.calls == [] or "sample_offset" in options
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"top_p": 1.5}, ValueError, r"expected top_p in \[0, 1\], received 1.5"),
+        ({"top_p": "0.5"}, TypeError, "expected top_p to be a number, received str"),
+        ({"threshold": -0.1}, ValueError, r"expected threshold in \[0, 1\], received -0.1"),
+        ({"threshold": math.nan}, ValueError, r"expected threshold in \[0, 1\], received nan"),
+        ({"threshold": True}, TypeError, "expected threshold to be a number, received bool"),
+        ({"forbidden": [V]}, ValueError, "expected forbidden ids of at least 0 and below 12, received 12"),
+        ({"forbidden": [0.0]}, TypeError, "expected forbidden ids to be an int, received float"),
+        ({"forbidden": torch.tensor([1])}, TypeError, "expected forbidden of dtype bool, received int64"),
+        (
+            {"forbidden": torch.zeros(V - 1).bool()},
+            ValueError,
+            r"expected forbidden of shape \[V\] = \[12\], received \[11\]",
+        ),
+    ],
+)
+def test_new_options_that_do_not_fit(options, error, message):
+    wrapper = wrap("cpu")
+    with pytest.raises(error, match=message):
+        wrapper.generate(**options)
+    assert wrapper.net.calls == []
+
+
 def test_a_prompt_of_three_dimensions_is_refused():
     with pytest.raises(
         ValueError, match=r"expected prompt of shape \[B, max_seq_len\] = \[1, 18\], received \[1, 1, 18\]"
@@ -636,41 +1125,189 @@ def test_a_prompt_of_three_dimensions_is_refused():
         wrap("cpu").generate(prompt=ROW[None, None], prompt_mask=GIVEN[None, None])
 
 
-@pytest.mark.parametrize("options", [{}, {"can_mask_prev_unmasked": True}, {"self_cond": True}], ids=str)
-@pytest.mark.parametrize("critic", [False, True])
+# ---- no step waits for the device ----
+
+
+class Waits(TorchDispatchMode):
+    """Writes down each operation that brings a value to the host, or whose result has a shape that depends on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        out = func(*args, **(kwargs or {}))
+        waits = (
+            aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2,
+            aten.unique_dim, aten.unique_consecutive, aten.bincount, aten.repeat_interleave,
+        )  # fmt: skip
+        takes_mask = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+        by_mask = takes_mask and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if func.overloadpacket in waits or by_mask:
+            self.seen.append(str(func))
+        return out
+
+
+def inside_the_steps(monkeypatch, context) -> None:
+    """Each step of a generation runs in ``context()``, what goes before and between does not."""
+    loop, end = NonAutoregressiveWrapper._loop, object()
+
+    def watched(*arguments):
+        run = loop(*arguments)
+        while True:
+            with context():
+                if next(run, end) is end:
+                    return
+            yield
+
+    monkeypatch.setattr(NonAutoregressiveWrapper, "_loop", watched)
+
+
+WAYS = {
+    "plain": ({}, {}),
+    "remask": ({"can_mask_prev_unmasked": True}, {"choice_temperature": 1.0}),
+    "self_cond": ({"self_cond": True}, {"choice_temperature": 1.0}),
+    "critic": ({"token_critic": "own"}, {"noise_level_scale": 2.0}),
+    "self_critic": ({"self_token_critic": True, "self_cond": True}, {}),
+    "remask_critic": ({"self_token_critic": True, "can_mask_prev_unmasked": True}, {}),
+    "filters": ({}, {"filter_thres": 0.5, "top_p": 0.9, "forbidden": [0, 7]}),
+    "mask": ({}, {"top_p": 0.9, "forbidden": torch.arange(V) == 7}),
+    "threshold": ({}, {"threshold": 0.3, "choice_temperature": 1.0}),
+    "threshold_critic": ({"token_critic": "own"}, {"threshold": 0.3}),
+    "threshold_remask": ({"can_mask_prev_unmasked": True}, {"threshold": 0.3}),
+}
+
+
+def generate_some_way(way: str, device, prompted: bool, length: int = 8) -> list:
+    """Which steps were run."""
+    of_wrapper, options = WAYS[way]
+    wrapper, done = wrap_small(device, length, **of_wrapper), []
+    options = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    given = prompts(device, 2, length) if prompted else {}
+    wrapper.generate(
+        2, steps=4, progress=lambda step, total: done.append(step), **{"filter_thres": None, **options}, **given
+    )
+    return done
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("prompted", [False, True])
-def test_no_step_waits_for_the_device(options, critic, prompted, device):
+def test_no_step_waits_for_the_device(way, prompted, device, monkeypatch):
     """DESIGN 4: nothing in the loop brings a value to the host, nor has a shape that depends on one."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    waits, aten = [], torch.ops.aten
-
-    class Waits(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket in (
-                aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2
-            ):  # fmt: skip
-                waits.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    if critic:
-        options = {**options, "token_critic": FixedCritic(torch.arange(N))}
-    wrapper = wrap(device, **options)
-    prompt = {"prompt": torch.zeros(2, N, dtype=torch.int64, device=device),
-              "prompt_mask": torch.arange(2 * N, device=device).view(2, N) % 5 == 0}  # fmt: skip
+    monkeypatch.setattr(top_k_filter, "np", None)  # a short way that only a CPU has
     mode = Waits()
 
-    def progress(done, total):  # on from the end of the first step to the end of the last
-        if done == 1:
-            mode.__enter__()
-        if done == total:
-            mode.__exit__(None, None, None)
+    @contextmanager
+    def refusing():
+        with mode, refusing_values(monkeypatch):
+            yield
 
-    wrapper.generate(2, filter_thres=None, choice_temperature=1.0, progress=progress, **(prompt if prompted else {}))
-    assert waits == []
-    with mode:  # it can tell
-        torch.ones(2).nonzero()
-    assert waits == ["aten.nonzero.default"]
+    inside_the_steps(monkeypatch, refusing)
+    assert generate_some_way(way, device, prompted) == [1, 2, 3, 4]
+    assert mode.seen == []
+
+
+def test_what_waits_is_seen(device, monkeypatch):
+    x, mode = torch.arange(3.0, device=device), Waits()
+    x.clone()[x > 1] = 2.0
+    waiting = [
+        x.nonzero, x[0].item, lambda: bool(x[1]), lambda: x[x > 1], x.unique,
+        lambda: x.masked_select(x > 1), lambda: x.repeat_interleave(x.long()), lambda: x.equal(x),
+        lambda: x.index_put((x > 1,), x[0]),
+    ]  # fmt: skip
+    for function in waiting:
+        mode.seen.clear()
+        with mode:
+            function()
+        assert mode.seen, function
+    mode.seen.clear()
+    with mode:
+        _ = x[x.long()], x.where(x > 1, 0.0), x.masked_fill(x > 1, 0.0)
+    assert mode.seen == []
+    inside_the_steps(monkeypatch, lambda: mode)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Small, "forward", lambda net, ids: torch.zeros(*ids.shape, V) + bool((ids == MASK).any()))
+        wrap_small("cpu").generate(1, steps=2)
+    assert len(mode.seen) == 2
+
+
+@contextmanager
+def refusing_values(patch: pytest.MonkeyPatch):
+    """No tensor gives its value to Python, but to Triton's interpreter, which is the device here."""
+    inside = []
+
+    def refuse(name):
+        method = getattr(torch.Tensor, name)
+
+        def call(tensor, *arguments, **options):
+            assert inside, f"Tensor.{name} in a step"
+            return method(tensor, *arguments, **options)
+
+        patch.setattr(torch.Tensor, name, call)
+
+    with patch.context() as patch:
+        if functional._dispatch.HAS_TRITON:
+            from triton.runtime.interpreter import GridExecutor
+
+            run = GridExecutor.__call__
+
+            def interpret(*arguments, **options):
+                inside.append(True)
+                try:
+                    return run(*arguments, **options)
+                finally:
+                    inside.pop()
+
+            patch.setattr(GridExecutor, "__call__", interpret)
+        for name in ("item", "tolist", "nonzero", "cpu", "numpy", "masked_select", "unique", "__bool__", "__int__",
+                     "__float__", "__index__"):  # fmt: skip
+            refuse(name)
+        yield
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_step_waits_for_the_device_on_the_kernels(way, kernel, monkeypatch):
+    """Their launchers included."""
+    if kernel.name == "cuda":
+        pytest.skip("a GPU refuses by itself, see below")
+    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    inside_the_steps(monkeypatch, lambda: refusing_values(monkeypatch))
+    assert generate_some_way(way, kernel.device, True, length=4) == [1, 2, 3, 4]
+
+
+def test_values_are_refused_outside_the_interpreter_only(kernel, monkeypatch):
+    if kernel.name == "cuda":
+        pytest.skip("a GPU refuses by itself, see below")
+    x = torch.ones(2)
+    with refusing_values(monkeypatch):
+        for function in (x[0].item, x.tolist, x.cpu, x.nonzero, lambda: bool(x[0]), x.numpy):
+            with pytest.raises(AssertionError, match="in a step"):
+                function()
+        functional.sample_tokens(torch.ones(1, 2, 3), seed=1, backend="triton")
+    assert x.tolist() == [1.0, 1.0]
+
+
+@contextmanager
+def refusing_synchronisation():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs a GPU: there is nothing to wait for")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("chosen", ["triton", "reference"])
+def test_no_step_waits_for_a_gpu(way, chosen, monkeypatch):
+    monkeypatch.setenv("FASTMASK_BACKEND", chosen)
+    device = torch.device("cuda")
+    generate_some_way(way, device, True)  # compiles kernels and starts libraries
+    with refusing_synchronisation(), pytest.raises(RuntimeError, match="synchroniz"):  # it can tell
+        torch.ones(2, device=device).nonzero()
+    inside_the_steps(monkeypatch, refusing_synchronisation)
+    assert generate_some_way(way, device, True) == [1, 2, 3, 4]
 
 
 def test_a_schedule_that_touches_zero_and_rises_again_is_followed(device):

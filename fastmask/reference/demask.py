@@ -22,15 +22,11 @@ from torch import Tensor
 
 from fastmask import _streams as streams
 from fastmask.reference import philox
+from fastmask.reference.top_k_filter import thresholds
 
-try:
-    import numpy as np
-except ImportError:  # torch runs without it
-    np = None  # type: ignore[assignment]
-
-# A chunk's temporaries stay in a CPU core's cache; a head's chunk is larger, for its matrix product.
+# A chunk's temporaries stay in a CPU core's cache, but a head's matrix product needs some rows.
 _CHUNK_ELEMENTS = 2**20
-HEAD_CHUNK_ROWS = 1024
+HEAD_CHUNK_ROWS = 128
 
 
 class Sampled(NamedTuple):
@@ -106,9 +102,7 @@ def sample_tokens(
     parts = []
     for start in range(0, max(1, len(rows.row_indices)), chunk):
         part = slice(start, start + chunk)
-        z = rows.of(logits, part)
-        # Worked on in place: a copy, unless indexing has made one.
-        z = z.to(torch.float32, copy=rows.is_compact)
+        z = rows.of(logits, part).to(torch.float32, copy=rows.is_compact)  # indexing has made a copy
         parts.append(_sample_chunk(z, rows.chunk(part), None if kept_ids is None else kept_ids[part], sampling))
     return _gathered(parts, rows, out)
 
@@ -124,12 +118,12 @@ def linear_sample_tokens(
     out: Sampled | None = None,
 ) -> Sampled:
     """``sample_tokens`` at logits = embeddings [M, D] weight^T + bias, one chunk of logits at a time."""
+    chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // _padded(len(weight)))
     parts = []
-    for start in range(0, max(1, len(rows.row_indices)), HEAD_CHUNK_ROWS):
-        part = slice(start, start + HEAD_CHUNK_ROWS)
-        logits = F.linear(rows.of(embeddings, part), weight, bias)
-        compact = rows.chunk(part)._replace(is_compact=True)
-        parts.append(sample_tokens(logits, compact, None if kept_ids is None else kept_ids[part], sampling))
+    for start in range(0, max(1, len(rows.row_indices)), chunk):
+        part = slice(start, start + chunk)
+        z = F.linear(rows.of(embeddings, part), weight, bias).float()
+        parts.append(_sample_chunk(z, rows.chunk(part), None if kept_ids is None else kept_ids[part], sampling))
     return _gathered(parts, rows, out)
 
 
@@ -150,37 +144,31 @@ def _sample_chunk(z: Tensor, rows: Rows, kept_ids: Tensor | None, sampling: Samp
         z[:, sampling.mask_id] = -torch.inf
     if sampling.forbidden is not None:
         z.masked_fill_(sampling.forbidden, -torch.inf)
-    threshold = filter_threshold(z, sampling.filter_thres, sampling.top_p)
+    threshold = thresholds(z, sampling.filter_thres, sampling.top_p)
+    if threshold is not None:
+        z.masked_fill_(z < threshold, -torch.inf)
     z_max = z.amax(dim=-1, keepdim=True)
     valid = z_max.isfinite()
+    z.sub_(z_max)
 
-    unheated = _weights(z, z_max, threshold, 1.0)
+    unheated = _weights(z, 1.0)
+    total = unheated.sum(dim=-1, keepdim=True)
     if temperature == 0.0:
         ids = z.argmax(dim=-1, keepdim=True)
-    elif temperature == 1.0:
-        ids = _race(unheated, rows)
     else:
-        ids = _race(_weights(z, z_max, threshold, temperature), rows)
+        ids = _race(unheated if temperature == 1.0 else _weights(z, temperature), rows)
     ids = ids.where(valid, _lowest_allowed(sampling, num_tokens))
     if kept_ids is not None:
         ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
 
-    z_sampled, total = z.gather(-1, ids), unheated.sum(dim=-1, keepdim=True)
-    log_probs = (z_sampled - z_max) - total.log()
-    if threshold is not None:  # a kept id may lie below it
-        log_probs = log_probs.where(z_sampled >= threshold, -torch.inf)
-    margins = entropies = None
+    figures = [z.gather(-1, ids) - total.log(), None, None]
     if sampling.with_margin:
-        margins = _margins(z, z_max, threshold) / total
+        figures[1] = _margins(z) / total
     if sampling.with_entropy:
-        # Clamped, since 0 times infinity is NaN.
-        energy = (unheated * (z - z_max).clamp(min=-1e30)).sum(dim=-1, keepdim=True)
-        entropies = (total.log() - energy / total).clamp(min=0.0)
+        energy = (unheated * z.clamp(min=-1e30)).sum(dim=-1, keepdim=True)  # 0 times infinity is NaN
+        figures[2] = (total.log() - energy / total).clamp(min=0.0)
     is_row = rows.row_indices[:, None] >= 0
-    figures = (
-        None if x is None else x.where(valid, torch.nan).where(is_row, 0.0).squeeze(-1)
-        for x in (log_probs, margins, entropies)
-    )
+    figures = [None if x is None else x.where(valid, torch.nan).where(is_row, 0.0).squeeze(-1) for x in figures]
     return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)  # type: ignore[arg-type]
 
 
@@ -194,53 +182,18 @@ def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
     return excluded.argmin()
 
 
-def _margins(z: Tensor, z_max: Tensor, threshold: Tensor | None) -> Tensor:
-    """1 - exp(second largest - largest) of each row, [M, 1]; 1 where nothing else stays."""
-    if z.shape[-1] == 1:
-        return torch.ones_like(z)
-    second = z.topk(2, dim=-1).values[:, 1:]
-    if threshold is not None:
-        second = second.where(second >= threshold, -torch.inf)
-    return -torch.expm1(second - z_max)
+def _margins(z: Tensor) -> Tensor:
+    """1 - exp(second largest) of each row of z [M, V] whose largest is 0, [M, 1]; 1 where nothing else stays."""
+    return torch.ones_like(z) if z.shape[-1] == 1 else -torch.expm1(z.topk(2, dim=-1).values[:, 1:])
 
 
-def filter_threshold(z: Tensor, filter_thres: float | None, top_p: float | None) -> Tensor | None:
-    """What the logits of each row of z [M, V] must not be below, [M, 1]: both filters; None where all stay."""
-    threshold = _top_k_threshold(z, filter_thres)
-    if top_p is None:
-        return threshold
-    kept = z if threshold is None else z.where(z >= threshold, -torch.inf)
-    return _top_p_threshold(kept, top_p)
-
-
-def _top_k_threshold(z: Tensor, filter_thres: float | None) -> Tensor | None:
-    """The ceil((1 - filter_thres) V)-th largest of each row."""
-    num_kept = z.shape[-1] if filter_thres is None else math.ceil((1.0 - filter_thres) * z.shape[-1])
-    first_kept = z.shape[-1] - num_kept
-    if first_kept <= 0:
-        return None
-    if z.device.type == "cpu" and np is not None and not torch.compiler.is_compiling():  # six times as fast as topk
-        return torch.from_numpy(np.partition(z.numpy(), first_kept, axis=-1)[:, first_kept, None])
-    return z.topk(num_kept, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-
-
-def _top_p_threshold(z: Tensor, top_p: float) -> Tensor:
-    """The least likely id of each row's nucleus: with all that are likelier it first reaches the share top_p."""
-    z = z.sort(dim=-1, descending=True).values
-    weights = (z - z[:, :1]).double().exp()
-    mass = weights.cumsum(dim=-1)
-    last = (mass < top_p * mass[:, -1:]).sum(dim=-1, keepdim=True)
-    return z.gather(-1, last.clamp(max=z.shape[-1] - 1))
-
-
-def _weights(z: Tensor, z_max: Tensor, threshold: Tensor | None, temperature: float) -> Tensor:
-    """exp((z - max z) / temperature), [M, V], 0 below the threshold."""
+def _weights(z: Tensor, temperature: float) -> Tensor:
+    """exp(z / temperature), [M, V], of z <= 0."""
     # Base 2: on a CPU several times as fast as exp, and not slowed by underflow.
     # The factor stays finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf.
     limits = torch.finfo(torch.float32)
     factor = max(limits.tiny, min(math.log2(math.e) / temperature, limits.max))
-    weights = (z - z_max).mul_(factor).exp2_()
-    return weights if threshold is None else weights.mul_(z >= threshold)
+    return (z * factor).exp2_()
 
 
 def excludes(mask_id: int | None, num_tokens: int) -> bool:
@@ -253,7 +206,8 @@ def _race(weights: Tensor, rows: Rows) -> Tensor:
     num_rows, num_tokens = weights.shape
     padded = _padded(num_tokens)
     tiles = math.ceil(num_tokens / streams.TILE)
-    weights = F.pad(weights, (0, padded - num_tokens))
+    if padded > num_tokens:
+        weights = F.pad(weights, (0, padded - num_tokens))
     weights = rearrange(weights, "m (tile sub id) -> m tile sub id", tile=tiles, id=streams.SUB_TILE)
 
     row = torch.arange(num_rows, device=weights.device)

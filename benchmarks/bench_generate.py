@@ -1,0 +1,26 @@
+"""A whole generation, against x-transformers' own (the baseline), the network's own time shown apart.
+
+``pytest benchmarks`` or ``python -m benchmarks.bench_generate [--quick]``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from benchmarks import end_to_end
+from benchmarks.harness import Contender
+
+BENCHMARK = end_to_end.benchmark("generate")
+
+
+@pytest.mark.parametrize("contender", BENCHMARK.contenders(), ids=str)
+@pytest.mark.parametrize("case", BENCHMARK.cases(False), ids=str)
+def test_generate(benchmark: Any, case: end_to_end.Case, contender: Contender) -> None:
+    BENCHMARK.run_pytest(benchmark, case, contender)
+
+
+if __name__ == "__main__":
+    sys.exit(BENCHMARK.main(__doc__))

@@ -1,0 +1,568 @@
+"""Graphs of whole generations: one shape for many prompts, captured once, replayed with everything fresh.
+
+Without a GPU a recorder of operations stands in for CUDA's graph. As that does, it runs the same operations on the
+same memory again, whatever Python would do now, and no value may reach the host while it records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import itertools
+import math
+import pickle
+import warnings
+import weakref
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from x_transformers import Encoder, TransformerWrapper
+
+from fastmask import NonAutoregressiveWrapper, _cuda_graph
+from fastmask.reference import top_k_filter
+
+V, N, MASK = 11, 16, 4
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: nothing else captures CUDA graphs")
+
+
+class Net(nn.Module):
+    """Embeddings and logits that depend on every id, and on what is passed along."""
+
+    def __init__(self, length: int = N) -> None:
+        super().__init__()
+        self.num_tokens, self.max_seq_len, self.emb_dim = V, length, 4
+        self.attn_layers = SimpleNamespace(dim=4)
+        generator = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(length, V, length, 4, generator=generator))
+        self.head = nn.Parameter(2.0 * torch.randn(4, V, generator=generator))
+
+    def forward(
+        self, ids, sum_embeds=0.0, shift=0.0, scale=1.0, mems=(), return_embeddings=False,
+        return_logits_and_embeddings=False,
+    ):  # fmt: skip
+        place = torch.arange(self.max_seq_len, device=ids.device)
+        embeddings = self.table[place, ids].sum(dim=1).tanh() + sum_embeds + sum(x.mean() for x in mems)
+        if return_embeddings:
+            return embeddings
+        logits = (embeddings[..., None] * self.head).sum(dim=-2) * scale + shift
+        return (logits, embeddings) if return_logits_and_embeddings else logits
+
+
+class Critic(nn.Module):
+    def forward(self, ids):
+        return torch.sin(7.0 * ids + torch.arange(ids.shape[1], device=ids.device))
+
+
+class Branching(Net):
+    """Cannot be captured: Python looks at a value."""
+
+    def forward(self, ids, **options):
+        return super().forward(ids, **options) * (2.0 if (ids == MASK).any() else 1.0)
+
+
+def wrap(net=None, device="cpu", **options) -> NonAutoregressiveWrapper:
+    torch.manual_seed(0)
+    options = {"steps": 4, **options}
+    if options.get("token_critic") == "own":
+        options["token_critic"] = Critic()
+    return NonAutoregressiveWrapper(net or Net(), mask_id=MASK, **options).to(device)
+
+
+def prompts(num_open, seed=0, device="cpu") -> dict[str, torch.Tensor]:
+    """A prompt for each of num_open [B], with so many open positions."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(num_open), N
+    rank = torch.rand(shape, generator=generator).argsort(dim=-1).argsort(dim=-1)
+    prompt = torch.randint(0, V, shape, generator=generator)
+    return {"prompt": prompt.to(device), "prompt_mask": (rank >= torch.tensor(num_open)[:, None]).to(device)}
+
+
+def drawn(wrapper, seed: int, **options) -> torch.Tensor:
+    return wrapper.generate(generator=torch.Generator().manual_seed(seed), **options)
+
+
+# ---- without a GPU ----
+
+
+class Recorder(TorchDispatchMode):
+    """A torch.cuda.CUDAGraph's likeness, and a torch.cuda.graph's."""
+
+    REFUSED = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self.num_replays = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in self.REFUSED:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more about it")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                is_view = old is not None and old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+                if old is not None and not is_view:
+                    old.copy_(new.reshape(old.shape))  # squeeze_ may have changed it since
+
+
+class OnCuda(torch.Tensor):
+    """Says so, and is on the CPU; what is computed from it says the truth."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[Recorder]:
+    """All graphs captured, oldest first: _cuda_graph believes that it is on a GPU."""
+    captured, replay = [], _cuda_graph.replay
+
+    def capture(graph, **options):
+        captured.append(graph)
+        return graph
+
+    def replay_on_cuda(module, key, function, inputs):
+        return replay(module, key, function, [inputs[0].as_subclass(OnCuda), *inputs[1:]])
+
+    monkeypatch.setattr(_cuda_graph, "replay", replay_on_cuda)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())
+    for name in ("Stream", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    # What the reference does by numpy on a CPU only.
+    monkeypatch.setattr(top_k_filter, "np", None)
+    monkeypatch.setenv("FASTMASK_BACKEND", "reference")
+    return captured
+
+
+OPTIONS = {
+    "plain": ({}, {}),
+    "filters": ({}, {"filter_thres": 0.3, "top_p": 0.9, "forbidden": [1, 2], "choice_temperature": 2.0}),
+    "forbidden": ({}, {"forbidden": torch.arange(V) % 5 == 0, "filter_thres": None}),
+    "threshold": ({}, {"threshold": 0.4, "choice_temperature": 1.0}),
+    "self_cond": ({"self_cond": True}, {"choice_temperature": 2.0}),
+    "critic": ({"token_critic": "own"}, {"noise_level_scale": 0.5}),
+    "self_critic": ({"self_token_critic": True}, {}),
+    "threshold_critic": ({"token_critic": "own"}, {"threshold": 0.4}),
+    "remask": ({"can_mask_prev_unmasked": True, "self_cond": True}, {}),
+    "remask_critic": ({"can_mask_prev_unmasked": True, "token_critic": "own"}, {"sample_offset": 5}),
+    "many_steps": ({"steps": 18}, {"choice_temperature": 4.5}),
+    "cosine": ({"schedule": "cosine", "steps": 7}, {"start_temperature": 2.0}),
+}
+
+
+def assert_graph_is_loop(case: str, device="cpu") -> None:
+    """For three seeds and prompts, and without a prompt."""
+    of_wrapper, options = OPTIONS[case]
+    wrapper = wrap(device=device, **of_wrapper)
+    options = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    for given in (lambda seed: {"batch_size": 3}, lambda seed: prompts([10, 9 - seed, 3 * seed], seed, device)):
+        outs = []
+        for seed in range(3):
+            shared = {"seed": seed, **options, **given(seed)}
+            outs.append(drawn(wrapper, cuda_graph=True, **shared))
+            assert torch.equal(outs[-1], drawn(wrapper, **shared))
+        assert len({tuple(ids.flatten().tolist()) for ids in outs}) == 3
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_graph_gives_what_the_loop_gives(case, graphs):
+    """With places for more open positions than there are, other prompts and other seeds than at the capture."""
+    assert_graph_is_loop(case)
+    assert [graph.num_replays for graph in graphs] == [3, 3]
+
+
+@pytest.mark.parametrize("by_threshold", [False, True])
+@pytest.mark.parametrize("options", [{}, {"can_mask_prev_unmasked": True}, {"self_cond": True}], ids=str)
+def test_the_plans_shape_depends_on_the_rounded_largest_number_of_open_positions(options, by_threshold):
+    wrapper = wrap(**options)
+
+    def steps(*num_open):
+        return wrapper._plan(4, torch.tensor(num_open), torch.device("cpu"), by_threshold, True).steps
+
+    for eighth in range(8):
+        low, high = 2 * eighth + 1, 2 * eighth + 2
+        assert len({steps(low, 0, 0), steps(high, 0, 0), steps(1, low, low), steps(0, 0, high)}) == 1
+    assert len({steps(2 * eighth, 0, 0) for eighth in range(9)}) == 9
+    assert steps(3, 3) != steps(3, 3, 3)
+    counts = [wrapper._plan(4, torch.tensor([n]), torch.device("cpu"), by_threshold, True).counts for n in (3, 4)]
+    assert not torch.equal(*counts)  # but not what it does
+
+
+@pytest.mark.parametrize("length", [1, 3, 7, 9, 15, 18])
+def test_the_rounded_number_of_open_positions_is_within_the_sequence(length):
+    wrapper, eighth = wrap(Net(length)), math.ceil(length / 8)
+    for num_open in range(length + 1):
+        plan = wrapper._plan(3, torch.tensor([num_open]), torch.device("cpu"), False, True)
+        places = plan.steps[0].num_rows
+        assert num_open <= places <= min(length, num_open + eighth - 1)
+        assert places in (length, *range(0, length, eighth))
+
+
+def test_prompts_of_one_eighth_share_a_graph(graphs):
+    wrapper = wrap()
+    for num_open in ([1, 0], [2, 2], [0, 1], [2, 1]):
+        drawn(wrapper, 0, cuda_graph=True, **prompts(num_open))
+    assert len(graphs) == 1
+    drawn(wrapper, 0, cuda_graph=True, **prompts([3, 1]))
+    assert len(graphs) == 2
+    ids = drawn(wrapper, 0, cuda_graph=True, **prompts([0, 0]))
+    assert torch.equal(ids, prompts([0, 0])["prompt"])
+
+
+def assert_randomness_is_fresh(wrapper) -> None:
+    torch.manual_seed(3)
+    ids = [wrapper.generate(2, 3.0, cuda_graph=True) for _ in range(3)]
+    assert len({tuple(x.flatten().tolist()) for x in ids}) == 3
+    torch.manual_seed(3)
+    for cuda_graph, expected in zip((True, False, True), ids, strict=True):
+        assert torch.equal(wrapper.generate(2, 3.0, cuda_graph=cuda_graph), expected)
+
+
+def test_each_replay_draws_afresh(graphs):
+    assert_randomness_is_fresh(wrap())
+    assert len(graphs) == 1
+
+
+def test_a_result_is_its_callers_own(graphs):
+    """A later replay does not change it, nor what was passed."""
+    wrapper, given = wrap(), prompts([9, 8, 7, 9])
+    before = copy.deepcopy(given)
+    first = drawn(wrapper, 0, cuda_graph=True, **given)
+    kept = first.clone()
+    second = drawn(wrapper, 2, cuda_graph=True, **given)
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+    first.zero_()
+    assert torch.equal(drawn(wrapper, 0, cuda_graph=True, **given), kept)
+    assert all(torch.equal(given[name], before[name]) for name in given)
+
+
+def test_shapes(graphs):
+    wrapper, given = wrap(), prompts([5])
+    assert wrapper.generate(cuda_graph=True).shape == (N,)
+    assert wrapper.generate(2, cuda_graph=True).shape == (2, N)
+    assert wrapper.generate(0, cuda_graph=True).shape == (0, N)
+    one = {name: value[0] for name, value in given.items()}
+    assert wrapper.generate(cuda_graph=True, **one).shape == (N,)
+    assert wrapper.generate(3, cuda_graph=True, **one).shape == (3, N)
+
+
+DIFFERENT = {
+    "batch": {"batch_size": 3},
+    "steps": {"steps": 5},
+    "start_temperature": {"start_temperature": 0.5},
+    "filter_thres": {"filter_thres": 0.5},
+    "top_p": {"top_p": 0.5},
+    "noise": {"noise_level_scale": 0.5},
+    "choice": {"choice_temperature": 0.5},
+    "threshold": {"threshold": 0.5},
+    "forbidden": {"forbidden": [1]},
+    "sample_offset": {"sample_offset": 2},
+    "keyword": {"scale": 0.5},
+    "another_value": {"scale": 2.0},
+    "tensor": {"shift": torch.linspace(0, 3, V)},
+    "another_name": {"scale": torch.linspace(0, 3, V)},
+    "shape": {"shift": torch.ones(N, V)},
+    "dtype": {"shift": torch.ones(V, dtype=torch.float64)},
+    "another_tensor": {"sum_embeds": torch.ones(4)},
+}
+
+
+def test_each_set_of_options_has_a_graph_of_its_own(graphs, monkeypatch):
+    monkeypatch.setattr(_cuda_graph, "_KEPT", 100)
+    wrapper = wrap()
+    for number, options in enumerate([{}, *DIFFERENT.values()], start=1):
+        shared = {"seed": 1, "batch_size": 2, **options}
+        first = drawn(wrapper, cuda_graph=True, **shared)
+        assert len(graphs) == number, options
+        assert torch.equal(first, drawn(wrapper, **shared))
+        assert torch.equal(first, drawn(wrapper, cuda_graph=True, **shared))
+        assert len(graphs) == number, options
+
+
+def test_forbidden_ids_are_read_at_each_replay(graphs):
+    wrapper = wrap()
+    for forbidden in ([1], [2, 3], [5, 6, 7, 8, 9, 10]):
+        assert not torch.isin(
+            wrapper.generate(4, cuda_graph=True, forbidden=forbidden), torch.tensor(forbidden)
+        ).any()
+    assert len(graphs) == 1
+
+
+def test_what_the_network_is_passed_is_read_at_each_replay(graphs):
+    wrapper = wrap()
+    for seed in range(3):
+        shared = {"batch_size": 2, "shift": 3.0 * torch.randn(V, generator=torch.Generator().manual_seed(seed))}
+        assert torch.equal(drawn(wrapper, 0, cuda_graph=True, **shared), drawn(wrapper, 0, **shared))
+    assert len(graphs) == 1
+
+
+def test_tensors_inside_what_the_network_is_passed_are_not_forgotten(graphs):
+    """However the graphs see to it; these are told apart by a look at all values only."""
+    wrapper = wrap()
+    for value in (0.0, 3.0):
+        inner = torch.zeros(3000)
+        inner[1500] = 3000 * value
+        shared = {"batch_size": 2, "mems": [inner]}
+        assert torch.equal(drawn(wrapper, 0, cuda_graph=True, **shared), drawn(wrapper, 0, **shared))
+
+
+def test_parameters_are_read_at_each_replay_and_replaced_ones_are_seen(graphs):
+    wrapper = wrap()
+    before = drawn(wrapper, 0, batch_size=2, cuda_graph=True)
+    with torch.no_grad():
+        wrapper.net.head.neg_()
+    after = drawn(wrapper, 0, batch_size=2, cuda_graph=True)
+    assert len(graphs) == 1
+    assert not torch.equal(after, before)
+    assert torch.equal(after, drawn(wrapper, 0, batch_size=2))
+    old = wrapper.net.head
+    wrapper.net.head = nn.Parameter(-old.detach())
+    assert torch.equal(drawn(wrapper, 0, batch_size=2, cuda_graph=True), before)
+    assert len(graphs) == 2
+    wrapper.net.head = old
+    assert torch.equal(drawn(wrapper, 0, batch_size=2, cuda_graph=True), after)
+    assert len(graphs) == 2
+
+
+class OtherCritic(nn.Module):
+    def forward(self, ids):
+        return (ids % 3).float()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("can_mask_prev_unmasked", True), ("schedule_fn", "cosine"), ("self_cond", False), ("mask_id", 5),
+        ("steps", 6), ("token_critic", OtherCritic()),
+    ],
+)  # fmt: skip
+def test_a_changed_wrapper_is_seen(name, value, graphs):
+    """Where the graph of old would give something else."""
+    wrapper = wrap(self_cond=True, token_critic="own")
+    shared = {"batch_size": 8, "noise_level_scale": 1.0}
+    assert torch.equal(drawn(wrapper, 0, cuda_graph=True, **shared), drawn(wrapper, 0, **shared))
+    before = drawn(wrapper, 0, **shared)
+    setattr(wrapper, name, value)
+    assert not torch.equal(drawn(wrapper, 0, **shared), before)
+    assert torch.equal(drawn(wrapper, 0, cuda_graph=True, **shared), drawn(wrapper, 0, **shared))
+
+
+def test_at_most_eight_graphs_are_kept(graphs):
+    wrapper = wrap()
+    for steps in range(1, 10):
+        wrapper.generate(1, steps=steps, cuda_graph=True)
+    assert len(graphs) == 9
+    assert len(_cuda_graph._graphs[wrapper]) == 8
+    wrapper.generate(1, steps=2, cuda_graph=True)
+    assert len(graphs) == 9
+    wrapper.generate(1, steps=1, cuda_graph=True)  # the oldest had to go
+    assert len(graphs) == 10
+    assert len(_cuda_graph._graphs[wrapper]) == 8
+
+
+def test_a_network_that_cannot_be_captured_runs_step_by_step(graphs):
+    wrapper = wrap(Branching())
+    message = (
+        r"cuda_graph=True has no effect: the network cannot be captured \(RuntimeError: operation not permitted "
+    )
+    with pytest.warns(UserWarning, match=message + r"when stream is capturing\); the steps run one by one") as record:
+        ids = drawn(wrapper, 0, batch_size=2, cuda_graph=True)
+    assert len(record) == 1
+    assert torch.equal(ids, drawn(wrapper, 0, batch_size=2))
+    assert len(graphs) == 1
+    for seed in range(2):  # and is not tried again, nor spoken of
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ids = drawn(wrapper, seed, batch_size=2, cuda_graph=True)
+        assert torch.equal(ids, drawn(wrapper, seed, batch_size=2))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("error", [AssertionError(), NotImplementedError(""), ValueError("one\ntwo")], ids=repr)
+def test_any_failure_to_capture_is_told(error, graphs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph", mock.Mock(side_effect=error))
+    with pytest.warns(UserWarning, match=rf"cannot be captured \({type(error).__name__}"):
+        assert wrap().generate(2, cuda_graph=True).shape == (2, N)
+
+
+def test_what_a_network_raises_by_itself_is_raised(graphs):
+    with pytest.warns(UserWarning, match="TypeError"), pytest.raises(TypeError, match="unknown"):
+        wrap().generate(2, cuda_graph=True, unknown=1)
+
+
+def test_graphs_do_not_keep_the_wrapper_alive(graphs):
+    wrapper = wrap(self_token_critic=True)
+    wrapper.generate(1, cuda_graph=True)
+    alive, kept = (
+        weakref.ref(wrapper),
+        weakref.ref(_cuda_graph._graphs[wrapper][next(iter(_cuda_graph._graphs[wrapper]))]),
+    )
+    graphs.clear()
+    del wrapper
+    gc.collect()
+    assert alive() is None
+    assert kept() is None
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
+def test_a_wrapper_with_graphs_can_be_copied(duplicate, graphs):
+    net = nn.Embedding(V, V)
+    net.num_tokens, net.max_seq_len = V, N
+    wrapper = wrap(net)
+    expected = drawn(wrapper, 0, batch_size=2, cuda_graph=True)
+    other = duplicate(wrapper)
+    assert torch.equal(drawn(other, 0, batch_size=2, cuda_graph=True), expected)
+    assert len(graphs) == 2
+    with torch.no_grad():
+        other.net.weight.neg_()
+    assert not torch.equal(drawn(other, 0, batch_size=2, cuda_graph=True), expected)
+    assert torch.equal(drawn(wrapper, 0, batch_size=2, cuda_graph=True), expected)
+    assert len(graphs) == 2
+
+
+def test_the_modes_are_restored(graphs):
+    seen = []
+
+    class Watched(Net):
+        def forward(self, ids, **options):
+            seen.append(self.training)
+            return super().forward(ids, **options)
+
+    wrapper = wrap(Watched()).train()
+    for _ in range(2):
+        wrapper.generate(1, cuda_graph=True)
+        assert wrapper.training
+        assert wrapper.net.training
+    assert seen == [False] * 8  # the first round and the capture
+
+
+def test_on_a_cpu_the_steps_run_one_by_one():
+    wrapper, given = wrap(), prompts([7, 3])
+    message = "cuda_graph=True has no effect: the network is on cpu; the steps run one by one"
+    for seed in range(2):
+        with pytest.warns(UserWarning, match=message):
+            ids = drawn(wrapper, seed, cuda_graph=True, **given)
+        assert torch.equal(ids, drawn(wrapper, seed, **given))
+
+
+def test_the_warning_points_at_the_caller():
+    with pytest.warns(UserWarning, match="no effect") as record:
+        wrap().generate(1, cuda_graph=True)
+    assert record[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"progress": True}, {"progress": print}, {"return_trajectory": True}],
+    ids=["bar", "call", "trajectory"],
+)
+def test_nothing_can_be_told_step_by_step(options):
+    message = (
+        "expected cuda_graph=True without progress= and return_trajectory=: a graph runs all steps at once; leave"
+    )
+    with pytest.raises(ValueError, match=message):
+        wrap().generate(1, cuda_graph=True, **options)
+
+
+def test_the_recorder_is_like_a_graph():
+    """It sees new inputs in the old memory, in place and through views, and no new Python."""
+    x, factor, graph = torch.arange(4.0), 2.0, Recorder()
+    with graph:
+        y = factor * x
+        y[1:].add_(torch.ones(3))
+    factor = 5.0
+    x.copy_(torch.tensor([1.0, 1.0, 1.0, 4.0]))
+    graph.replay()
+    assert y.tolist() == [2.0, 3.0, 3.0, 9.0]
+    with pytest.raises(RuntimeError, match="not permitted"), Recorder():
+        x.sum().item()
+
+
+# ---- on a GPU ----
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend_of_loop", ["triton", "reference"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_real_graph_gives_what_the_loop_gives(case, backend_of_loop, monkeypatch):
+    monkeypatch.setenv("FASTMASK_BACKEND", backend_of_loop)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is a graph
+        assert_graph_is_loop(case, "cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"self_token_critic": True}, {"self_cond": True}], ids=str)
+def test_a_real_graph_of_a_transformer(options):
+    layers = Encoder(dim=32, depth=2, heads=2, attn_dim_head=16)
+    net = TransformerWrapper(num_tokens=V, max_seq_len=N, attn_layers=layers)
+    wrapper = wrap(net, "cuda", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_randomness_is_fresh(wrapper)
+        for seed, num_open in itertools.product(range(2), ([9, 3], [10, 10])):
+            given = prompts(num_open, seed, "cuda")
+            ids = drawn(wrapper, seed, cuda_graph=True, **given)
+            assert torch.equal(ids[given["prompt_mask"]], given["prompt"][given["prompt_mask"]])
+            assert torch.equal(ids == MASK, (given["prompt"] == MASK) & given["prompt_mask"])
+            assert torch.equal(ids, drawn(wrapper, seed, **given))
+    assert len(_cuda_graph._graphs[wrapper]) == 2
+
+
+@needs_gpu
+def test_a_real_graph_waits_for_nothing_but_the_prompt():
+    wrapper = wrap(device="cuda")
+    wrapper.generate(2, cuda_graph=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        wrapper.generate(2, cuda_graph=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_real_capture_that_fails_leaves_the_gpu_usable():
+    wrapper = wrap(Branching(), "cuda")
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        ids = drawn(wrapper, 0, batch_size=2, cuda_graph=True)
+    assert torch.equal(ids, drawn(wrapper, 0, batch_size=2, cuda_graph=True))
+    assert torch.equal(ids, drawn(wrapper, 0, batch_size=2))
+    assert_randomness_is_fresh(wrap(device="cuda"))
+
+
+@needs_gpu
+def test_real_graphs_do_not_keep_the_wrapper_nor_its_memory():
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    wrapper = wrap(device="cuda")
+    wrapper.generate(2, cuda_graph=True)
+    assert torch.cuda.memory_allocated() > before
+    alive = weakref.ref(wrapper)
+    del wrapper
+    gc.collect()
+    assert alive() is None
+    assert torch.cuda.memory_allocated() <= before
+
+
+@needs_gpu
+def test_a_real_graph_of_an_empty_batch():
+    assert wrap(device="cuda").generate(0, cuda_graph=True).shape == (0, N)

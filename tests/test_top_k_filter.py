@@ -1,0 +1,194 @@
+"""The vocabulary's filters: thresholds against sorting, against upstream's top_k and the nucleus in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from x_transformers import nonautoregressive_wrapper as upstream
+
+OPERATION = "demask"
+
+
+def draw(*shape, seed=0, scale=1.0, dtype=torch.float32) -> torch.Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def kept_by(z: np.ndarray, filter_thres: float | None) -> np.ndarray:
+    """Which logits [V] stay: the ceil((1 - filter_thres) V) largest and what ties with the last of them."""
+    kept = len(z) if filter_thres is None else math.ceil((1 - filter_thres) * len(z))
+    return z >= np.sort(z)[::-1][kept - 1]
+
+
+def nucleus(z: np.ndarray, top_p: float | None) -> np.ndarray:
+    """Which logits [V] stay: the fewest largest with the share top_p of the mass, and what ties with the last."""
+    if top_p is None or top_p >= 1:
+        return np.ones(len(z), dtype=bool)
+    falling = np.sort(z)[::-1]
+    mass = np.exp(falling - falling[0]).cumsum()
+    return z >= falling[(mass < top_p * mass[-1]).sum()]
+
+
+def filtered(logits, filter_thres=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
+    """One row [V] in float64, -inf at what is excluded or does not stay."""
+    z = logits.double().numpy().copy()
+    if mask_id is not None and 0 <= mask_id < len(z):
+        z[mask_id] = -np.inf
+    if forbidden is not None:
+        z[np.asarray(forbidden)] = -np.inf
+    z[~kept_by(z, filter_thres)] = -np.inf
+    z[~nucleus(z, top_p)] = -np.inf
+    return z
+
+
+def kept(backend, rows, filter_thres=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
+    """Which of rows [M, V] a backend's filters keep, by their thresholds: a sampler would take a row for each id."""
+    z = rows.float().clone()
+    if mask_id is not None:
+        z[:, mask_id] = -math.inf
+    if forbidden is not None:
+        z[:, forbidden] = -math.inf
+    if not backend.is_kernel:
+        threshold = backend.module("top_k_filter").thresholds(z, filter_thres, top_p)
+    else:
+        rows, vector = rows.to(backend.device), 16 // rows.element_size()
+        arguments = {
+            "x_ptr": rows, "lead_x": backend.module("_rows").lead(rows), "stride_x": rows.stride(0),
+            "row_indices_ptr": torch.arange(len(rows), device=rows.device), "num_rows": len(rows),
+            "forbidden_ptr": None if forbidden is None else forbidden.to(rows.device), "V": rows.shape[1],
+            "mask_id": -1 if mask_id is None else mask_id, "IS_COMPACT": True, "HAS_MASK_ID": mask_id is not None,
+            "HAS_FORBIDDEN": forbidden is not None, "VECTOR": vector,
+        }  # fmt: skip
+        threshold = backend.module("top_k_filter").thresholds(arguments, filter_thres, top_p)
+        threshold = None if threshold is None else threshold.cpu()[:, None]
+    stays = z.isfinite() if threshold is None else z.isfinite() & (z >= threshold)
+    return stays.numpy()
+
+
+@pytest.mark.parametrize("thres", [0.0, 0.05, 0.1, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("vocabulary", [1, 3, 10, 100, 1000])
+def test_filter_keeps_what_upstreams_top_k_keeps(backend, vocabulary, thres):
+    logits = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0)).float() / 100
+    theirs = upstream.top_k(logits[None, None], thres)[0, 0].isfinite()
+    ours = kept(backend, logits[None], thres)[0]
+    assert np.array_equal(ours, theirs)
+    assert ours.sum() == math.ceil((1 - thres) * vocabulary)
+
+
+def test_filter_keeps_ties_and_spends_no_place_on_the_mask(backend):
+    logits = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0, 0.0, 9.0, -1.0, -2.0, -3.0]])
+    assert kept(backend, logits, 0.8)[0].nonzero()[0].tolist() == [0, 6]  # two of ten
+    assert kept(backend, logits, 0.8, mask_id=6)[0].nonzero()[0].tolist() == [0, 1, 2, 3]
+    assert kept(backend, torch.zeros(1, 10), 0.9).all()
+
+
+def filter_row(kind, vocabulary, dtype=torch.float32):
+    place = torch.arange(vocabulary)
+    normal = draw(vocabulary, seed=vocabulary)
+    return {
+        "normal": lambda: normal,
+        "peaked": lambda: normal + 20.0 * (place == vocabulary // 3),
+        "flat": lambda: 1e-3 * normal,
+        "equal": lambda: torch.zeros(vocabulary),
+        "two values": lambda: (place % 7 == 0).float(),
+        "tied": lambda: normal.round(),
+        "mostly -inf": lambda: normal.where(place % 50 == 3, -math.inf),
+        "heavy tail": lambda: -1.1 * (1.0 + place * 7919 % vocabulary).log(),
+        "rising": lambda: place / 1000.0,
+        "falling": lambda: -place / 1000.0,
+        # Lanes read 4 or 8 columns of each block of 8192: these have room for 8 or 16 candidates each.
+        "in few lanes": lambda: normal + 9.0 * (place % 8192 < 200),
+        # Of 40960 columns the sample that brackets the threshold sees every fifth vector.
+        "above the sample": lambda: normal + 40.0 * (place // (4 if dtype == torch.float32 else 8) % 5 != 0),
+        "below the sample": lambda: normal - 40.0 * (place // (4 if dtype == torch.float32 else 8) % 5 != 0),
+    }[kind]().to(dtype)  # fmt: skip
+
+
+TOP_K = [
+    *itertools.product(["normal", "equal", "two values", "tied"], [2, 37, 8191, 8193], [0.6]),
+    *itertools.product(["rising", "falling", "mostly -inf", "heavy tail"], [8192, 8193], [0.3, 0.99]),
+    *itertools.product(["in few lanes"], [40960], [0.0005, 0.985, 0.99]),
+    *itertools.product(["above the sample", "below the sample"], [40960], [0.1, 0.5, 0.9]),
+    *zip(["rising", "normal", "in few lanes"], [131071, 131072, 131073], [0.5, 0.9999, 0.99], strict=True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kind", "vocabulary", "thres"), TOP_K)
+def test_top_k_keeps_what_sorting_keeps(backend, kind, vocabulary, thres, dtype):
+    if vocabulary > 100000 and dtype == torch.bfloat16 and backend.name == "interpreter":
+        pytest.skip("one dtype of the largest is enough for the interpreter")
+    row = filter_row(kind, vocabulary, dtype)
+    expected = kept_by(row.double().numpy(), thres) & np.isfinite(row.double().numpy())
+    assert expected.sum() >= min(math.ceil((1 - thres) * vocabulary), int(row.isfinite().sum()))
+    assert np.array_equal(kept(backend, row[None], thres)[0], expected)
+
+
+def test_top_k_of_rows_that_begin_anywhere(backend):
+    """Seven rows of an odd vocabulary, from an odd address."""
+    rows = draw(7 * 101 + 3, dtype=torch.bfloat16)[3:].view(7, 101)
+    for stays, row in zip(kept(backend, rows, 0.8), rows, strict=True):
+        assert np.array_equal(stays, kept_by(row.double().numpy(), 0.8))
+
+
+def assert_nucleus(backend, row, top_p, filter_thres=None, **excluded):
+    """Exactly the float64 oracle's, but for an id at its very edge: no larger than at p + 1e-6, no smaller than at
+    p - 1e-6. Whether it is exact."""
+    stays = kept(backend, row[None], filter_thres, top_p, **excluded)[0]
+
+    def oracle(p):
+        return np.isfinite(filtered(row, filter_thres=filter_thres, top_p=p, **excluded))
+
+    assert stays.any()
+    assert not (stays & ~oracle(min(top_p + 1e-6, 1.0))).any()
+    assert not (oracle(max(top_p - 1e-6, 0.0)) & ~stays).any()
+    return np.array_equal(stays, oracle(top_p))
+
+
+NUCLEUS_ROWS = ["normal", "peaked", "flat", "equal", "tied", "mostly -inf", "heavy tail"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", NUCLEUS_ROWS)
+def test_top_p_keeps_what_the_float64_oracle_keeps(backend, kind, dtype):
+    cases = [*itertools.product([37, 1000], [0.0, 0.3, 0.9, 0.999]), (4, 0.5), (8193, 0.0), (8193, 0.8)]
+    exact = [assert_nucleus(backend, filter_row(kind, vocabulary, dtype), p) for vocabulary, p in cases]
+    assert np.mean(exact) > 0.8
+    assert kept(backend, torch.zeros(1, 1, dtype=dtype), None, 0.5).tolist() == [[True]]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("peaked", torch.bfloat16), ("heavy tail", torch.float32)], ids=str)
+def test_top_p_of_a_large_vocabulary(backend, kind, dtype):
+    assert_nucleus(backend, filter_row(kind, 50257, dtype), 0.7)
+
+
+@pytest.mark.parametrize("kind", NUCLEUS_ROWS)
+def test_top_k_then_top_p(backend, kind):
+    """The share is one of what the k largest have together; the other order would keep more."""
+    for thres, top_p in ((0.5, 0.9), (0.9, 0.5), (0.97, 0.0)):
+        assert_nucleus(backend, filter_row(kind, 300), top_p, thres)
+        assert_nucleus(backend, filter_row(kind, 300), top_p, thres, mask_id=4, forbidden=torch.arange(300) % 3 == 0)
+
+
+def test_the_nucleus_keeps_the_boundary_and_its_ties(backend):
+    row = torch.tensor([[0.1, 0.4, 0.1, 0.2, 0.1, 0.1]]).log()
+    for top_p, expected in [(0.0, [1]), (0.39, [1]), (0.41, [1, 3]), (0.59, [1, 3]), (0.61, [*range(6)])]:
+        assert kept(backend, row, None, top_p)[0].nonzero()[0].tolist() == expected, top_p
+    # k first: of the two largest together the head is two thirds.
+    assert kept(backend, row, 0.67, 0.66)[0].nonzero()[0].tolist() == [1]
+    assert kept(backend, row, 0.67, 0.67)[0].nonzero()[0].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("content", [math.nan, math.inf, 1e30])
+def test_what_is_excluded_does_not_matter_to_the_filters(backend, content):
+    for vocabulary in (40, 8200):
+        row, forbidden = draw(1, vocabulary, seed=2), torch.arange(vocabulary) % 5 == 1
+        for thres, top_p in ((0.7, None), (None, 0.6)):
+            plain = kept(backend, row, thres, top_p, mask_id=3, forbidden=forbidden)
+            row[:, forbidden] = content
+            row[:, 3] = content
+            assert np.array_equal(kept(backend, row, thres, top_p, mask_id=3, forbidden=forbidden), plain)
+            assert plain.sum() < vocabulary / 2
