@@ -25,7 +25,7 @@ from fastmask.reference import philox
 from fastmask.reference.top_k_filter import thresholds
 
 # A chunk's temporaries stay in a CPU core's cache, but a head's matrix product needs some rows.
-_CHUNK_ELEMENTS = 2**20
+_CHUNK_ELEMENTS = 2**21
 HEAD_CHUNK_ROWS = 128
 
 
