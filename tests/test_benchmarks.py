@@ -727,3 +727,8 @@ def test_the_static_table_takes_the_plans_that_the_tests_keep(operation):
     assert len({plan["name"] for plan in plans}) == len(plans) > 3
     assert not any(plan["name"].startswith("{") for plan in plans)
     assert all({"module", "kernel", "options", "args"} <= set(plan) for plan in plans)
+
+
+def test_readme_tells_the_newest_results():
+    text = report.README.read_text()
+    assert report.readme(text) == text, "run python -m benchmarks report"

@@ -418,7 +418,7 @@ def test_any_split_of_a_batch_gives_the_same_ids(door):
 
 
 def test_rows_across_the_references_chunks(law_door):
-    """At V = 8192 the reference works on 128 rows at once."""
+    """At V = 8192 the reference works on 256 rows at once."""
     door = law_door
     logits = draw(1, 1, 8192).expand(1, 257, 8192)
     kept = torch.full((1, 257), -1)
