@@ -57,10 +57,17 @@ def replay(module: nn.Module, key: Hashable, function: Function, inputs: Sequenc
         key: everything else that the function depends on besides the inputs' values.
         function: may write the inputs it is given.
     """
+    with torch.cuda.device_of(inputs[0]):
+        captured = _captured(module, key, function, inputs)
+        return function([x.clone() for x in inputs]) if captured is None else captured(inputs)
+
+
+def _captured(module: nn.Module, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> _Captured | None:
+    """The graph, captured if it has not been tried; None, with a warning the first time, where there can be none."""
     device = inputs[0].device
     if device.type != "cuda":
         _warn(f"the network is on {device}")
-        return function([x.clone() for x in inputs])
+        return None
     graphs = _graphs.setdefault(module, {})
     key = (
         key,
@@ -71,24 +78,22 @@ def replay(module: nn.Module, key: Hashable, function: Function, inputs: Sequenc
         (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_inference_mode_enabled()),
     )
     try:
-        is_known = key in graphs
+        if key in graphs:
+            return graphs[key]
     except TypeError as error:
         _warn(f"the network's arguments must be tensors and what can be hashed ({error})")
-        return function([x.clone() for x in inputs])
-    with torch.cuda.device(device):
-        if not is_known:
-            while len(graphs) >= _KEPT:
-                graphs.pop(next(iter(graphs)))
-            try:
-                graphs[key] = _Captured(function, inputs)
-            except Exception as error:  # a network may fail in any way
-                graphs[key] = None
-                cause = error.__context__ or error  # the end of a failed capture fails too
-                told = (str(cause).splitlines() or [""])[0][:200]
-                _warn(f"the network cannot be captured ({type(cause).__name__}: {told})")
-        captured = graphs[key]
-        return function([x.clone() for x in inputs]) if captured is None else captured(inputs)
+        return None
+    while len(graphs) >= _KEPT:
+        graphs.pop(next(iter(graphs)))
+    try:
+        graphs[key] = _Captured(function, inputs)
+    except Exception as error:  # a network may fail in any way
+        graphs[key] = None
+        cause = error.__context__ or error  # the end of a failed capture fails too
+        told = (str(cause).splitlines() or [""])[0][:200]
+        _warn(f"the network cannot be captured ({type(cause).__name__}: {told})")
+    return graphs[key]
 
 
 def _warn(obstacle: str) -> None:
-    warnings.warn(f"cuda_graph=True has no effect: {obstacle}; the steps run one by one", stacklevel=6)
+    warnings.warn(f"cuda_graph=True has no effect: {obstacle}; the steps run one by one", stacklevel=7)

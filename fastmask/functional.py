@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastmask import _check, _dispatch
-from fastmask.reference.demask import Rows, Sampled, Sampling
+from fastmask.reference.demask import Remasking, Rows, Sampled, Sampling
 from fastmask.reference.mask_sampling import MaskedTokens, draw_times
 from fastmask.reference.masked_cross_entropy import CrossEntropy
 from fastmask.schedules import Schedule, TensorFn, as_schedule
@@ -1047,12 +1047,7 @@ def remask_(
         eligible,
         counts,
         _as_seed(seed, values.device, generator) if noise_scale else counts.new_zeros((), dtype=torch.int64),
-        is_confidence=is_confidence,
-        noise_scale=float(noise_scale),
-        min_score=min_score,
-        mask_id=mask_id,
-        sample_offset=sample_offset,
-        step=step,
+        Remasking(is_confidence, float(noise_scale), min_score, mask_id, sample_offset, step),
     )
 
 

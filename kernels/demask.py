@@ -597,16 +597,9 @@ def _(*args: Any) -> None:
 @torch.no_grad()
 def sample_tokens(logits: Tensor, rows: Any, kept_ids: Tensor | None, sampling: Any, out: Any = None) -> Any:
     """See the twin, ``fastmask.reference.demask``: same arguments, ids, log_probs, margins and entropies."""
-    num_rows = rows.row_indices.shape[0]  # symbolic, as len() is not
-    figure = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    results = (
-        torch.empty(num_rows, dtype=torch.int64, device=logits.device),
-        figure,
-        torch.empty_like(figure) if sampling.with_margin else None,
-        torch.empty_like(figure) if sampling.with_entropy else None,
-    )
+    results = _empty_samples(rows.row_indices, sampling) if out is None else out
     torch.ops.fastmask.sample_tokens_(
-        *(results if out is None else out),
+        *results,
         logits,
         rows.row_indices.contiguous(),
         None if kept_ids is None else kept_ids.contiguous(),
@@ -622,7 +615,17 @@ def sample_tokens(logits: Tensor, rows: Any, kept_ids: Tensor | None, sampling: 
         sampling.top_p,
         sampling.mask_id,
     )
-    return results if out is None else out
+    return results
+
+
+def _empty_samples(row_indices: Tensor, sampling: Any) -> tuple[Tensor | None, ...]:
+    """Room for ids, log_probs, margins and entropies, those that are asked for."""
+    wanted = (True, True, sampling.with_margin, sampling.with_entropy)
+    dtypes = (torch.int64, torch.float32, torch.float32, torch.float32)
+    return tuple(
+        torch.empty_like(row_indices, dtype=dtype) if is_wanted else None
+        for is_wanted, dtype in zip(wanted, dtypes, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -753,31 +756,10 @@ def remask_(
     eligible: Tensor | None,
     counts: Tensor,
     seed: Tensor,
-    *,
-    is_confidence: bool,
-    noise_scale: float,
-    min_score: float | None,
-    mask_id: int,
-    sample_offset: int,
-    step: int,
+    remasking: Any,
 ) -> None:
     """See the twin: scores, selection and all that it changes, in one launch."""
-    torch.ops.fastmask.remask_(
-        ids,
-        is_masked,
-        row_indices,
-        row_starts,
-        values,
-        eligible,
-        counts,
-        seed,
-        is_confidence,
-        noise_scale,
-        min_score,
-        mask_id,
-        sample_offset,
-        step,
-    )
+    torch.ops.fastmask.remask_(ids, is_masked, row_indices, row_starts, values, eligible, counts, seed, *remasking)
 
 
 def _fits(length: int) -> bool:

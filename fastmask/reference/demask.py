@@ -24,7 +24,7 @@ from fastmask import _streams as streams
 from fastmask.reference import philox
 from fastmask.reference.top_k_filter import thresholds
 
-# A chunk's temporaries stay in a CPU core's cache, but a head's matrix product needs some rows.
+# Logits worked on at once, as many as were fastest on a CPU; behind a head so many rows at least, for its product.
 _CHUNK_ELEMENTS = 2**21
 HEAD_CHUNK_ROWS = 128
 
@@ -81,6 +81,17 @@ class Sampling(NamedTuple):
     forbidden: Tensor | None
     with_margin: bool
     with_entropy: bool
+
+
+class Remasking(NamedTuple):
+    """How positions are scored and masked again; see ``fastmask.functional.remask_``."""
+
+    is_confidence: bool
+    noise_scale: float
+    min_score: float | None
+    mask_id: int
+    sample_offset: int
+    step: int
 
 
 @torch.no_grad()
@@ -282,13 +293,7 @@ def remask_(
     eligible: Tensor | None,
     counts: Tensor,
     seed: Tensor,
-    *,
-    is_confidence: bool,
-    noise_scale: float,
-    min_score: float | None,
-    mask_id: int,
-    sample_offset: int,
-    step: int,
+    remasking: Remasking,
 ) -> None:
     """Selects by values [B, N] and writes ids, is_masked [B, N] and the list of masked positions in place.
 
@@ -296,13 +301,13 @@ def remask_(
     fit is left out. ``eligible`` is by default what is masked.
     """
     scores = values.float()
-    if noise_scale:
-        scores = scores + noise_scale * score_noise(seed, values.shape, sample_offset, step)
-    chosen = select_to_remask(
-        -scores if is_confidence else scores, is_masked if eligible is None else eligible, counts, min_score
-    )
+    if remasking.noise_scale:
+        noise = score_noise(seed, values.shape, remasking.sample_offset, remasking.step)
+        scores = scores + remasking.noise_scale * noise
+    scores = -scores if remasking.is_confidence else scores
+    chosen = select_to_remask(scores, is_masked if eligible is None else eligible, counts, remasking.min_score)
     is_masked.copy_(chosen)
-    ids.masked_fill_(chosen, mask_id)
+    ids.masked_fill_(chosen, remasking.mask_id)
     slots = row_starts[:-1, None] + chosen.cumsum(dim=-1) - 1
     slots = slots.where(chosen & (slots < row_starts[1:, None]), len(row_indices))  # the place behind the last
     flat = torch.arange(ids.numel(), device=ids.device)
