@@ -13,20 +13,22 @@ Scores are those of MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2) or o
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from fastmask import _streams as streams
 from fastmask.reference import philox
 from fastmask.reference.top_k_filter import thresholds
 
-# Logits worked on at once, as many as were fastest on a CPU; behind a head so many rows at least, for its product.
-_CHUNK_ELEMENTS = 2**21
+# Logits held at once, as many as were fastest on a CPU; behind a head so many rows at least, for its product.
+# Of those so many are worked on at once: a core's cache holds them.
+_CHUNK_ELEMENTS = 2**22
 HEAD_CHUNK_ROWS = 128
+_BLOCK_ELEMENTS = 2**17
 
 
 class Sampled(NamedTuple):
@@ -109,7 +111,7 @@ def sample_tokens(
 
     A row with NaN, +inf or no finite logit gives the lowest allowed id and NaN; no row gives id -1 and zeros.
     """
-    chunk = max(1, _CHUNK_ELEMENTS // _padded(logits.shape[-1]))
+    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
     parts = []
     for start in range(0, max(1, len(rows.row_indices)), chunk):
         part = slice(start, start + chunk)
@@ -129,7 +131,7 @@ def linear_sample_tokens(
     out: Sampled | None = None,
 ) -> Sampled:
     """``sample_tokens`` at logits = embeddings [M, D] weight^T + bias, one chunk of logits at a time."""
-    chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // _padded(len(weight)))
+    chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // len(weight))
     parts = []
     for start in range(0, max(1, len(rows.row_indices)), chunk):
         part = slice(start, start + chunk)
@@ -140,7 +142,7 @@ def linear_sample_tokens(
 
 def _gathered(parts: list[Sampled], rows: Rows, out: Sampled | None) -> Sampled:
     """The chunks' results as one, or where they belong in ``out``."""
-    sampled = Sampled(*(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    sampled = Sampled(*_joined(parts))
     if out is None:
         return sampled
     for canvas, values in ((out.ids, sampled.ids), (out.log_probs, sampled.log_probs)):
@@ -149,38 +151,69 @@ def _gathered(parts: list[Sampled], rows: Rows, out: Sampled | None) -> Sampled:
     return out
 
 
+def _joined(parts: Sequence[Iterable[Tensor | None]]) -> Iterator[Any]:
+    """Each field of the parts, their rows together; None where there is none."""
+    return (None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+
+
+class _Figures(NamedTuple):
+    """What is known of rows of logits before a race: sums of unheated and heated exp(z - max z), all float32.
+
+    is_valid: [M, 1] bool, whether there is a largest logit. totals: [M, 1]. sub_tiles: [M, S], heated, None where
+    nothing races. margins, entropies: [M, 1], None where not asked for.
+    """
+
+    is_valid: Tensor
+    totals: Tensor
+    sub_tiles: Tensor | None
+    margins: Tensor | None
+    entropies: Tensor | None
+
+
 def _sample_chunk(z: Tensor, rows: Rows, kept_ids: Tensor | None, sampling: Sampling) -> Sampled:
+    """Of logits z [M, V] float32, which are overwritten."""
+    block = _BLOCK_ELEMENTS if z.device.type == "cpu" else z.numel()
+    blocks = [_filter_(part, sampling) for part in z.split(max(1, block // z.shape[-1]))]
+    is_valid, totals, sub_tiles, margins, entropies = _Figures(*_joined(blocks))
+    ids = z.argmax(dim=-1, keepdim=True) if sub_tiles is None else _race(z, sub_tiles, sampling.temperature, rows)
+    ids = ids.where(is_valid, _lowest_allowed(sampling, z.shape[-1]))
+    if kept_ids is not None:
+        ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
+
+    is_row = rows.row_indices[:, None] >= 0
+    figures: list[Any] = [z.gather(-1, ids) - totals.log(), margins, entropies]
+    figures = [None if x is None else x.where(is_valid, torch.nan).where(is_row, 0.0).squeeze(-1) for x in figures]
+    return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)
+
+
+def _filter_(z: Tensor, sampling: Sampling) -> _Figures:
+    """Leaves in z [M, V] what may be sampled, less the row's largest, and -inf."""
     temperature, num_tokens = sampling.temperature, z.shape[-1]
     if excludes(sampling.mask_id, num_tokens):
         z[:, sampling.mask_id] = -torch.inf
     if sampling.forbidden is not None:
         z.masked_fill_(sampling.forbidden, -torch.inf)
     threshold = thresholds(z, sampling.filter_thres, sampling.top_p)
-    if threshold is not None:
-        z.masked_fill_(z < threshold, -torch.inf)
-    z_max = z.amax(dim=-1, keepdim=True)
-    valid = z_max.isfinite()
-    z.sub_(z_max)
+    is_kept = None if threshold is None else torch.ge(z, threshold, out=torch.empty_like(z))
+    largest = z.amax(dim=-1, keepdim=True)
+    z.sub_(largest)
+    if is_kept is not None:
+        z.div_(is_kept)  # all filtered are below 0: many times as fast on a CPU as masked_fill_
 
     unheated = _weights(z, 1.0)
-    total = unheated.sum(dim=-1, keepdim=True)
-    if temperature == 0.0:
-        ids = z.argmax(dim=-1, keepdim=True)
-    else:
-        ids = _race(unheated if temperature == 1.0 else _weights(z, temperature), rows)
-    ids = ids.where(valid, _lowest_allowed(sampling, num_tokens))
-    if kept_ids is not None:
-        ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
-
-    figures = [z.gather(-1, ids) - total.log(), None, None]
-    if sampling.with_margin:
-        figures[1] = _margins(z) / total
+    totals = unheated.sum(dim=-1, keepdim=True)
+    margins = _margins(z) / totals if sampling.with_margin else None
+    entropies = None
     if sampling.with_entropy:
         energy = (unheated * z.clamp(min=-1e30)).sum(dim=-1, keepdim=True)  # 0 times infinity is NaN
-        figures[2] = (total.log() - energy / total).clamp(min=0.0)
-    is_row = rows.row_indices[:, None] >= 0
-    figures = [None if x is None else x.where(valid, torch.nan).where(is_row, 0.0).squeeze(-1) for x in figures]
-    return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)  # type: ignore[arg-type]
+        entropies = (totals.log() - energy / totals).clamp(min=0.0)
+    sub_tiles = None
+    if temperature != 0.0:
+        heated = unheated if temperature == 1.0 else _weights(z, temperature)
+        missing = -num_tokens % streams.SUB_TILE
+        heated = F.pad(heated, (0, missing)) if missing else heated
+        sub_tiles = heated.unflatten(-1, (-1, streams.SUB_TILE)).sum(dim=-1)
+    return _Figures(largest.isfinite(), totals, sub_tiles, margins, entropies)
 
 
 def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
@@ -212,28 +245,22 @@ def excludes(mask_id: int | None, num_tokens: int) -> bool:
     return mask_id is not None and 0 <= mask_id < num_tokens
 
 
-def _race(weights: Tensor, rows: Rows) -> Tensor:
-    """Ids [M, 1], each with probability weights / sum of weights, [M, V]."""
-    num_rows, num_tokens = weights.shape
-    padded = _padded(num_tokens)
-    tiles = math.ceil(num_tokens / streams.TILE)
-    if padded > num_tokens:
-        weights = F.pad(weights, (0, padded - num_tokens))
-    weights = rearrange(weights, "m (tile sub id) -> m tile sub id", tile=tiles, id=streams.SUB_TILE)
-
-    row = torch.arange(num_rows, device=weights.device)
-    tile = _winner(weights.sum(dim=(2, 3)), streams.TILE_RACE, rows, torch.zeros_like(row))
-    sub_tiles = weights[row, tile]
-    first = tile * (streams.TILE // streams.SUB_TILE)
-    sub_tile = _winner(sub_tiles.sum(dim=-1), streams.SUB_TILE_RACE, rows, first)
-    first = (first + sub_tile) * streams.SUB_TILE
-    return (first + _winner(sub_tiles[row, sub_tile], streams.ELEMENT_RACE, rows, first))[:, None]
-
-
-def _padded(num_tokens: int) -> int:
-    """num_tokens up to whole tiles; a single tile only up to whole sub-tiles."""
-    unit = streams.SUB_TILE if num_tokens <= streams.TILE else streams.TILE
-    return math.ceil(num_tokens / unit) * unit
+def _race(z: Tensor, sub_tiles: Tensor, temperature: float, rows: Rows) -> Tensor:
+    """Ids [M, 1] of z [M, V], likely in proportion to their heated weights, of which sub_tiles [M, S] are sums."""
+    per_tile = streams.TILE // streams.SUB_TILE
+    if sub_tiles.shape[-1] > per_tile:
+        sub_tiles = F.pad(sub_tiles, (0, -sub_tiles.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))
+    else:
+        sub_tiles = sub_tiles[:, None]
+    row = torch.arange(len(z), device=z.device)
+    tile = _winner(sub_tiles.sum(dim=-1), streams.TILE_RACE, rows, torch.zeros_like(row))
+    first = tile * per_tile
+    sub_tile = first + _winner(sub_tiles[row, tile], streams.SUB_TILE_RACE, rows, first)
+    first = sub_tile * streams.SUB_TILE
+    ids = first[:, None] + torch.arange(streams.SUB_TILE, device=z.device)
+    is_id = ids < z.shape[-1]
+    weights = _weights(z.gather(-1, ids.where(is_id, 0)), temperature).where(is_id, 0.0)
+    return (first + _winner(weights, streams.ELEMENT_RACE, rows, first))[:, None]
 
 
 def _winner(weights: Tensor, stream: int, rows: Rows, first: Tensor) -> Tensor:
