@@ -53,7 +53,7 @@ def row_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unweighted loss, nll and correctness, [M] each, of the rows ``rows`` of logits [R, V]."""
     parts = [
-        chunk_losses(logits[part], targets[part], with_gradient=False, **options)[:3]
+        chunk_losses(logits.index_select(0, part), targets[part], with_gradient=False, **options)[:3]
         for part in rows.split(chunk_rows(logits))
     ]
     loss, nll, correct = map(torch.cat, zip(*parts, strict=True))
@@ -76,9 +76,9 @@ def chunk_losses(
     with_correct: bool,
     with_gradient: bool,
 ) -> RowLosses:
-    """The module's equations with w = 1, for logits [M, V] and targets [M]."""
+    """The module's equations with w = 1, for logits [M, V], which may be overwritten, and targets [M]."""
     target = targets.long()[:, None]
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     num_allowed = z.shape[-1] - (exclude_id is not None)
     slope = None
     if softcap is not None:
@@ -150,9 +150,9 @@ class _MaskedRows(torch.autograd.Function):
         chunk = chunk_rows(logits)
         for part, grad_part in zip(rows.split(chunk), grad_loss.split(chunk), strict=True):
             options = {**ctx.options, "with_correct": False}
-            out = chunk_losses(logits[part], targets[part], with_gradient=True, **options)
+            out = chunk_losses(logits.index_select(0, part), targets[part], with_gradient=True, **options)
             assert out.gradient is not None
-            grad_logits[part] = out.gradient.mul_(grad_part[:, None]).to(logits.dtype)
+            grad_logits.index_copy_(0, part, out.gradient.mul_(grad_part[:, None]).to(logits.dtype))
         is_unmasked = torch.ones_like(targets, dtype=torch.bool).index_fill_(0, rows, False)
         grad_logits.index_fill_(0, is_unmasked.nonzero().squeeze(-1), 0.0)
         return grad_logits, None, None, None, None
