@@ -60,10 +60,13 @@ def run(quick: bool, directory: pathlib.Path) -> int:
     device, start = harness.default_device(), time.monotonic()
     print(harness.machine(device), flush=True)
     jobs = [(module.BENCHMARK, case) for module in MODULES for case in module.BENCHMARK.cases(quick)]
-    rows: list[Row] = []
-    for number, (benchmark, case) in enumerate(jobs, 1):
-        print(f"\n[{number}/{len(jobs)}, {time.monotonic() - start:.0f} s] {benchmark.name}, {case}", flush=True)
-        rows += benchmark.show(case, quick)
+    found: list[list[Row]] = [[] for _ in jobs]
+    visits = list(range(len(jobs))) * (1 if quick else harness.VISITS)
+    for number, job in enumerate(visits, 1):
+        benchmark, case = jobs[job]
+        print(f"\n[{number}/{len(visits)}, {time.monotonic() - start:.0f} s] {benchmark.name}, {case}", flush=True)
+        found[job] = benchmark.show(case, quick, found[job])
+    rows = [{key: value for key, value in row.items() if key != "times"} for case in found for row in case]
     measured = results_file.about(device, quick) | {
         "rows": rows,
         "scaling": [] if quick else scaling.show(device),

@@ -50,9 +50,11 @@ class Effort:
     seconds: float
 
 
-FULL = Effort(5, 30, 8.0)
+FULL = Effort(3, 15, 4.0)
 QUICK = Effort(3, 30, 3.0)
 
+# How often the whole suite comes to each case: minutes apart, so that the spread has the machine's drift in it.
+VISITS = 2
 
 NEEDS_CUDA = "needs CUDA"
 
@@ -315,12 +317,14 @@ def compare(
     floors: Mapping[str, Floor],
     bounds: Runs,
     effort: Effort = FULL,
+    earlier: Sequence[Row] = (),
 ) -> list[Row]:
     """Gate, time and measure the memory of every contender at one case.
 
     Args:
         floors: what each kind of ``given`` must at least do.
         bounds: work that is timed in the same rounds and is no contender (bare products, the network alone).
+        earlier: the rows of an earlier visit, whose rounds count too.
 
     Returns:
         A row for each contender, the refused ones included, then one for each bound.
@@ -337,7 +341,11 @@ def compare(
             row |= {"status": refusal.status, "reason": refusal.reason, "errors": refusal.errors}
         rows.append(row)
     runs = {name: step.run for name, step in steps.items()} | dict(bounds)
-    times = time_rounds(runs, {name: step.restore for name, step in steps.items()}, problem.device, effort)
+    times = {row["contender"]: row["times"] for row in earlier if "times" in row}
+    for name, found in time_rounds(
+        runs, {name: step.restore for name, step in steps.items()}, problem.device, effort
+    ).items():
+        times[name] = [*times.get(name, ()), *found]
     for row in rows:
         if row["contender"] in steps:
             step = steps[row["contender"]]
@@ -364,7 +372,7 @@ def _of_limit(row: Row, limits: Mapping[str, float]) -> float:
 
 def _timing(times: Sequence[float], floor: Floor) -> Row:
     median, least = statistics.median(times), floor.milliseconds
-    row: Row = {"ms": median, "spread": [min(times), max(times)], "rounds": len(times)}
+    row: Row = {"ms": median, "spread": [min(times), max(times)], "rounds": len(times), "times": times}
     row |= {"rate": floor.achieved(median), "unit": floor.unit, "floor_ms": least}
     row["percent_of_floor"] = None if least is None else 100 * least / median
     if floor.logits and floor.rate is not None:
@@ -486,8 +494,14 @@ class Benchmark:
     finish: Callable[[list[Row]], None] = _as_they_are
     published: Published | None = None
 
-    def measure(self, case: Any, effort: Effort = FULL, only: Callable[[Contender], bool] | None = None) -> list[Row]:
-        """The rows of a case, of all contenders or of some."""
+    def measure(
+        self,
+        case: Any,
+        effort: Effort = FULL,
+        only: Callable[[Contender], bool] | None = None,
+        earlier: Sequence[Row] = (),
+    ) -> list[Row]:
+        """The rows of a case, of all contenders or of some; ``earlier`` as in :func:`compare`."""
         limits = ceilings(case.device, default_dtype(case.device))
         contenders = [contender for contender in self.contenders() if only is None or only(contender)]
         _problem.cache_clear()  # the case before need not fit beside this one
@@ -495,7 +509,7 @@ class Benchmark:
         try:
             problem = _problem(self, case)
             bounds = self.bounds(case, problem) if only is None else {}
-            rows = compare(contenders, problem, self.floors(case, limits), bounds, effort)
+            rows = compare(contenders, problem, self.floors(case, limits), bounds, effort, earlier)
         except torch.OutOfMemoryError as error:
             refusal = {"status": "out of memory", "reason": f"the case itself: {_describe(error)}", "errors": {}}
             rows = [_identity(contender) | refusal for contender in contenders]
@@ -521,7 +535,7 @@ class Benchmark:
                 torch.cuda.synchronize()
 
         benchmark.group = f"{self.name}, {case}"
-        benchmark.pedantic(run, setup=step.restore, rounds=FULL.min_rounds, warmup_rounds=1)
+        benchmark.pedantic(run, setup=step.restore, rounds=VISITS * FULL.min_rounds, warmup_rounds=1)
 
     def main(self, doc: str | None) -> int:
         """The command line of one operation: prints its tables; 1 if fastmask was refused anywhere."""
@@ -532,9 +546,9 @@ class Benchmark:
         rows = [row for case in self.cases(arguments.quick) for row in self.show(case, arguments.quick)]
         return int(any_of_ours_refused(rows))
 
-    def show(self, case: Any, quick: bool) -> list[Row]:
+    def show(self, case: Any, quick: bool, earlier: Sequence[Row] = ()) -> list[Row]:
         """Measures a case and prints its table."""
-        rows = self.measure(case, QUICK if quick else FULL)
+        rows = self.measure(case, QUICK if quick else FULL, earlier=earlier)
         print(table(rows, self.published if case.device.type == "cuda" else None), flush=True)
         return rows
 

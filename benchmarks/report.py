@@ -44,7 +44,9 @@ def markdown(directory: pathlib.Path = results_file.DIRECTORY) -> str:
     for is_cuda in (True, False):
         found = results_file.newest(is_cuda, directory)
         if found is not None:
-            parts += [_machine(found), _tasks(found), _operations(found), _scaling(found), _largest_batches(found)]
+            parts += [_machine(found), _tasks(found), _largest_batches(found)]
+            parts.append(_folded("Each operation by itself", _operations(found)))
+            parts.append(_folded("How cost grows with size", _scaling(found)))
         elif is_cuda:
             parts.append(NOT_MEASURED)
     return "\n\n".join(part for part in parts if part)
@@ -144,6 +146,10 @@ def _time(milliseconds: float) -> str:
     value = milliseconds * factor
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.{digits}f} {unit}"
+
+
+def _folded(title: str, table: str) -> str:
+    return f"<details>\n<summary>{title}</summary>\n\n{table}\n\n</details>" if table else ""
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

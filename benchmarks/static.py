@@ -8,7 +8,7 @@ imply a bandwidth that the program reaches at least, if nothing but instructions
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
@@ -78,12 +78,9 @@ def plans() -> Iterator[tuple[str, Plan]]:
 
 def _load(name: str) -> ModuleType:
     """A module of tests/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, TESTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    if str(TESTS) not in sys.path:
+        sys.path.append(str(TESTS))
+    return importlib.import_module(name)
 
 
 def describe(operation: str, plan: Plan, target: str, figures: dict[str, Any]) -> Row:

@@ -548,6 +548,25 @@ def test_a_kernel_made_wrong_is_refused_by_the_suite(tiny_suite, monkeypatch, tm
     assert "`demask`" not in report.markdown(tmp_path)
 
 
+def test_the_suite_comes_to_each_case_twice_and_counts_the_rounds_of_both(tiny_suite, monkeypatch, tmp_path):
+    """Minutes lie between the two, and what the machine does in them belongs into the spread."""
+    monkeypatch.setattr(harness, "FULL", THRICE)
+    monkeypatch.setattr(scaling, "show", lambda device: [])
+    visits, times = [], iter(range(1, 1000))
+
+    def time_rounds(runs, *_):
+        visits.append(float(next(times)))
+        return {name: [visits[-1]] * 3 for name in runs}
+
+    monkeypatch.setattr(harness, "time_rounds", time_rounds)
+    assert suite.main(["--output", str(tmp_path)]) == 0
+    assert visits == [1.0, 2.0]
+    timed = [row for row in results_file.newest(False, tmp_path)["rows"] if "ms" in row]
+    assert timed
+    for row in timed:
+        assert (row["ms"], row["spread"], row["rounds"]) == (1.5, [1.0, 2.0], 6)
+
+
 def test_a_kernel_made_slow_is_seen_in_the_report(tiny_suite, monkeypatch, tmp_path):
     right_sample = functional.sample_tokens
 

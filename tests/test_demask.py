@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import draw, filtered
 from scipy import stats
 from x_transformers import nonautoregressive_wrapper as upstream
 
@@ -45,37 +46,6 @@ def door(backend):
 def law_door(reference):
     """Laws are shown on the reference; a kernel is held to it id by id."""
     return Door(reference)
-
-
-def draw(*shape, seed=0, scale=1.0, dtype=torch.float32) -> torch.Tensor:
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
-
-
-def kept_by(z: np.ndarray, filter_thres: float | None) -> np.ndarray:
-    """Which logits [V] stay: the ceil((1 - filter_thres) V) largest and what ties with the last of them."""
-    kept = len(z) if filter_thres is None else math.ceil((1 - filter_thres) * len(z))
-    return z >= np.sort(z)[::-1][kept - 1]
-
-
-def nucleus(z: np.ndarray, top_p: float | None) -> np.ndarray:
-    """Which logits [V] stay: the fewest largest with the share top_p of the mass, and what ties with the last."""
-    if top_p is None or top_p >= 1:
-        return np.ones(len(z), dtype=bool)
-    falling = np.sort(z)[::-1]
-    mass = np.exp(falling - falling[0]).cumsum()
-    return z >= falling[(mass < top_p * mass[-1]).sum()]
-
-
-def filtered(logits, filter_thres=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
-    """One row [V] in float64, -inf at what is excluded or does not stay."""
-    z = logits.double().numpy().copy()
-    if mask_id is not None and 0 <= mask_id < len(z):
-        z[mask_id] = -np.inf
-    if forbidden is not None:
-        z[np.asarray(forbidden)] = -np.inf
-    z[~kept_by(z, filter_thres)] = -np.inf
-    z[~nucleus(z, top_p)] = -np.inf
-    return z
 
 
 def probabilities(logits, temperature=1.0, **filters) -> np.ndarray:
