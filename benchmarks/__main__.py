@@ -25,7 +25,6 @@ from benchmarks import (
     scaling,
     static,
 )
-from benchmarks.harness import Row
 
 MODULES = (
     bench_mask_sampling,
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("command", nargs="?", choices=["run", "report", "static"], default="run")
     parser.add_argument(
-        "--quick", action="store_true", help="a large and a small shape of each operation; no scaling"
+        "--quick", action="store_true", help="a large and a small shape of each operation, fewer rounds; no scaling"
     )
     parser.add_argument(
         "--output", type=pathlib.Path, default=results_file.DIRECTORY, help="directory of results files"
@@ -58,15 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(quick: bool, directory: pathlib.Path) -> int:
     """Measures everything this machine can, prints tables, writes results and plots."""
     device, start = harness.default_device(), time.monotonic()
-    print(harness.machine(device), flush=True)
-    jobs = [(module.BENCHMARK, case) for module in MODULES for case in module.BENCHMARK.cases(quick)]
-    found: list[list[Row]] = [[] for _ in jobs]
-    visits = list(range(len(jobs))) * (1 if quick else harness.VISITS)
-    for number, job in enumerate(visits, 1):
-        benchmark, case = jobs[job]
-        print(f"\n[{number}/{len(visits)}, {time.monotonic() - start:.0f} s] {benchmark.name}, {case}", flush=True)
-        found[job] = benchmark.show(case, quick, found[job])
-    rows = [{key: value for key, value in row.items() if key != "times"} for case in found for row in case]
+    rows = harness.show([module.BENCHMARK for module in MODULES], quick)
     measured = results_file.about(device, quick) | {
         "rows": rows,
         "scaling": [] if quick else scaling.show(device),

@@ -50,11 +50,12 @@ class Effort:
     seconds: float
 
 
-FULL = Effort(3, 15, 4.0)
+FULL = Effort(3, 30, 8.0)
 QUICK = Effort(3, 30, 3.0)
 
-# How often the whole suite comes to each case: minutes apart, so that the spread has the machine's drift in it.
-VISITS = 2
+# How often a full run comes to each case on a CPU: minutes apart, so that the spread has the machine's drift in it.
+# A GPU drifts less, and there each visit would compile everything anew.
+CPU_VISITS = 2
 
 NEEDS_CUDA = "needs CUDA"
 
@@ -324,28 +325,34 @@ def compare(
     Args:
         floors: what each kind of ``given`` must at least do.
         bounds: work that is timed in the same rounds and is no contender (bare products, the network alone).
-        earlier: the rows of an earlier visit, whose rounds count too.
+        earlier: the rows of an earlier visit, whose rounds count too; who was refused or wrong there stays so.
 
     Returns:
         A row for each contender, the refused ones included, then one for each bound.
     """
     rows, steps = [], {}
+    visited = {row["contender"]: row for row in earlier}
     fresh_compilers()
     for contender in contenders:
-        row = _identity(contender)
+        row, before = _identity(contender), visited.get(str(contender), {})
+        if before and "times" not in before:
+            rows.append(before)
+            continue
         try:
-            steps[str(contender)], row["errors"] = admit(contender, problem)
-            row["reason"] = _wrong(row["errors"], problem.limits)
-            row["status"] = "wrong" if row["reason"] else "ok"
+            steps[str(contender)], errors = admit(contender, problem)
+            reason = _wrong(errors, problem.limits)
+            if before.get("reason"):
+                errors, reason = before["errors"], before["reason"]
+            row |= {"status": "wrong" if reason else "ok", "reason": reason, "errors": errors}
         except Refused as refusal:
             row |= {"status": refusal.status, "reason": refusal.reason, "errors": refusal.errors}
         rows.append(row)
     runs = {name: step.run for name, step in steps.items()} | dict(bounds)
-    times = {row["contender"]: row["times"] for row in earlier if "times" in row}
-    for name, found in time_rounds(
-        runs, {name: step.restore for name, step in steps.items()}, problem.device, effort
-    ).items():
-        times[name] = [*times.get(name, ()), *found]
+    restores = {name: step.restore for name, step in steps.items()}
+    times = {
+        name: [*visited.get(name, {}).get("times", ()), *found]
+        for name, found in time_rounds(runs, restores, problem.device, effort).items()
+    }
     for row in rows:
         if row["contender"] in steps:
             step = steps[row["contender"]]
@@ -535,22 +542,28 @@ class Benchmark:
                 torch.cuda.synchronize()
 
         benchmark.group = f"{self.name}, {case}"
-        benchmark.pedantic(run, setup=step.restore, rounds=VISITS * FULL.min_rounds, warmup_rounds=1)
+        benchmark.pedantic(run, setup=step.restore, rounds=CPU_VISITS * FULL.min_rounds, warmup_rounds=1)
 
     def main(self, doc: str | None) -> int:
         """The command line of one operation: prints its tables; 1 if fastmask was refused anywhere."""
         parser = argparse.ArgumentParser(description=doc)
         parser.add_argument("--quick", action="store_true", help="a large and a small shape, fewer rounds")
-        arguments = parser.parse_args()
-        print(machine(default_device()))
-        rows = [row for case in self.cases(arguments.quick) for row in self.show(case, arguments.quick)]
-        return int(any_of_ours_refused(rows))
+        return int(any_of_ours_refused(show([self], parser.parse_args().quick)))
 
-    def show(self, case: Any, quick: bool, earlier: Sequence[Row] = ()) -> list[Row]:
-        """Measures a case and prints its table."""
-        rows = self.measure(case, QUICK if quick else FULL, earlier=earlier)
-        print(table(rows, self.published if case.device.type == "cuda" else None), flush=True)
-        return rows
+
+def show(benchmarks: Sequence[Benchmark], quick: bool) -> list[Row]:
+    """Measures every case of some benchmarks, and prints a table of each visit."""
+    device, start = default_device(), time.monotonic()
+    print(machine(device), flush=True)
+    cases = [(benchmark, case) for benchmark in benchmarks for case in benchmark.cases(quick)]
+    found: list[list[Row]] = [[] for _ in cases]
+    visits = list(range(len(cases))) * (CPU_VISITS if device.type == "cpu" and not quick else 1)
+    for number, place in enumerate(visits, 1):
+        benchmark, case = cases[place]
+        print(f"\n[{number}/{len(visits)}, {time.monotonic() - start:.0f} s] {benchmark.name}, {case}", flush=True)
+        found[place] = benchmark.measure(case, QUICK if quick else FULL, earlier=found[place])
+        print(table(found[place], benchmark.published if case.device.type == "cuda" else None), flush=True)
+    return [{key: value for key, value in row.items() if key != "times"} for rows in found for row in rows]
 
 
 @functools.lru_cache(maxsize=1)

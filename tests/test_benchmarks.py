@@ -248,7 +248,8 @@ def test_a_row_is_the_median_of_its_times_against_its_own_floor(problem, monkeyp
 
 @pytest.mark.parametrize("refused", [[7], [8], []], ids=str)
 def test_the_script_fails_if_ours_was_refused_anywhere(refused, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--quick"])
+    monkeypatch.setattr(harness, "QUICK", ONCE)
     monkeypatch.setattr(harness, "ceilings", lambda *_: Ceilings(1.0, 1.0))
 
     def loss(logits, targets, is_masked):
@@ -548,23 +549,52 @@ def test_a_kernel_made_wrong_is_refused_by_the_suite(tiny_suite, monkeypatch, tm
     assert "`demask`" not in report.markdown(tmp_path)
 
 
-def test_the_suite_comes_to_each_case_twice_and_counts_the_rounds_of_both(tiny_suite, monkeypatch, tmp_path):
-    """Minutes lie between the two, and what the machine does in them belongs into the spread."""
-    monkeypatch.setattr(harness, "FULL", THRICE)
+@pytest.fixture
+def recorded(tiny_suite, monkeypatch) -> list[int]:
+    """Two cases of which every run is said to take 1 ms at the first visit of any, 2 ms at the second, and so on."""
+    benchmark = replace(tiny_suite, cases=lambda quick: [demask.Case(rows, 500, None, CPU) for rows in (32, 64)])
+    monkeypatch.setattr(suite, "MODULES", [types.SimpleNamespace(BENCHMARK=benchmark)])
     monkeypatch.setattr(scaling, "show", lambda device: [])
-    visits, times = [], iter(range(1, 1000))
+    visits: list[int] = []
 
     def time_rounds(runs, *_):
-        visits.append(float(next(times)))
-        return {name: [visits[-1]] * 3 for name in runs}
+        visits.append(len(visits) + 1)
+        return {name: [float(visits[-1])] * 3 for name in runs}
 
     monkeypatch.setattr(harness, "time_rounds", time_rounds)
+    return visits
+
+
+def test_a_full_run_comes_to_each_case_twice_with_all_others_between(recorded, tmp_path):
+    """What the machine does in the minutes between belongs into the spread."""
     assert suite.main(["--output", str(tmp_path)]) == 0
-    assert visits == [1.0, 2.0]
-    timed = [row for row in results_file.newest(False, tmp_path)["rows"] if "ms" in row]
-    assert timed
+    rows = results_file.newest(False, tmp_path)["rows"]
+    timed = [row for row in rows if "ms" in row]
+    assert {row["case"] for row in timed} == {row["case"] for row in rows}
     for row in timed:
-        assert (row["ms"], row["spread"], row["rounds"]) == (1.5, [1.0, 2.0], 6)
+        first = 1 + (row["shape"]["num_rows"] == 64)
+        assert (row["ms"], row["spread"], row["rounds"]) == (first + 1, [first, first + 2], 6)
+        assert "times" not in row
+
+
+def test_a_quick_run_comes_to_each_case_once(recorded, tmp_path):
+    assert suite.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert recorded == [1, 2]
+
+
+@pytest.mark.parametrize("wrong_visit", [0, 1])
+def test_wrong_at_one_visit_is_wrong(recorded, monkeypatch, tmp_path, wrong_visit):
+    right_sample = functional.sample_tokens
+
+    def sample(*given, temperature, **options):
+        is_wrong = (len(recorded) >= 2) == wrong_visit
+        return right_sample(*given, temperature=0.0 if is_wrong else temperature, **options)
+
+    monkeypatch.setattr(functional, "sample_tokens", sample)
+    assert suite.main(["--output", str(tmp_path)]) == 1
+    ours = [row for row in results_file.newest(False, tmp_path)["rows"] if row["is_ours"]]
+    assert [row["status"] for row in ours] == ["wrong", "wrong"]
+    assert not any("ms" in row for row in ours)
 
 
 def test_a_kernel_made_slow_is_seen_in_the_report(tiny_suite, monkeypatch, tmp_path):

@@ -387,17 +387,31 @@ def test_any_split_of_a_batch_gives_the_same_ids(door):
     assert torch.equal(compact.log_probs, whole.log_probs.flatten()[rows])
 
 
-def test_rows_across_the_references_chunks(law_door):
-    """At V = 8192 the reference works on 256 rows at once."""
-    door = law_door
-    logits = draw(1, 1, 8192).expand(1, 257, 8192)
-    kept = torch.full((1, 257), -1)
-    kept[0, 128] = 5
-    out = door.sample_tokens(logits, seed=4, kept_ids=kept)
-    assert out.ids[0, 128] == 5
-    for n in (0, 127, 129, 255, 256):
-        alone = door.sample_tokens(logits[0, :1], seed=4, row_indices=torch.tensor([n]), seq_len=257)
-        assert out.ids[0, n] == alone.ids[0]
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_rows_across_the_references_chunks_and_blocks(law_door, temperature, monkeypatch):
+    """Seven rows of all kinds in chunks of three and blocks of two are the seven rows at once."""
+    logits, kept = draw(1, 7, 5000), torch.full((1, 7), -1)
+    logits[0, 2, 9], logits[0, 5], kept[0, 4] = math.nan, -math.inf, 8
+    options = {"temperature": temperature, "filter_thres": 0.5, "with_margin": True, "with_entropy": True, "seed": 4}
+    at_once = law_door.sample_tokens(logits, kept_ids=kept, **options)
+    module = law_door.backend.module("demask")
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * 5000)
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 2 * 5000 // torch.get_num_threads())
+    for ours, theirs in zip(law_door.sample_tokens(logits, kept_ids=kept, **options), at_once, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert at_once.ids[0, 4] == 8
+    assert at_once.log_probs[0].isnan().nonzero().flatten().tolist() == [2, 5]
+
+
+def test_the_filter_where_small_numbers_are_flushed_to_0(law_door):
+    """What goes may differ from what stays by less than the smallest normal number."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        out = law_door.sample_tokens(torch.tensor([[[1.2e-38, 1.3e-38, 0.0, -1.0]]]), filter_thres=0.75, seed=0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (out.ids.item(), out.log_probs.item()) == (1, 0.0)
 
 
 # ---- temperature 0, and rows without a law ----

@@ -24,11 +24,12 @@ from fastmask import _streams as streams
 from fastmask.reference import philox
 from fastmask.reference.top_k_filter import thresholds
 
-# Logits held at once, as many as were fastest on a CPU; behind a head so many rows at least, for its product.
-# Of those so many are worked on at once: a core's cache holds them.
+# Logits held at once, as many as were fastest on a CPU.
 _CHUNK_ELEMENTS = 2**22
+# Behind a head so many rows at least, for its product.
 HEAD_CHUNK_ROWS = 128
-_BLOCK_ELEMENTS = 2**17
+# Of a chunk's logits so many are worked on at once by each of a CPU's threads: 256 KiB, which a core's cache holds.
+_BLOCK_ELEMENTS = 2**16
 
 
 class Sampled(NamedTuple):
@@ -116,7 +117,7 @@ def sample_tokens(
     for start in range(0, max(1, len(rows.row_indices)), chunk):
         part = slice(start, start + chunk)
         z = rows.of(logits, part).to(torch.float32, copy=rows.is_compact)  # indexing has made a copy
-        parts.append(_sample_chunk(z, rows.chunk(part), None if kept_ids is None else kept_ids[part], sampling))
+        parts.append(_sample_chunk_(z, rows.chunk(part), None if kept_ids is None else kept_ids[part], sampling))
     return _gathered(parts, rows, out)
 
 
@@ -136,7 +137,7 @@ def linear_sample_tokens(
     for start in range(0, max(1, len(rows.row_indices)), chunk):
         part = slice(start, start + chunk)
         z = F.linear(rows.of(embeddings, part), weight, bias).float()
-        parts.append(_sample_chunk(z, rows.chunk(part), None if kept_ids is None else kept_ids[part], sampling))
+        parts.append(_sample_chunk_(z, rows.chunk(part), None if kept_ids is None else kept_ids[part], sampling))
     return _gathered(parts, rows, out)
 
 
@@ -159,7 +160,7 @@ def _joined(parts: Sequence[Iterable[Tensor | None]]) -> Iterator[Any]:
 class _Figures(NamedTuple):
     """What is known of rows of logits before a race: sums of unheated and heated exp(z - max z), all float32.
 
-    is_valid: [M, 1] bool, whether there is a largest logit. totals: [M, 1]. sub_tiles: [M, S], heated, None where
+    is_valid: [M, 1] bool, whether the largest logit is finite. totals: [M, 1]. sub_tiles: [M, S], heated, None where
     nothing races. margins, entropies: [M, 1], None where not asked for.
     """
 
@@ -170,11 +171,10 @@ class _Figures(NamedTuple):
     entropies: Tensor | None
 
 
-def _sample_chunk(z: Tensor, rows: Rows, kept_ids: Tensor | None, sampling: Sampling) -> Sampled:
-    """Of logits z [M, V] float32, which are overwritten."""
-    block = _BLOCK_ELEMENTS if z.device.type == "cpu" else z.numel()
-    blocks = [_filter_(part, sampling) for part in z.split(max(1, block // z.shape[-1]))]
-    is_valid, totals, sub_tiles, margins, entropies = _Figures(*_joined(blocks))
+def _sample_chunk_(z: Tensor, rows: Rows, kept_ids: Tensor | None, sampling: Sampling) -> Sampled:
+    """Of logits z [M, V] float32, which are filtered in place."""
+    blocks = [_figures(part, _filter_(part, sampling), sampling) for part in z.split(_block_rows(z))]
+    is_valid, totals, sub_tiles, margins, entropies = _joined(blocks)
     ids = z.argmax(dim=-1, keepdim=True) if sub_tiles is None else _race(z, sub_tiles, sampling.temperature, rows)
     ids = ids.where(is_valid, _lowest_allowed(sampling, z.shape[-1]))
     if kept_ids is not None:
@@ -186,20 +186,30 @@ def _sample_chunk(z: Tensor, rows: Rows, kept_ids: Tensor | None, sampling: Samp
     return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)
 
 
-def _filter_(z: Tensor, sampling: Sampling) -> _Figures:
-    """Leaves in z [M, V] what may be sampled, less the row's largest, and -inf."""
-    temperature, num_tokens = sampling.temperature, z.shape[-1]
-    if excludes(sampling.mask_id, num_tokens):
+def _block_rows(z: Tensor) -> int:
+    """How many rows of a chunk are worked on at once: all, but for a CPU's caches."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(1, len(z))
+    return max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // z.shape[-1])
+
+
+def _filter_(z: Tensor, sampling: Sampling) -> Tensor:
+    """Leaves in z [M, V] what may be sampled, less the row's largest, else -inf; whether that is finite, [M, 1]."""
+    if excludes(sampling.mask_id, z.shape[-1]):
         z[:, sampling.mask_id] = -torch.inf
     if sampling.forbidden is not None:
         z.masked_fill_(sampling.forbidden, -torch.inf)
     threshold = thresholds(z, sampling.filter_thres, sampling.top_p)
-    is_kept = None if threshold is None else torch.ge(z, threshold, out=torch.empty_like(z))
+    stays = None if threshold is None else torch.ge(z, threshold, out=torch.empty_like(z))
     largest = z.amax(dim=-1, keepdim=True)
     z.sub_(largest)
-    if is_kept is not None:
-        z.div_(is_kept)  # all filtered are below 0: many times as fast on a CPU as masked_fill_
+    if stays is not None:  # z is at most 0, and 1 where it stays: many times as fast on a CPU as masked_fill_
+        torch.minimum(z, F.threshold(stays, 0.5, -torch.inf, inplace=True), out=z)
+    return largest.isfinite()
 
+
+def _figures(z: Tensor, is_valid: Tensor, sampling: Sampling) -> _Figures:
+    """Of z [M, V] as :func:`_filter_` leaves it."""
     unheated = _weights(z, 1.0)
     totals = unheated.sum(dim=-1, keepdim=True)
     margins = _margins(z) / totals if sampling.with_margin else None
@@ -208,12 +218,12 @@ def _filter_(z: Tensor, sampling: Sampling) -> _Figures:
         energy = (unheated * z.clamp(min=-1e30)).sum(dim=-1, keepdim=True)  # 0 times infinity is NaN
         entropies = (totals.log() - energy / totals).clamp(min=0.0)
     sub_tiles = None
-    if temperature != 0.0:
-        heated = unheated if temperature == 1.0 else _weights(z, temperature)
-        missing = -num_tokens % streams.SUB_TILE
+    if sampling.temperature != 0.0:
+        heated = unheated if sampling.temperature == 1.0 else _weights(z, sampling.temperature)
+        missing = -z.shape[-1] % streams.SUB_TILE
         heated = F.pad(heated, (0, missing)) if missing else heated
         sub_tiles = heated.unflatten(-1, (-1, streams.SUB_TILE)).sum(dim=-1)
-    return _Figures(largest.isfinite(), totals, sub_tiles, margins, entropies)
+    return _Figures(is_valid, totals, sub_tiles, margins, entropies)
 
 
 def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
@@ -247,11 +257,8 @@ def excludes(mask_id: int | None, num_tokens: int) -> bool:
 
 def _race(z: Tensor, sub_tiles: Tensor, temperature: float, rows: Rows) -> Tensor:
     """Ids [M, 1] of z [M, V], likely in proportion to their heated weights, of which sub_tiles [M, S] are sums."""
-    per_tile = streams.TILE // streams.SUB_TILE
-    if sub_tiles.shape[-1] > per_tile:
-        sub_tiles = F.pad(sub_tiles, (0, -sub_tiles.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))
-    else:
-        sub_tiles = sub_tiles[:, None]
+    per_tile = min(streams.TILE // streams.SUB_TILE, sub_tiles.shape[-1])
+    sub_tiles = F.pad(sub_tiles, (0, -sub_tiles.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))
     row = torch.arange(len(z), device=z.device)
     tile = _winner(sub_tiles.sum(dim=-1), streams.TILE_RACE, rows, torch.zeros_like(row))
     first = tile * per_tile

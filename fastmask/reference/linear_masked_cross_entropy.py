@@ -17,7 +17,7 @@ from fastmask._autograd import first_order_only
 from fastmask.reference.masked_cross_entropy import (
     CrossEntropy,
     active_rows,
-    chunk_losses,
+    chunk_losses_,
     chunk_rows,
     mean_denominator,
     scatter_rows,
@@ -68,7 +68,7 @@ def _head_pass(
         for z_part, y_part, c_part in zip(
             logits.split(size), y.split(size), coefficients[chunk].split(size), strict=True
         ):
-            out = chunk_losses(z_part, y_part, with_gradient=any(wants), **options)
+            out = chunk_losses_(z_part, y_part, with_gradient=any(wants), **options)
             losses.append(out[:3])
             if out.gradient is not None:  # it takes the place of the logits
                 z_part.copy_(out.gradient.mul_(c_part[:, None]))

@@ -53,7 +53,7 @@ def row_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unweighted loss, nll and correctness, [M] each, of the rows ``rows`` of logits [R, V]."""
     parts = [
-        chunk_losses(logits.index_select(0, part), targets[part], with_gradient=False, **options)[:3]
+        chunk_losses_(logits.index_select(0, part), targets[part], with_gradient=False, **options)[:3]
         for part in rows.split(chunk_rows(logits))
     ]
     loss, nll, correct = map(torch.cat, zip(*parts, strict=True))
@@ -65,7 +65,7 @@ def chunk_rows(logits: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // logits.shape[-1])
 
 
-def chunk_losses(
+def chunk_losses_(
     logits: Tensor,
     targets: Tensor,
     *,
@@ -76,7 +76,8 @@ def chunk_losses(
     with_correct: bool,
     with_gradient: bool,
 ) -> RowLosses:
-    """The module's equations with w = 1, for logits [M, V], which may be overwritten, and targets [M]."""
+    """The module's equations with w = 1, for logits [M, V] and targets [M]; float32 logits are overwritten, and the
+    gradient lies there."""
     target = targets.long()[:, None]
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     num_allowed = z.shape[-1] - (exclude_id is not None)
@@ -150,7 +151,7 @@ class _MaskedRows(torch.autograd.Function):
         chunk = chunk_rows(logits)
         for part, grad_part in zip(rows.split(chunk), grad_loss.split(chunk), strict=True):
             options = {**ctx.options, "with_correct": False}
-            out = chunk_losses(logits.index_select(0, part), targets[part], with_gradient=True, **options)
+            out = chunk_losses_(logits.index_select(0, part), targets[part], with_gradient=True, **options)
             assert out.gradient is not None
             grad_logits.index_copy_(0, part, out.gradient.mul_(grad_part[:, None]).to(logits.dtype))
         is_unmasked = torch.ones_like(targets, dtype=torch.bool).index_fill_(0, rows, False)
