@@ -203,7 +203,7 @@ def _filter_(z: Tensor, sampling: Sampling) -> Tensor:
     stays = None if threshold is None else torch.ge(z, threshold, out=torch.empty_like(z))
     largest = z.amax(dim=-1, keepdim=True)
     z.sub_(largest)
-    if stays is not None:  # z is at most 0, and 1 where it stays: many times as fast on a CPU as masked_fill_
+    if stays is not None:  # made 1 or -inf, where z is at most 0: many times as fast on a CPU as masked_fill_
         torch.minimum(z, F.threshold(stays, 0.5, -torch.inf, inplace=True), out=z)
     return largest.isfinite()
 
