@@ -43,7 +43,7 @@ UNITS = {"GB/s": 1e9, "TFLOP/s": 1e12, "tokens/s": 1.0}
 
 @dataclass(frozen=True)
 class Effort:
-    """Rounds of a case: as many as fit into ``seconds``, between the two bounds."""
+    """Rounds of a visit to a case: as many as fit into ``seconds``, between the two bounds."""
 
     min_rounds: int
     max_rounds: int

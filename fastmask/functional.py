@@ -1159,7 +1159,7 @@ def demask_step(
     )
     counts = is_masked.sum(dim=-1) if counts is None else _as_counts(counts, ids)
     if threshold is not None:
-        counts = counts.minimum(is_masked.sum(dim=-1) - 1)
+        counts = counts_that_commit(counts, is_masked)
     remask_(
         new.ids,
         new.is_masked,
@@ -1173,6 +1173,11 @@ def demask_step(
         **counters,
     )
     return new
+
+
+def counts_that_commit(counts: Tensor, is_masked: Tensor) -> Tensor:
+    """counts [B], or less: at least one of what is masked [B, N] does not stay so."""
+    return counts.minimum(is_masked.sum(dim=-1) - 1)
 
 
 def confidence_floor(threshold: float) -> float:

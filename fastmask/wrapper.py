@@ -659,8 +659,8 @@ class NonAutoregressiveWrapper(nn.Module):
             values = critic_logits(self.token_critic, canvas.ids, {} if self.compat else kwargs)
             scale = options.noise_level_scale
         counts = canvas.counts[step.number]
-        if options.min_score is not None and not self.can_mask_prev_unmasked:  # one at least of what is left
-            counts = counts.minimum(canvas.is_masked.sum(dim=-1) - 1)
+        if options.min_score is not None and not self.can_mask_prev_unmasked:
+            counts = functional.counts_that_commit(counts, canvas.is_masked)
         functional.remask_(
             canvas.ids,
             canvas.is_masked,
