@@ -168,18 +168,19 @@ def _winner(weights, lane, num_lanes, seed, stream: tl.constexpr, sample, positi
 
 
 @triton.jit
-def _weights_at(x_ptr, start, offs_v, V, mask_id, forbidden_ptr, threshold, shift, factor,
-                HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-                VECTOR: tl.constexpr, LOADED: tl.constexpr):  # fmt: skip
-    """Logits at some columns, -inf where there is none, and their weights in the race.
+def _weights_at(x_ptr, start, offs_v, first, last, V, mask_id, forbidden_ptr, threshold, shift, factor,
+                HAS_FORBIDDEN: tl.constexpr, HAS_THRESHOLD: tl.constexpr, VECTOR: tl.constexpr,
+                LOADED: tl.constexpr):  # fmt: skip
+    """Logits at columns in [first, last), -inf where there is none, and their weights in the race.
 
     Where rows begin at 16 bytes VECTOR columns are loaded or left together: what lies behind the last is dropped.
     """
     in_v = offs_v < V
     in_row = tl.max_constancy(offs_v // VECTOR * VECTOR < V, LOADED)
     z = tl.load(x_ptr + start + offs_v, mask=in_row, other=-float("inf")).to(tl.float32)
-    z = tl.where(in_v, z, -float("inf"))
-    z = logit_rows.without_excluded(z, offs_v, in_v, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN)
+    if (last > V) | ((mask_id >= first) & (mask_id < last)):  # other blocks spend nothing on it; -1 for no mask
+        z = tl.where(in_v & (offs_v != mask_id), z, -float("inf"))
+    z = logit_rows.without_excluded(z, offs_v, in_v, first, last, mask_id, forbidden_ptr, False, HAS_FORBIDDEN)
     return z, _without(z, elementary.exp2((z - shift) * factor), threshold, HAS_THRESHOLD)
 
 
@@ -279,8 +280,8 @@ def _choose_kernel(
     sub_tile = tl.arange(0, SUB_TILES)
     offs_v = first + sub_tile[:, None] * _SUB_TILE + tl.arange(0, _SUB_TILE)[None, :]
     z, weights = _weights_at(
-        x_ptr, start, offs_v, V, mask_id, forbidden_ptr, threshold, shift, factor, HAS_MASK_ID, HAS_FORBIDDEN,
-        HAS_THRESHOLD, VECTOR, [1, VECTOR],
+        x_ptr, start, offs_v, first, first + SUB_TILES * _SUB_TILE, V, mask_id, forbidden_ptr, threshold, shift,
+        factor, HAS_FORBIDDEN, HAS_THRESHOLD, VECTOR, [1, VECTOR],
     )  # fmt: skip
     if IS_GREEDY:
         id = tl.min(tl.where(z == shift, offs_v, V))
@@ -297,8 +298,8 @@ def _choose_kernel(
         first = (base + chosen) * _SUB_TILE
         element = tl.arange(0, _SUB_TILE)
         z, weights = _weights_at(
-            x_ptr, start, first + element, V, mask_id, forbidden_ptr, threshold, shift, factor, HAS_MASK_ID,
-            HAS_FORBIDDEN, HAS_THRESHOLD, VECTOR, [VECTOR],
+            x_ptr, start, first + element, first, first + _SUB_TILE, V, mask_id, forbidden_ptr, threshold, shift,
+            factor, HAS_FORBIDDEN, HAS_THRESHOLD, VECTOR, [VECTOR],
         )  # fmt: skip
         id = first + _winner(weights, element, _SUB_TILE, seed, _ELEMENT_RACE, sample, position, first, step)
     if not is_lawful:
@@ -488,7 +489,7 @@ def _selection_kernel(
 
 
 # Warps of the programs over tiles, the choice, the selection.
-_TILE_WARPS = 4  # 32 logits a thread, enough loads in flight; many programs on an SM
+_TILE_WARPS = 2  # 64 logits a thread: what a program costs besides is spread over them
 _CHOICE_WARPS = 2  # 64 lanes race: more warps would draw the same random numbers again
 _SELECTION = ((1024, 4), (4096, 8))  # longest sequence, warps: its keys stay in registers
 _SELECTION_BLOCKS = (4096, 8)
