@@ -21,13 +21,20 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> Words:
     """Ten rounds of Philox on counter (c0, c1, c2, c3) and key (k0, k1): four words, broadcast."""
+    counters = torch.broadcast_tensors(c0, c1, c2, c3)
+    # In place: on a CPU new memory for each result takes longer than the arithmetic.
+    c0, c1, c2, c3 = (c.clone(memory_format=torch.contiguous_format) for c in counters)
+    high = torch.empty_like(c0)
     for round_a, round_b in zip(_round_keys(k0, _KEY_A), _round_keys(k1, _KEY_B), strict=True):
         # Signed products wrap, but their 64 bits are those of the unsigned ones. The high half counts at
         # once, the low half (c1, c3) only in the next round, where it is cut to 32 bits.
-        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0, c1 = ((product_b >> 32) ^ c1 ^ round_a) & _WORD, product_b
-        c2, c3 = ((product_a >> 32) ^ c3 ^ round_b) & _WORD, product_a
-    return c0, c1 & _WORD, c2, c3 & _WORD
+        product_a, product_b = c0.mul_(_ROUND_A), c2.mul_(_ROUND_B)
+        c0 = c1.bitwise_xor_(torch.bitwise_right_shift(product_b, 32, out=high))
+        c0 = c0.bitwise_xor_(round_a).bitwise_and_(_WORD)
+        c2 = c3.bitwise_xor_(torch.bitwise_right_shift(product_a, 32, out=high))
+        c2 = c2.bitwise_xor_(round_b).bitwise_and_(_WORD)
+        c1, c3 = product_b, product_a
+    return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
 
 
 def _round_keys(key: Tensor, increment: int) -> tuple[Tensor, ...]:
