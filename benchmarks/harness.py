@@ -296,9 +296,18 @@ class Ceilings:
     product: float  # TFLOP/s of a large matrix product
 
 
-@functools.cache
+_best: dict[tuple[torch.device, torch.dtype], Ceilings] = {}
+
+
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The best of some rounds, measured once in a process with the same clock as everything else."""
+    """The best that was measured so far in this process."""
+    if (device, dtype) not in _best:
+        measure_ceilings(device, dtype)
+    return _best[device, dtype]
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> None:
+    """Some rounds with the same clock as everything else; the best of them counts, and of all before them."""
     is_cuda = device.type == "cuda"
     size, numel = (8192, 2**30) if is_cuda else (1024, 2**25)
     source = torch.randn(numel, device=device, dtype=dtype)
@@ -306,10 +315,11 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     product = torch.empty_like(a)
     runs = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}
-    best = {name: min(times) for name, times in time_rounds(runs, {}, device, QUICK).items()}
-    copied = Floor(2 * numel * source.element_size(), None, "GB/s")
-    multiplied = Floor(2 * size**3, None, "TFLOP/s")
-    return Ceilings(copied.achieved(best["copy"]), multiplied.achieved(best["product"]))
+    least = {name: min(times) for name, times in time_rounds(runs, {}, device, QUICK).items()}
+    copied = Floor(2 * numel * source.element_size(), None, "GB/s").achieved(least["copy"])
+    multiplied = Floor(2 * size**3, None, "TFLOP/s").achieved(least["product"])
+    before = _best.get((device, dtype), Ceilings(0.0, 0.0))
+    _best[device, dtype] = Ceilings(max(before.copy, copied), max(before.product, multiplied))
 
 
 def compare(
@@ -356,13 +366,13 @@ def compare(
     for row in rows:
         if row["contender"] in steps:
             step = steps[row["contender"]]
-            row |= _timing(times[row["contender"]], floors[row["given"]])
+            row |= _timing(times[row["contender"]], _floor(row, floors))
             step.restore()
             row |= {"peak_mib": peak_mib(step.run, problem.device), "of_limit": _of_limit(row, problem.limits)}
     for name in bounds:
         row = {"contender": name, "name": name, "given": "", "status": "bound", "reason": "", "errors": {}}
         row |= {"is_ours": False, "is_baseline": False, "peak_mib": None, "of_limit": None}
-        rows.append(row | _timing(times[name], floors[COMPACTED] if COMPACTED in floors else floors[""]))
+        rows.append(row | _timing(times[name], _floor(row, floors)))
     _add_ratios(rows)
     return rows
 
@@ -375,6 +385,11 @@ def _identity(contender: Contender) -> Row:
 def _of_limit(row: Row, limits: Mapping[str, float]) -> float:
     """The largest error as a share of what it may be."""
     return max((error / limits[name] for name, error in row["errors"].items() if limits[name] > 0), default=0.0)
+
+
+def _floor(row: Row, floors: Mapping[str, Floor]) -> Floor:
+    """What a row is held to; a bound of an operation on rows, to that of compacted rows."""
+    return floors[row["given"]] if row["given"] in floors else floors[COMPACTED]
 
 
 def _timing(times: Sequence[float], floor: Floor) -> Row:
@@ -552,7 +567,11 @@ class Benchmark:
 
 
 def show(benchmarks: Sequence[Benchmark], quick: bool) -> list[Row]:
-    """Measures every case of some benchmarks, and prints a table of each visit."""
+    """Measures every case of some benchmarks, and prints a table of each visit.
+
+    A CPU's ceilings are measured again before each visit, since its speed drifts: a table printed early is held to
+    the best so far, the rows returned to the best of the run.
+    """
     device, start = default_device(), time.monotonic()
     print(machine(device), flush=True)
     cases = [(benchmark, case) for benchmark in benchmarks for case in benchmark.cases(quick)]
@@ -561,8 +580,16 @@ def show(benchmarks: Sequence[Benchmark], quick: bool) -> list[Row]:
     for number, place in enumerate(visits, 1):
         benchmark, case = cases[place]
         print(f"\n[{number}/{len(visits)}, {time.monotonic() - start:.0f} s] {benchmark.name}, {case}", flush=True)
+        if device.type == "cpu":
+            measure_ceilings(device, default_dtype(device))
         found[place] = benchmark.measure(case, QUICK if quick else FULL, earlier=found[place])
         print(table(found[place], benchmark.published if case.device.type == "cuda" else None), flush=True)
+    limits = ceilings(device, default_dtype(device))
+    for (benchmark, case), rows in zip(cases, found, strict=True):
+        floors = benchmark.floors(case, limits)
+        for row in rows:
+            if "times" in row:
+                row |= _timing(row["times"], _floor(row, floors))
     return [{key: value for key, value in row.items() if key != "times"} for rows in found for row in rows]
 
 

@@ -251,6 +251,7 @@ def test_the_script_fails_if_ours_was_refused_anywhere(refused, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["benchmark", "--quick"])
     monkeypatch.setattr(harness, "QUICK", ONCE)
     monkeypatch.setattr(harness, "ceilings", lambda *_: Ceilings(1.0, 1.0))
+    monkeypatch.setattr(harness, "measure_ceilings", lambda *_: None)
 
     def loss(logits, targets, is_masked):
         return right(logits, targets, is_masked) * (2.0 if logits.shape[1] in refused else 1.0)
@@ -528,7 +529,8 @@ def test_largest_batch(monkeypatch, most):
 @pytest.fixture
 def tiny_suite(monkeypatch) -> harness.Benchmark:
     """``python -m benchmarks --quick`` of one small case; sampling made wrong or slow is seen there."""
-    monkeypatch.setattr(harness, "ceilings", lambda *_: Ceilings(10.0, 1.0))
+    monkeypatch.setattr(harness, "_best", {(CPU, torch.float32): Ceilings(10.0, 1.0)})
+    monkeypatch.setattr(harness, "measure_ceilings", lambda *_: None)
     monkeypatch.setattr(harness, "default_device", lambda: CPU)
     monkeypatch.setattr(harness, "QUICK", THRICE)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -575,6 +577,32 @@ def test_a_full_run_comes_to_each_case_twice_with_all_others_between(recorded, t
         first = 1 + (row["shape"]["num_rows"] == 64)
         assert (row["ms"], row["spread"], row["rounds"]) == (first + 1, [first, first + 2], 6)
         assert "times" not in row
+
+
+def test_ceilings_are_the_best_of_all_that_was_measured(monkeypatch):
+    monkeypatch.setattr(harness, "_best", {})
+    rounds = iter([{"copy": [1.0, 3.0], "product": [4.0]}, {"copy": [2.0], "product": [2.0, 5.0]}])
+    monkeypatch.setattr(harness, "time_rounds", lambda *_: next(rounds))
+    first = harness.ceilings(CPU, torch.float32)
+    assert first == harness.ceilings(CPU, torch.float32) == Ceilings(2**28 / 1e6, 2 * 1024**3 / 4e9)
+    harness.measure_ceilings(CPU, torch.float32)
+    assert harness.ceilings(CPU, torch.float32) == Ceilings(first.copy, 2 * first.product)
+
+
+def test_a_run_is_held_to_the_best_ceiling_of_all_its_visits(recorded, monkeypatch, tmp_path):
+    def measure_ceilings(*key):
+        rate = {1: 20.0, 3: 50.0}.get(len(recorded), 10.0)  # best before the last visit of four
+        harness._best[key] = Ceilings(max(rate, harness._best[key].copy), 1.0)
+
+    monkeypatch.setattr(harness, "measure_ceilings", measure_ceilings)
+    assert suite.main(["--output", str(tmp_path)]) == 0
+    found = results_file.newest(False, tmp_path)
+    assert found["ceilings"] == {"copy": 50.0, "product": 1.0}
+    for row in found["rows"]:
+        if "ms" in row:
+            num_rows, num_tokens = row["shape"]["num_rows"], row["shape"]["num_tokens"]
+            assert row["floor_ms"] == pytest.approx(num_rows * num_tokens * 4 / 50e9 * 1e3, rel=1e-3)
+            assert row["percent_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["ms"], rel=1e-3)
 
 
 def test_a_quick_run_comes_to_each_case_once(recorded, tmp_path):
