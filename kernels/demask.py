@@ -163,7 +163,8 @@ def _tiles_kernel(
 def _winner(weights, lane, num_lanes, seed, stream: tl.constexpr, sample, position, first, step):
     """argmax_i weights_i / E_i over the first num_lanes; ties to the lower lane, and 0 where there is but one."""
     high, low, _, _ = philox.draw(seed, stream, sample, position, first + lane, step)
-    race = tl.where(lane < num_lanes, weights / philox.exponential(high, low), -1.0)
+    # Triton's interpreter has no argmax of NaN alone.
+    race = tl.where((lane < num_lanes) & (weights >= 0.0), weights / philox.exponential(high, low), -1.0)
     return tl.where(num_lanes == 1, 0, tl.argmax(race, 0)).to(tl.int32)
 
 
@@ -263,7 +264,7 @@ def _choose_kernel(
     maxima = tl.load(records_ptr + tile * RECORD + _MAX, mask=in_row, other=-float("inf"))
     sums = tl.load(records_ptr + tile * RECORD + _SUM, mask=in_row, other=0.0)
     top = tl.max(maxima)
-    best = tl.argmax(maxima, 0).to(tl.int32)
+    best = tl.argmax(tl.where(maxima == maxima, maxima, -float("inf")), 0).to(tl.int32)
     scale = elementary.exp2((maxima - _finite(top)) * _LOG2E)
     total = tl.sum(sums * scale)
     is_lawful = (tl.abs(top) < float("inf")) & (total > 0.0)  # NaN reaches the sum

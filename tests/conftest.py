@@ -7,9 +7,11 @@ Triton reads that variable when it is imported, so it is set here, before any te
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -99,6 +101,16 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def pinned_triton() -> None:
+    """For bounds on registers, spills and instructions, which are of one compiler."""
+    constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    (pinned,) = re.findall(r"^triton==(\S+)", constraints, re.MULTILINE)
+    version = importlib.metadata.version("triton") if _HAS_TRITON else "none"
+    if version != pinned:
+        pytest.skip(f"these bounds are of Triton {pinned} (constraints.txt), this is {version}")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import pathlib
 import re
@@ -120,7 +121,7 @@ def test_imports_go_downstairs():
 def test_doctor_names_versions_devices_and_a_reason_for_each_backend():
     report = __main__.doctor()
     assert f"fastmask {fastmask.__version__}" in report
-    assert f"torch {torch.__version__}" in report
+    assert f"torch {importlib.metadata.version('torch')}" in report
     for operation in _dispatch.OPERATIONS:
         backend, reason = _dispatch.choose(operation, torch.device("cpu"))
         assert re.search(rf"{operation} +{backend} \({re.escape(reason)}\)", report)
