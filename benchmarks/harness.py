@@ -590,6 +590,7 @@ def show(benchmarks: Sequence[Benchmark], quick: bool) -> list[Row]:
         for row in rows:
             if "times" in row:
                 row |= _timing(row["times"], _floor(row, floors))
+    print(f"\nin all: {machine(device)}", flush=True)
     return [{key: value for key, value in row.items() if key != "times"} for rows in found for row in rows]
 
 
@@ -604,7 +605,7 @@ def any_of_ours_refused(rows: Iterable[Row]) -> bool:
 
 
 def machine(device: torch.device) -> str:
-    """The device, the versions a table was measured with, and the ceilings its percentages refer to."""
+    """The device, the versions, and the ceilings measured so far."""
     limits = ceilings(device, default_dtype(device))
     versions_told = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (

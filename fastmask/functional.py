@@ -578,8 +578,8 @@ def sample_tokens(
         top_p: in [0, 1]: of those, keeps the nucleus at temperature 1: the fewest likeliest ids that together have
             at least this share of the probability, at least one, and all that tie with the last. None keeps all.
         mask_id: never sampled. None, or an id outside [0, V), excludes nothing.
-        forbidden: [V] bool, True at more ids that are never sampled; or those ids themselves (copied to the device
-            at each call).
+        forbidden: [V] bool, True at more ids that are never sampled; or a sequence of those ids, no tensor (copied
+            to the device at each call).
         row_indices: [M] int64, flat positions b N + i: those of compact rows, or the only ones of [B, N, V] to be
             sampled. -1 is no row: id -1, figures 0.
         seq_len: N, for compact rows.
@@ -735,6 +735,8 @@ def _sampling(
     """The checks of a sampler's options."""
     if num_tokens == 0:
         raise ValueError("expected a vocabulary of at least 1 id, received 0")
+    if mask_id is not None:
+        mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
     _check.number("temperature", temperature, 0.0)
     if filter_thres is not None:
         _check.number("filter_thres", filter_thres, 0.0, 1.0, below_high=True)
@@ -755,7 +757,11 @@ def as_forbidden(
     """
     if forbidden is None or isinstance(forbidden, Tensor):
         if forbidden is not None:
-            _check.tensor("forbidden", forbidden, [torch.bool])
+            if forbidden.dtype != torch.bool:
+                raise TypeError(
+                    "expected forbidden as [V] bool or as a sequence of ids, received a tensor of "
+                    f"{forbidden.dtype}; give ids as forbidden.tolist()"
+                )
             _check.shape("forbidden", forbidden, [num_tokens], "V")
             if forbidden.device != torch.empty(0, device=device).device:
                 raise ValueError(

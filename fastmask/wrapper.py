@@ -431,13 +431,15 @@ class NonAutoregressiveWrapper(nn.Module):
             filter_thres: keeps the ceil((1 - filter_thres) V) largest logits; None keeps all.
             noise_level_scale: scale of the annealed Gumbel noise on the critic's scores.
             top_p: of those, keeps the nucleus of this probability; None keeps all.
-            forbidden: [V] bool, True at more ids that are never sampled beside mask_id; or those ids.
+            forbidden: [V] bool, True at more ids that are never sampled beside mask_id; or a sequence of those ids.
             choice_temperature: scale of the annealed Gumbel noise on the log confidence, without a critic;
                 0 commits greedily and tends to one mode (MaskGIT: 4.5).
             threshold: in [0, 1]: in place of the schedule's counts every step commits all tokens whose confidence
                 (their probability; with a critic, that of being right) is above it, and one of each sequence at
-                least; the last step commits everything. All steps run, since nothing waits to see what is left: give
-                few, or write the loop with ``functional.demask_step`` and stop when you have looked.
+                least; the last step commits everything. With can_mask_prev_unmasked a step masks again what is not
+                above it (a token that the filter leaves out has probability 0). All steps run, since nothing waits
+                to see what is left: give few, or write the loop with ``functional.demask_step`` and stop when you
+                have looked.
             prompt: [N] or [B, N] int32|int64; with
             prompt_mask: likewise bool, True where the prompt's id is given: it is never changed, even if it
                 equals mask_id.

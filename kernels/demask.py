@@ -163,7 +163,7 @@ def _tiles_kernel(
 def _winner(weights, lane, num_lanes, seed, stream: tl.constexpr, sample, position, first, step):
     """argmax_i weights_i / E_i over the first num_lanes; ties to the lower lane, and 0 where there is but one."""
     high, low, _, _ = philox.draw(seed, stream, sample, position, first + lane, step)
-    # Triton's interpreter has no argmax of NaN alone.
+    # Triton 3.9's interpreter raises at an argmax of NaN alone.
     race = tl.where((lane < num_lanes) & (weights >= 0.0), weights / philox.exponential(high, low), -1.0)
     return tl.where(num_lanes == 1, 0, tl.argmax(race, 0)).to(tl.int32)
 
@@ -264,7 +264,7 @@ def _choose_kernel(
     maxima = tl.load(records_ptr + tile * RECORD + _MAX, mask=in_row, other=-float("inf"))
     sums = tl.load(records_ptr + tile * RECORD + _SUM, mask=in_row, other=0.0)
     top = tl.max(maxima)
-    best = tl.argmax(tl.where(maxima == maxima, maxima, -float("inf")), 0).to(tl.int32)
+    best = tl.argmax(tl.where(maxima == maxima, maxima, -float("inf")), 0).to(tl.int32)  # likewise
     scale = elementary.exp2((maxima - _finite(top)) * _LOG2E)
     total = tl.sum(sums * scale)
     is_lawful = (tl.abs(top) < float("inf")) & (total > 0.0)  # NaN reaches the sum
@@ -490,7 +490,7 @@ def _selection_kernel(
 
 
 # Warps of the programs over tiles, the choice, the selection.
-_TILE_WARPS = 2  # 64 logits a thread: what a program costs besides is spread over them
+_TILE_WARPS = 2  # 64 logits a thread (32 on AMD): what a program costs besides is spread over them
 _CHOICE_WARPS = 2  # 64 lanes race: more warps would draw the same random numbers again
 _SELECTION = ((1024, 4), (4096, 8))  # longest sequence, warps: its keys stay in registers
 _SELECTION_BLOCKS = (4096, 8)
@@ -657,7 +657,7 @@ def linear_sample_tokens(
         logits = buffer[: x.shape[0], : len(weight)]
         _head_product(x, *head, out=logits)
         kept = None if kept_ids is None else kept_ids[part]
-        parts.append(sample_tokens(logits, rows.chunk(part)._replace(is_compact=True), kept, sampling, out))
+        parts.append(sample_tokens(logits, rows.chunk(part), kept, sampling, out))
     if out is not None or len(parts) == 1:
         return parts[0]
     return tuple(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))

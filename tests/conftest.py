@@ -104,20 +104,16 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pinned_triton() -> None:
-    """For bounds on registers, spills and instructions, which are of one compiler."""
+def compile_offline() -> Callable[[list[dict]], dict[str, dict[str, dict]]]:
+    """Launch plans to figures, by plan and target; see ``tests/offline.py``.
+
+    Registers, spills and instructions are of one compiler: elsewhere the tests that hold them to bounds are skipped.
+    """
     constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
     (pinned,) = re.findall(r"^triton==(\S+)", constraints, re.MULTILINE)
-    version = importlib.metadata.version("triton") if _HAS_TRITON else "none"
+    version = importlib.metadata.version("triton") if _HAS_TRITON else "missing"
     if version != pinned:
-        pytest.skip(f"these bounds are of Triton {pinned} (constraints.txt), this is {version}")
-
-
-@pytest.fixture(scope="session")
-def compile_offline() -> Callable[[list[dict]], dict[str, dict[str, dict]]]:
-    """Launch plans to figures, by plan and target; see ``tests/offline.py``."""
-    if not _HAS_TRITON:
-        pytest.skip("no triton")
+        pytest.skip(f"the figures are of Triton {pinned} (constraints.txt), which is {version} here")
 
     def compile_offline(plans: list[dict]) -> dict[str, dict[str, dict]]:
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -1346,7 +1346,6 @@ def figures(compile_offline):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pinned_triton")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_nothing_spills(figures, target):
     for name, figure in figures.items():
@@ -1366,7 +1365,6 @@ def test_logits_are_read_16_bytes_at_a_time(figures, target):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pinned_triton")
 @pytest.mark.parametrize("name", MOST_INSTRUCTIONS_A_LOGIT)
 def test_instructions_a_logit(figures, name):
     from fastmask.kernels import demask
@@ -1376,7 +1374,6 @@ def test_instructions_a_logit(figures, name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pinned_triton")
 @pytest.mark.parametrize("name", MOST_INSTRUCTIONS_A_PASS)
 def test_instructions_of_a_pass_of_the_filter(figures, name):
     inner = figures[name]["sm_90"]["loops"][2]  # within the passes, within the rows
@@ -1384,7 +1381,6 @@ def test_instructions_of_a_pass_of_the_filter(figures, name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pinned_triton")
 def test_a_choice_costs_little_beside_its_row(figures):
     """117,000 instructions of lanes a row, of which 33,000 are mostly jumped over; 206,000 with every option. The
     tiles of 50257 bf16 logits take 0.9 million."""

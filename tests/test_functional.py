@@ -144,8 +144,10 @@ LOSS_CASES = [
      {"targets": torch.tensor([[0, 5, 2, 5], [3, 4, 3, 0]]), "exclude_id": 2, "check": True}),
 ]  # fmt: skip
 FORBIDDEN_CASES = [
-    (TypeError, "expected forbidden of dtype bool, received int64; convert it with forbidden.to(torch.bool)",
-     {"forbidden": torch.tensor([1, 2])}),
+    (TypeError, "expected mask_id to be an int, received bool", {"mask_id": True}),
+    (TypeError, "expected mask_id to be an int, received float", {"mask_id": 2.0}),
+    (TypeError, "expected forbidden as [V] bool or as a sequence of ids, received a tensor of torch.int64; give ids "
+     "as forbidden.tolist()", {"forbidden": torch.tensor([1, 2])}),
     (ValueError, "expected forbidden of shape [V] = [6], received [4]", {"forbidden": MASKED[0]}),
     (ValueError, "expected forbidden of shape [V] = [6], received [1, 6]", {"forbidden": torch.zeros(1, V).bool()}),
     (ValueError, "expected forbidden on cpu, received meta; move it with .to(device)",

@@ -616,7 +616,6 @@ def figures(compile_offline):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pinned_triton")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("plan", [*PLANS, "row list"])
 def test_nothing_spills(figures, plan, target):
@@ -627,7 +626,6 @@ def test_nothing_spills(figures, plan, target):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pinned_triton")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_instructions_and_registers(figures, plan, target):
@@ -645,7 +643,6 @@ def test_tokens_move_16_bytes_at_a_time(figures, plan, target):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pinned_triton")
 def test_a_round_of_the_search_is_short(figures):
     """At 1024 positions four rounds on average: rows' counts and the search are the program's two loops."""
     assert max(figures["1024"]["sm_90"]["loops"]) <= 115

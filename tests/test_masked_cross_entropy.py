@@ -1113,7 +1113,6 @@ def figures(compile_offline):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pinned_triton")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_nothing_spills(figures, program, target):
@@ -1160,7 +1159,6 @@ MOST_REGISTERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pinned_triton")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("program", MOST_REGISTERS)
 def test_instructions_and_registers(figures, program, dtype):

@@ -59,17 +59,16 @@ class Rows(NamedTuple):
     step: int
 
     def chunk(self, part: slice) -> Rows:
-        return self._replace(row_indices=self.row_indices[part])
+        """A part of the rows, to go with logits of these only."""
+        return Rows(self.row_indices[part], self.seq_len, True, self.seed, self.sample_offset, self.step)
 
     def of(self, values: Tensor, part: slice) -> Tensor:
         """What belongs to a part of the rows; some other's where there is no row."""
         return values[part] if self.is_compact else values[self.row_indices[part].clamp(min=0)]
 
-    @property
     def samples(self) -> Tensor:
         return self.row_indices // self.seq_len + self.sample_offset
 
-    @property
     def positions(self) -> Tensor:
         return self.row_indices % self.seq_len
 
@@ -279,8 +278,8 @@ def _winner(weights: Tensor, stream: int, rows: Rows, first: Tensor) -> Tensor:
         rows.seed,
         stream,
         rows.step,
-        sample=rows.samples[:, None],
-        position=rows.positions[:, None],
+        sample=rows.samples()[:, None],
+        position=rows.positions()[:, None],
         element=element,
     )
     return (weights / philox.exponential(high, low)).argmax(dim=-1)

@@ -69,7 +69,7 @@ def _head_pass(
             logits.split(size), y.split(size), coefficients[chunk].split(size), strict=True
         ):
             out = chunk_losses_(z_part, y_part, with_gradient=any(wants), **options)
-            losses.append(out[:3])
+            losses.append((out.loss, out.nll, out.correct))
             if out.gradient is not None:  # it takes the place of the logits
                 z_part.copy_(out.gradient.mul_(c_part[:, None]))
         if grad_rows is not None:

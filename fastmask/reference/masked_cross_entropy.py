@@ -53,10 +53,10 @@ def row_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unweighted loss, nll and correctness, [M] each, of the rows ``rows`` of logits [R, V]."""
     parts = [
-        chunk_losses_(logits.index_select(0, part), targets[part], with_gradient=False, **options)[:3]
+        chunk_losses_(logits.index_select(0, part), targets[part], with_gradient=False, **options)
         for part in rows.split(chunk_rows(logits))
     ]
-    loss, nll, correct = map(torch.cat, zip(*parts, strict=True))
+    loss, nll, correct = map(torch.cat, zip(*((out.loss, out.nll, out.correct) for out in parts), strict=True))
     return loss, nll, correct
 
 
