@@ -1109,7 +1109,7 @@ def test_arguments_that_do_not_fit(options, error, message, compat):
         ({"threshold": True}, TypeError, "expected threshold to be a number, received bool"),
         ({"forbidden": [V]}, ValueError, "expected forbidden ids of at least 0 and below 12, received 12"),
         ({"forbidden": [0.0]}, TypeError, "expected forbidden ids to be an int, received float"),
-        ({"forbidden": torch.tensor([1])}, TypeError, "expected forbidden of dtype bool, received int64"),
+        ({"forbidden": torch.tensor([1])}, TypeError, "as a sequence of ids, received a tensor of torch.int64"),
         (
             {"forbidden": torch.zeros(V - 1).bool()},
             ValueError,
