@@ -586,9 +586,17 @@ def _sample_tokens_(
             IS_GREEDY=temperature == 0.0,
             TILE_LANES=triton.next_power_of_2(num_tiles),
             SUB_TILES=sub_tiles,
-            VECTOR=vector if lead == 0 and logits.stride(0) % vector == 0 else 1,
+            VECTOR=vector if lead == 0 and _holds_whole_vectors(logits, vector) else 1,
             num_warps=_CHOICE_WARPS,
         )
+
+
+def _holds_whole_vectors(logits: Tensor, vector: int) -> bool:
+    """Whether each row may be read by vectors from its first logit on: what lies behind its last is memory too."""
+    num_rows, num_ids = logits.shape
+    width = triton.cdiv(num_ids, vector) * vector
+    end = logits.storage_offset() + (num_rows - 1) * logits.stride(0) + width
+    return logits.stride(0) % vector == 0 and end * logits.element_size() <= logits.untyped_storage().nbytes()
 
 
 @_sample_tokens_.register_fake

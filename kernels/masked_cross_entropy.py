@@ -494,6 +494,8 @@ def _rows_kernel(
             HAS_SOFTCAP, SMOOTHS, HAS_EXCLUDE, WITH_CORRECT, VECTOR, BLOCK_V,
         )  # fmt: skip
         _store_record(records_ptr, row.to(tl.int64), record, z_target)
+        if WITH_GRADIENT:  # perhaps in place: every warp reads and reduces the edges, so none may be behind
+            tl.debug_barrier()
     else:  # the record keeps the target's logit, whose place another program's gradient may have taken
         record, z_target = _load_record(records_ptr, row, num_pieces, PIECE_LANES)
     num_allowed = V - 1 if HAS_EXCLUDE else V

@@ -1,7 +1,8 @@
 """What every test shares: the backends, poisoned memory, and compilation without a device.
 
-Without a GPU, or where the user exports TRITON_INTERPRET=1, kernels run in Triton's interpreter on the CPU.
-Triton reads that variable when it is imported, so it is set here, before any test module is.
+Without a GPU, or where the user exports TRITON_INTERPRET=1, kernels run in Triton's interpreter on the CPU; with
+``--ptx`` on the CPU too, but as compiled for a GPU (see ``tests/ptx.py``). Triton reads that variable when it is
+imported, so it is set here, before any test module is.
 """
 
 from __future__ import annotations
@@ -23,19 +24,47 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.cuda.is_available()
-if _INTERPRETS:
-    os.environ["TRITON_INTERPRET"] = "1"
-
 torch.set_num_threads(1)  # the tests run side by side, and most tensors are small
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_KERNEL_BACKEND = ["interpreter" if _INTERPRETS else "cuda"] if _HAS_TRITON else []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ptx",
+        choices=["first", "last", "together"],
+        help="run kernels as compiled for sm_90 on the CPU: which warp of a program goes ahead, or all together",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _KERNEL_BACKEND
+    order = config.getoption("--ptx")
+    if order:
+        os.environ["TRITON_INTERPRET"] = "0"
+        importlib.import_module("ptx").activate(order)
+        importlib.import_module("fastmask._dispatch")._interpreting = lambda: True  # the CPU has a Triton of its own
+        _KERNEL_BACKEND = "ptx"
+    elif os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        _KERNEL_BACKEND = "interpreter"
+
+
+# Where a kernel runs: "cuda", "interpreter", "ptx".
+_KERNEL_BACKEND = "cuda"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--ptx`` only what runs on it is run."""
+    if config.getoption("--ptx"):
+        runs = [isinstance(item, pytest.Function) and "ptx" in re.split(r"[\[\]-]", item.name) for item in items]
+        config.hook.pytest_deselected(items=[item for item, is_run in zip(items, runs, strict=True) if not is_run])
+        items[:] = [item for item, is_run in zip(items, runs, strict=True) if is_run]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operation: its twin, its kernel in the interpreter, or its kernel on a GPU."""
+    """One way to run an operation: its twin, or its kernel in the interpreter, on a GPU or on what stands in for one."""
 
     name: str
     device: torch.device
@@ -64,16 +93,19 @@ class Backend:
 
 
 def _backend(name: str) -> Backend:
-    return Backend(name, torch.device("cpu" if _INTERPRETS else "cuda"))
+    return Backend(name, torch.device("cuda" if _KERNEL_BACKEND == "cuda" else "cpu"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that asks for ``backend`` runs once for each backend of this machine: the reference, and the
-    kernel, unless the module names an OPERATION that has none yet."""
+    kernel, unless the module names an OPERATION that has none yet; one that asks for ``kernel``, on the kernel."""
+    if "kernel" in metafunc.fixturenames:
+        kernels = [_KERNEL_BACKEND] if _HAS_TRITON else [pytest.param("", marks=pytest.mark.skip("no triton"))]
+        metafunc.parametrize("kernel", kernels, indirect=True, scope="session")
     if "backend" in metafunc.fixturenames:
         operation = getattr(metafunc.module, "OPERATION", "mask_sampling")
-        has_kernel = importlib.util.find_spec(f"fastmask.kernels.{operation}") is not None
-        names = ["reference", *_KERNEL_BACKEND] if has_kernel else ["reference"]
+        has_kernel = _HAS_TRITON and importlib.util.find_spec(f"fastmask.kernels.{operation}") is not None
+        names = ["reference", _KERNEL_BACKEND] if has_kernel else ["reference"]
         metafunc.parametrize("backend", names, indirect=True, scope="session")
 
 
@@ -89,7 +121,7 @@ def reference() -> Backend:
     return _backend("reference")
 
 
-@pytest.fixture(scope="session", params=_KERNEL_BACKEND or [pytest.param(None, marks=pytest.mark.skip("no triton"))])
+@pytest.fixture(scope="session")
 def kernel(request: pytest.FixtureRequest) -> Backend:
     """The kernels only, for tests that hold them to the reference."""
     return _backend(request.param)

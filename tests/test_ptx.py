@@ -1,0 +1,306 @@
+"""What stands in for a GPU (``tests/ptx.py``) by itself, on PTX written by hand: what the kernels' tests rest on under
+``--ptx``."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+ptx = pytest.importorskip("ptx")
+
+ORDERS = ("first", "last", "together")
+
+
+def run(body: str, *tensors: torch.Tensor, warps: int = 1, programs: int = 1, shared: int = 0, order: str = "first"):
+    """Runs statements, before which %rd1, %rd2, ... are the tensors' addresses, %r1 the thread, %r2 the program."""
+    loads = "\n".join(f"ld.param.b64 %rd{i + 1}, [k_param_{i}];" for i in range(len(tensors)))
+    parameters = ",\n".join(f".param .u64 .ptr .global .align 1 k_param_{i}" for i in range(len(tensors)))
+    text = f""".visible .entry k(\n{parameters}\n)\n.reqntid {32 * warps}\n{{\n{loads}
+        mov.u32 %r1, %tid.x;\nmov.u32 %r2, %ctaid.x;\n{body}\nret;\n}}\n"""
+    addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
+    regions = [ptx.Region(tensor) for tensor in tensors]
+    ptx.Machine(
+        ptx.Program(text), np.arange(programs), (programs, 1, 1), warps, shared, addresses, regions, order
+    ).run()
+
+
+def each(statements: str, *inputs: np.ndarray, out: type) -> np.ndarray:
+    """%a, %b, ... are elements of the inputs, one for each of 32 threads; what the statements leave in %o."""
+    inputs = [np.resize(np.asarray(x), 32) for x in inputs]
+    result = np.zeros(32, out)
+    registers = {8: "rd", 4: "r", 2: "rs"}
+
+    def register(letter: str, size: int) -> str:
+        return f"%{registers[size]}{10 + 'abcdo'.index(letter)}"
+
+    lines = []
+    for i, x in enumerate(inputs):
+        lines += [f"mad.wide.u32 %rd30, %r1, {x.itemsize}, %rd{i + 1};"]
+        lines += [f"ld.global.b{8 * x.itemsize} {{ {register('abcd'[i], x.itemsize)} }}, [ %rd30 + 0 ];"]
+        statements = statements.replace(f"%{'abcd'[i]}", register("abcd"[i], x.itemsize))
+    statements = statements.replace("%o", register("o", result.itemsize))
+    lines += [statements, f"mad.wide.u32 %rd30, %r1, {result.itemsize}, %rd{len(inputs) + 1};"]
+    lines += [f"st.global.b{8 * result.itemsize} [ %rd30 + 0 ], {{ {register('o', result.itemsize)} }};"]
+    tensors = [torch.from_numpy(x.view(f"i{x.itemsize}")) for x in (*inputs, result)]
+    run("\n".join(lines), *tensors)
+    return result
+
+
+INTEGERS = np.array([0, 1, -1, 7, -8, 31, 32, 33, 2**31 - 1, -(2**31), 12345, -54321], np.int32)
+FLOATS = np.array(
+    [0.0, -0.0, 1.0, -1.5, 2.5, 3.5, 1e-40, 1e38, 3e38, np.inf, -np.inf, np.nan, 1 / 3, -2 / 3, 1e-7, 16777217.0],
+    np.float32,
+)
+
+
+def pairs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Some two of them in each thread."""
+    first, second = zip(*itertools.product(values, values), strict=True)
+    order = np.random.default_rng(0).permutation(len(first))[:32]
+    return np.array(first)[order], np.array(second)[order]
+
+
+def test_integers_wrap_shift_and_divide_as_in_c():
+    a, b = pairs(INTEGERS)
+    wide = a.astype(np.int64) * b
+    assert (each("add.s32 %o, %a, %b;", a, b, out=np.int32) == (a.astype(np.int64) + b).astype(np.int32)).all()
+    assert (each("mul.lo.s32 %o, %a, %b;", a, b, out=np.int32) == wide.astype(np.int32)).all()
+    assert (each("mul.hi.s32 %o, %a, %b;", a, b, out=np.int32) == wide >> 32).all()
+    assert (each("mul.wide.s32 %o, %a, %b;", a, b, out=np.int64) == wide).all()
+    unsigned = a.view(np.uint32).astype(np.uint64) * b.view(np.uint32)
+    assert (each("mul.hi.u32 %o, %a, %b;", a, b, out=np.uint32) == unsigned >> np.uint64(32)).all()
+    high = [int(x) * int(y) >> 64 for x, y in zip(wide.tolist(), wide[::-1].tolist(), strict=True)]
+    assert each("mul.hi.s64 %o, %a, %b;", wide, wide[::-1].copy(), out=np.int64).tolist() == high
+    b = np.where(b == 0, 3, b).astype(np.int32)
+    quotient = [int(Fraction(int(x), int(y))) for x, y in zip(a, b, strict=True)]  # toward zero
+    assert (each("div.s32 %o, %a, %b;", a, b, out=np.int32) == np.array(quotient).astype(np.int32)).all()
+    rest = [int(x) - q * int(y) for x, y, q in zip(a, b, quotient, strict=True)]
+    assert each("rem.s32 %o, %a, %b;", a, b, out=np.int32).tolist() == rest
+    amount = np.arange(32, dtype=np.uint32) * 3  # up to 93
+    assert each("shl.b32 %o, %a, %b;", a, amount, out=np.uint32).tolist() == [
+        (int(x) << int(s)) % 2**32 if s < 32 else 0 for x, s in zip(a, amount, strict=True)
+    ]
+    assert each("shr.s32 %o, %a, %b;", a, amount, out=np.int32).tolist() == [
+        int(x) >> min(int(s), 31) for x, s in zip(a, amount, strict=True)
+    ]
+    assert each("shr.u32 %o, %a, %b;", a, amount, out=np.uint32).tolist() == [
+        int(x) % 2**32 >> int(s) for x, s in zip(a, amount, strict=True)
+    ]
+
+
+def test_fields_and_bytes():
+    a = np.array([0x0F1E2D3C, 0x81726354], np.uint32)
+    assert each("bfe.u32 %o, %a, 4, 8;", a, out=np.uint32)[:2].tolist() == [0xD3, 0x35]
+    assert each("bfe.s32 %o, %a, 24, 8;", a, out=np.int32)[:2].tolist() == [0x0F, 0x81 - 256]
+    assert each("prmt.b32 %o, %a, 0x11223344, 0x4770;", a, out=np.uint32)[0] == 0x4411113C
+    assert each("prmt.b32 %o, %a, 0, 0xB888;", a, out=np.uint32)[1] == 0xFF000000
+    assert each("popc.b32 %o, %a;", a, out=np.uint32)[:2].tolist() == [int(x).bit_count() for x in a]
+
+
+def test_vectors_are_packed_low_bits_first():
+    a = np.array([0x11112222], np.uint32)
+    assert each("mov.b32 {%rs40, %rs41}, %a;\nmov.b32 %o, {%rs41, %rs40};", a, out=np.uint32)[0] == 0x22221111
+    assert each("mov.b32 {_, %rs41}, %a;\ncvt.u32.u16 %o, %rs41;", a, out=np.uint32)[0] == 0x1111
+
+
+def test_sums_and_products_round_once():
+    generator = np.random.default_rng(0)
+    a, b, c = (generator.standard_normal(32).astype(np.float32) for _ in range(3))
+    c[:16] = -(a[:16] * b[:16])  # what remains is the product's own rounding error
+    got = each("fma.rn.f32 %o, %a, %b, %c;", a, b, c, out=np.float32)
+    for x, y, z, value in zip(a, b, c, got, strict=True):
+        exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        neighbours = [np.nextafter(value, np.float32(s)) for s in (-np.inf, np.inf)]
+        assert all(abs(Fraction(float(value)) - exact) <= abs(Fraction(float(n)) - exact) for n in neighbours)
+
+
+def test_a_fused_product_rounds_ties_by_what_float64_drops():
+    a, b = np.float32([1 + 2**-12]), np.float32([1 + 2**-12])
+    # a b = 1 + 2^-11 + 2^-24, a tie of float32 once 1 is added at 2^-48: below, at and above it.
+    c = np.float32([-(2.0**-60), 0.0, 2.0**-60])
+    got = each("fma.rn.f32 %o, %a, %b, %c;", np.repeat(a, 3), np.repeat(b, 3), c, out=np.float32)[:3]
+    assert got.tolist() == [1 + 2**-11, 1 + 2**-11, 1 + 2**-11 + 2**-23]
+
+
+def test_comparisons_and_extremes_of_nan():
+    a, b = pairs(FLOATS)
+    nan = np.isnan(a) | np.isnan(b)
+    for name, is_so in (("lt", a < b), ("eq", a == b), ("ge", a >= b), ("ne", (a != b) & ~nan)):
+        choose = "selp.b32 %o, 1, 0, %p1;"
+        assert (each(f"setp.{name}.f32 %p1, %a, %b;\n{choose}", a, b, out=np.int32) == is_so).all()
+        assert (each(f"setp.{name}u.f32 %p1, %a, %b;\n{choose}", a, b, out=np.int32) == (is_so | nan)).all()
+    assert np.array_equal(each("max.f32 %o, %a, %b;", a, b, out=np.float32), np.fmax(a, b), equal_nan=True)
+    assert np.array_equal(each("max.NaN.f32 %o, %a, %b;", a, b, out=np.float32), np.maximum(a, b), equal_nan=True)
+    unsigned = each("setp.lt.u32 %p1, %a, %b;\nselp.b32 %o, 1, 0, %p1;", a.view(np.int32), b.view(np.int32), out=np.int32)
+    assert (unsigned == (a.view(np.uint32) < b.view(np.uint32))).all()
+
+
+def test_conversions():
+    x = torch.from_numpy(FLOATS)
+    for dtype in (torch.bfloat16, torch.float16):
+        name = "bf16" if dtype == torch.bfloat16 else "f16"
+        got = torch.from_numpy(each(f"cvt.rn.{name}.f32 %o, %a;", FLOATS, out=np.int16)[: len(FLOATS)]).view(dtype)
+        assert torch.equal(got.nan_to_num(7.0), x.to(dtype).nan_to_num(7.0))
+        back = each(f"cvt.f32.{name} %o, %a;", got.view(torch.int16).numpy(), out=np.float32)[: len(FLOATS)]
+        assert np.array_equal(back, x.to(dtype).float().numpy(), equal_nan=True)
+        halves = each(f"cvt.rn.{name}x2.f32 %o, %a, 0f3F800000;", FLOATS, out=np.uint32)[: len(FLOATS)]
+        assert (halves & 0xFFFF == {"bf16": 0x3F80, "f16": 0x3C00}[name]).all()
+        assert np.array_equal((halves >> 16).astype(np.uint16)[:11], got.view(torch.int16).numpy().view(np.uint16)[:11])
+    numbers = np.float32([1e20, -1e20, np.nan, 2.9, -2.9, np.inf])
+    limits = np.iinfo(np.int64)
+    assert each("cvt.rzi.s64.f32 %o, %a;", numbers, out=np.int64)[:6].tolist() == [
+        limits.max, limits.min, limits.min, 2, -2, limits.max,
+    ]  # fmt: skip
+    assert each("cvt.rzi.s32.f32 %o, %a;", numbers, out=np.int32)[:4].tolist() == [2**31 - 1, -(2**31), 0, 2]
+    assert each("cvt.rmi.f32.f32 %o, %a;", numbers, out=np.float32)[3:5].tolist() == [2.0, -3.0]
+    assert each("cvt.u32.u64 %o, %a;", np.array([2**40 + 5], np.uint64), out=np.uint32)[0] == 5
+    assert each("cvt.s64.s32 %o, %a;", np.array([-3], np.int32), out=np.int64)[0] == -3
+
+
+def test_approximate_functions_err_but_no_further_than_the_manual_allows():
+    x = np.random.default_rng(0).uniform(-20, 20, (64, 32)).astype(np.float32)
+    for statement, exact in (
+        ("ex2.approx.ftz.f32 %o, %a;", np.exp2(x.astype(np.float64))),
+        ("rcp.approx.ftz.f32 %o, %a;", 1 / x.astype(np.float64)),
+        ("div.full.f32 %o, 0f3F800000, %a;", 1 / x.astype(np.float64)),
+    ):
+        got = np.stack([each(statement, row, out=np.float32) for row in x])
+        units = np.abs(got - exact) / np.spacing(np.abs(exact).astype(np.float32))
+        assert 0.9 < units.max() < 2.0
+        assert 0.2 < units.mean() < 0.6
+    assert each("ex2.approx.ftz.f32 %o, %a;", np.float32([0, 3, -np.inf]), out=np.float32)[:3].tolist() == [1, 8, 0]
+    assert each("ex2.approx.ftz.f32 %o, %a;", np.float32([-130]), out=np.float32)[0] == 0  # flushed
+
+
+@pytest.mark.parametrize(
+    ("mode", "operand", "clamp", "source"),
+    [
+        ("bfly", 5, 31, lambda lane: lane ^ 5),
+        ("up", 3, 0, lambda lane: lane - 3 if lane >= 3 else lane),
+        ("down", 3, 31, lambda lane: lane + 3 if lane + 3 < 32 else lane),
+        ("idx", 9, 31, lambda lane: 9),
+        ("bfly", 2, 0x1C03, lambda lane: lane ^ 2),  # segments of four threads
+        ("idx", 1, 0x1C03, lambda lane: lane // 4 * 4 + 1),
+    ],
+)
+def test_shuffles(mode, operand, clamp, source):
+    a = np.arange(32, dtype=np.int32) * 10
+    got = each(f"shfl.sync.{mode}.b32 %o, %a, {operand}, {clamp}, -1;", a, out=np.int32)
+    assert got.tolist() == [10 * source(lane) for lane in range(32)]
+
+
+def test_reductions_of_a_warp():
+    a = np.random.default_rng(0).integers(-99, 99, 32).astype(np.int32)
+    for name, value in (("add", a.sum()), ("max", a.max()), ("min", a.min())):
+        assert (each(f"redux.sync.{name}.s32 %o, %a, -1;", a, out=np.int32) == value).all()
+
+
+MATRICES = """
+    shl.b32 %r3, %r1, 4;
+    mad.lo.s32 %r4, %r1, 4, 1;
+    mad.lo.s32 %r5, %r1, 4, 2;
+    mad.lo.s32 %r6, %r1, 4, 3;
+    shl.b32 %r7, %r1, 2;
+    stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r3], {%r7, %r4, %r5, %r6};
+    bar.sync 0;
+"""
+
+
+def test_matrices_in_shared_memory():
+    out = torch.zeros(2, 32, 4, dtype=torch.int32)
+    store = "shl.b64 %rd9, %rd8, 4;\nadd.s64 %rd10, %rd1, %rd9;\nst.global.v4.b32 [ %rd10 + {} ], {{ %r10, %r11, %r12, %r13 }};"
+    load = "ldmatrix.sync.aligned.m8n8.x4{}.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r3];"
+    run(
+        f"cvt.u64.u32 %rd8, %r1;\n{MATRICES}\n{load.format('')}\n{store.format(0)}\n{load.format('.trans')}\n{store.format(512)}",
+        out,
+        shared=512,
+    )
+    assert out[0].tolist() == [[4 * lane + i for i in range(4)] for lane in range(32)]
+    halves = out.numpy().view(np.int16).reshape(2, 32, 4, 2)
+    for i in range(4):  # thread t holds row t // 4, columns 2 (t % 4) and the next
+        plain, transposed = (m.reshape(8, 4, 2).reshape(8, 8) for m in (halves[0, :, i], halves[1, :, i]))
+        assert (transposed == plain.T).all()
+
+
+# Each thread gives its number to the thread opposite, in the other warp.
+EXCHANGE = """
+    shl.b32 %r3, %r1, 2;
+    st.shared.b32 [ %r3 + 0 ], {{ %r1 }};
+    {barrier}
+    xor.b32 %r4, %r1, 32;
+    shl.b32 %r5, %r4, 2;
+    ld.shared.b32 %r6, [ %r5 + 0 ];
+    mad.wide.u32 %rd3, %r2, 256, %rd1;
+    mad.wide.u32 %rd4, %r1, 4, %rd3;
+    st.global.b32 [ %rd4 + 0 ], {{ %r6 }};
+"""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_warps_meet_at_a_barrier(order):
+    out = torch.zeros(3, 64, dtype=torch.int32)
+    run(EXCHANGE.format(barrier="bar.sync 0;"), out, warps=2, programs=3, shared=256, order=order)
+    assert out.tolist() == 3 * [[lane ^ 32 for lane in range(64)]]
+
+
+@pytest.mark.parametrize(("order", "ahead"), [("first", slice(0, 32)), ("last", slice(32, 64))])
+def test_a_missing_barrier_shows(order, ahead):
+    """The warp that goes ahead reads what the other has not written yet: poison."""
+    out = torch.zeros(3, 64, dtype=torch.int32)
+    run(EXCHANGE.format(barrier=""), out, warps=2, programs=3, shared=256, order=order)
+    assert (out[:, ahead] == -1).all()
+    assert (out != -1).sum() == 96
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_threads_that_part_meet_again(order):
+    """A loop of as many rounds as the thread's number, the sum of which each ends with."""
+    body = """
+        mov.b32 %r3, 0;
+        mov.b32 %r4, 0;
+        setp.eq.b32 %p1, %r1, 0;
+        @%p1 bra $L__end;
+        $L__loop:
+        add.s32 %r4, %r4, 1;
+        add.s32 %r3, %r3, %r4;
+        setp.lt.s32 %p2, %r4, %r1;
+        @%p2 bra $L__loop;
+        $L__end:
+        bar.sync 0;
+        shfl.sync.idx.b32 %r5, %r3, 31, 31, -1;
+        mad.wide.u32 %rd3, %r1, 8, %rd1;
+        st.global.v2.b32 [ %rd3 + 0 ], { %r3, %r5 };
+    """
+    out = torch.zeros(64, 2, dtype=torch.int32)
+    run(body, out, warps=2, order=order)
+    sums = [n * (n + 1) // 2 for n in range(64)]
+    assert out.tolist() == [[s, sums[31] if n < 32 else sums[63]] for n, s in enumerate(sums)]
+
+
+@pytest.mark.parametrize(
+    ("statements", "message"),
+    [
+        ("ld.global.b32 {%r3}, [ %rd1 + 64 ];", "outside of what the launch was given"),
+        ("st.global.b32 [ %rd1 + -4 ], {%r3};", "outside of what the launch was given"),
+        ("ld.global.b32 {%r3}, [ %rd1 + 2 ];", "not divisible by 4"),
+        ("ld.global.v2.b32 {%r3, %r4}, [ %rd1 + 4 ];", "not divisible by 8"),
+        ("ld.shared.b32 %r3, [ %r1 + 128 ];", "not divisible by 4"),
+        ("mov.b32 %r3, 128;\nld.shared.b32 %r4, [ %r3 + 0 ];", "outside of 128 bytes of shared memory"),
+        ("setp.lt.s32 %p1, %r1, 7;\n@%p1 bra $L__a;\nbar.sync 0;\n$L__a:\nmov.b32 %r3, 0;", "wait at a barrier"),
+        ("setp.lt.s32 %p1, %r1, 7;\n@%p1 shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;", "not every thread of a warp"),
+    ],
+)
+def test_what_a_gpu_would_not_show_is_refused(statements, message):
+    with pytest.raises(RuntimeError, match=message):
+        run(statements, torch.zeros(16, dtype=torch.int32), shared=128)
+
+
+def test_what_is_not_known_is_refused():
+    with pytest.raises(NotImplementedError, match="wgmma"):
+        run("wgmma.fence.sync.aligned;", torch.zeros(1))
+    with pytest.raises(NotImplementedError, match="memory of PTX"):
+        run("ld.local.b32 %r3, [ %r1 + 0 ];", torch.zeros(1))
