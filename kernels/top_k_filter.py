@@ -4,9 +4,11 @@ Both are the largest threshold above which lies enough, enough being k logits (t
 probability (the nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p). A
 sample of the row brackets the threshold; one pass over the row counts what lies above the bracket and compacts what
 lies inside it, a few thousand candidates, among which the threshold is then searched in registers. A bracket that
-misses, or holds too many, is moved or narrowed and the pass repeated.
+misses, or holds too many, is moved or narrowed and the pass repeated. A row of up to 8192 logits is searched in
+registers at once.
 
-Bytes for each row: a sample; its V logits, as a rule once for k and three to six times for p; its candidates.
+Bytes for each row: its V logits, as a rule once for k and three to six times for p, a sample and its candidates; of a
+short row its logits once.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ _BLOCK = tl.constexpr(8192)
 _LISTED = tl.constexpr(2 * 8192)  # candidates of all lanes: two for each logit of a block
 _SIGMAS = tl.constexpr(2.0)  # of the sample's weight, at either end of the bracket, which may miss
 _WARPS = 16
+_SHORT = 128, 1024  # least block that holds a row's edges; logits that a warp holds of a short row, 16 a thread
 _PROGRAMS = 528  # four for each SM of an H200, of which one runs at a time; their candidates stay in L2
 
 # Largest vocabulary, logits sampled: a larger sample makes a narrower bracket, 3 % or 2 % of a row, whose candidates
@@ -46,28 +49,56 @@ def _weight(z, top, BY_MASS: tl.constexpr):
 
 
 @triton.jit
-def _search(z, weight, base, target, slack, SPACING: tl.constexpr):
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _above(z, weight, edges, edge_weight, bound):
+    """The weight of what is not below a bound."""
+    if edges is None:
+        return tl.sum(tl.where(z >= bound, weight, 0.0))
+    else:
+        lanes = tl.sum(tl.where(z >= bound, weight, 0.0), 1)
+        return tl.sum(lanes + tl.where(edges >= bound, edge_weight, 0.0))
+
+
+@triton.jit
+def _search(z, weight, base, target, slack, SPACING: tl.constexpr, edges=None, edge_weight=None):
     """The order of a threshold: base and the weight of what of z is not below it reach the target, and hardly more;
     and that weight.
 
     It ends where the weight is the target or no more than ``slack`` lies between the two ends, or where no number of
     the logits' dtype does. The lowest of z where even all of it does not reach the target. -inf is no logit.
+    z: [lanes, n]; what is left over of it, [lanes], may come as edges.
     """
-    low = ordered.order(tl.min(tl.where(z > -float("inf"), z, float("inf"))))
-    high = ordered.order(tl.max(z)) + 1
-    above_low = base + tl.sum(weight)
+    least, largest, total = tl.min(tl.where(z > -float("inf"), z, float("inf"))), tl.max(z), tl.sum(weight)
+    if edges is not None:
+        least = tl.minimum(least, tl.min(tl.where(edges > -float("inf"), edges, float("inf"))))
+        largest = tl.maximum(largest, tl.max(edges))
+        total += tl.sum(edge_weight)
+    low = ordered.order(least)
+    high = ordered.order(largest) + 1
+    above_low = base + total
     above_high = base
     high = tl.where(above_low < target, low, high)
     turn = tl.full((), 0, tl.int32)
     while (high - low > SPACING) & (above_low - above_high > slack) & (above_low != target):
-        # As if the weight were spread evenly over the values between, and by halves.
-        share = (above_low - target) / (above_low - above_high)
-        z_low = ordered.value(low)
-        probe = ordered.order(z_low + (ordered.value(high) - z_low) * share)
-        probe = tl.where(turn % 2 == 0, probe, (low + high) >> 1)
+        # As if the weight fell exponentially between the two ends (a number's bits are about its logarithm); midway;
+        # as if it were spread evenly; and half of all numbers on, which bounds the turns. Among 8192 normal logits k
+        # takes ten, where the last two alone take twenty.
+        z_low, z_high = ordered.value(low), ordered.value(high)
+        over, under = above_low - target, above_low - above_high
+        if turn % 4 == 0:
+            rest = tl.maximum(above_high, 0.5 * tl.minimum(target, 1.0))
+            over = (_bits(above_low) - _bits(target)).to(tl.float32)
+            under = (_bits(above_low) - _bits(rest)).to(tl.float32)
+        share = tl.where(turn % 4 == 1, 0.5, over / under)
+        probe = ordered.order(z_low + (z_high - z_low) * share)
+        probe = tl.where(turn % 4 == 3, (low + high) >> 1, probe)
         probe = tl.minimum(tl.maximum(probe, low + 1), high - 1)
         turn += 1
-        above = base + tl.sum(tl.where(z >= ordered.value(probe), weight, 0.0))
+        above = base + _above(z, weight, edges, edge_weight, ordered.value(probe))
         is_low = above >= target
         low = tl.where(is_low, probe, low)
         above_low = tl.where(is_low, above, above_low)
@@ -78,15 +109,15 @@ def _search(z, weight, base, target, slack, SPACING: tl.constexpr):
 
 @triton.jit
 def _block(x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr,
-           HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+           HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A block of a row's body [lanes, VECTOR], float32, -inf where it has ended."""
-    LANES: tl.constexpr = _BLOCK // VECTOR
+    LANES: tl.constexpr = BLOCK // VECTOR
     block = offset + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     in_body = block < body_length
     z = tl.load(x_ptr + body_start + block, mask=in_body, other=-float("inf")).to(tl.float32)
     first = body_column + offset
     return logit_rows.without_excluded(
-        z, body_column + block, in_body, first, first + _BLOCK, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
+        z, body_column + block, in_body, first, first + BLOCK, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
     )
 
 
@@ -148,7 +179,7 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
     for offset in range(0, body_length, _BLOCK):
         z = _block(
             x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
-            VECTOR,
+            VECTOR, _BLOCK,
         )  # fmt: skip
         columns = _columns(z, VECTOR)
         for i in tl.static_range(VECTOR):
@@ -257,7 +288,7 @@ def _total(x_ptr, body_start, body_column, body_length, edges, threshold, mask_i
     for offset in range(0, body_length, _BLOCK):
         z = _block(
             x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
-            VECTOR,
+            VECTOR, _BLOCK,
         )  # fmt: skip
         maxima = tl.maximum(maxima, tl.max(z, 1))
     top = tl.max(maxima)
@@ -267,10 +298,73 @@ def _total(x_ptr, body_start, body_column, body_length, edges, threshold, mask_i
     for offset in range(0, body_length, _BLOCK):
         z = _block(
             x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
-            VECTOR,
+            VECTOR, _BLOCK,
         )  # fmt: skip
         sums += tl.sum(tl.where(z >= z_threshold, _weight(z, top, True), 0.0), 1)
     return top, tl.sum(sums)
+
+
+@triton.jit
+def _edges(x_ptr, start, V, body_column, body_length, mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr,
+           HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """What of a row is not its body [LANES], float32, -inf where there is no more."""
+    offs_v, in_v = logit_rows.edges_of_lanes(tl.arange(0, LANES), V, body_column, body_length, VECTOR)
+    edges = tl.load(x_ptr + start + offs_v, mask=in_v, other=-float("inf")).to(tl.float32)
+    return logit_rows.without_excluded(edges, offs_v, in_v, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN)
+
+
+@triton.jit(do_not_specialize=["lead_x", "num_rows", "V", "num_kept", "mask_id"])
+def _short_thresholds_kernel(
+    x_ptr,
+    lead_x,
+    stride_x,
+    row_indices_ptr,
+    forbidden_ptr,
+    thresholds_ptr,
+    num_rows,
+    V,
+    num_kept,
+    top_p,
+    mask_id,
+    IS_COMPACT: tl.constexpr,
+    BY_MASS: tl.constexpr,
+    HAS_MASK_ID: tl.constexpr,
+    HAS_FORBIDDEN: tl.constexpr,
+    SPACING: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # This program finds the threshold of one row, which it holds in registers.
+    row = tl.program_id(0)
+    flat = tl.load(row_indices_ptr + row)
+    if flat < 0:
+        return
+    x_ptr = tl.multiple_of(x_ptr - lead_x, 16)
+    start = lead_x + (row.to(tl.int64) if IS_COMPACT else flat) * stride_x
+    body_column, body_start, body_length = logit_rows.body(start, V, VECTOR)
+    z = _block(
+        x_ptr, body_start, body_column, body_length, 0, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
+        BLOCK,
+    )  # fmt: skip
+    edges = _edges(
+        x_ptr, start, V, body_column, body_length, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
+        BLOCK // VECTOR,
+    )  # fmt: skip
+    floor = tl.full((), _LOWEST, tl.int64)
+    top = 0.0
+    target = num_kept.to(tl.float32)
+    if BY_MASS:
+        z_floor = tl.load(thresholds_ptr + row)
+        floor = ordered.order(z_floor)
+        z = tl.where(z >= z_floor, z, -float("inf"))
+        edges = tl.where(edges >= z_floor, edges, -float("inf"))
+        top = tl.maximum(tl.max(z), tl.max(edges))
+        top = tl.where(tl.abs(top) < float("inf"), top, 0.0)  # a row without a law
+    weight, edge_weight = _weight(z, top, BY_MASS), _weight(edges, top, BY_MASS)
+    if BY_MASS:
+        target = tl.maximum((tl.sum(weight) + tl.sum(edge_weight)) * top_p, 1e-30)
+    threshold, above = _search(z, weight, 0.0, target, 0.0, SPACING, edges, edge_weight)
+    tl.store(thresholds_ptr + row, ordered.value(tl.where(above < target, floor, threshold)))
 
 
 @triton.jit(do_not_specialize=["lead_x", "num_rows", "V", "num_kept", "mask_id"])
@@ -304,12 +398,10 @@ def _thresholds_kernel(
             x_row = flat * 0 + row if IS_COMPACT else flat  # row is an int in the interpreter
             start = lead_x + x_row * stride_x
             body_column, body_start, body_length = logit_rows.body(start, V, VECTOR)
-            lane = tl.arange(0, _BLOCK // VECTOR)
-            offs_v, in_v = logit_rows.edges_of_lanes(lane, V, body_column, body_length, VECTOR)
-            edges = tl.load(x_ptr + start + offs_v, mask=in_v, other=-float("inf")).to(tl.float32)
-            edges = logit_rows.without_excluded(
-                edges, offs_v, in_v, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
-            )
+            edges = _edges(
+                x_ptr, start, V, body_column, body_length, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
+                _BLOCK // VECTOR,
+            )  # fmt: skip
             if BY_MASS:
                 floor = ordered.order(tl.load(thresholds_ptr + row))
                 top, total = _total(
@@ -327,12 +419,10 @@ def _thresholds_kernel(
                 even, most, top = floor, tl.full((), _BEYOND, tl.int64), 0.0
                 share = num_kept / V.to(tl.float32)
                 target = num_kept.to(tl.float32)
-            low, high = even, most
-            if V > _BLOCK:
-                low, high = _bracket(
-                    x_ptr, body_start, body_column, body_length, V, floor, even, most, share, top, mask_id,
-                    forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, SAMPLE,
-                )  # fmt: skip
+            low, high = _bracket(
+                x_ptr, body_start, body_column, body_length, V, floor, even, most, share, top, mask_id,
+                forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, SAMPLE,
+            )  # fmt: skip
             threshold = _select(
                 x_ptr, body_start, body_column, body_length, edges, floor, most, low, high, target, top,
                 candidates_ptr, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR,
@@ -355,21 +445,30 @@ def thresholds(logits: dict[str, Any], filter_thres: float | None, top_p: float 
     num_kept = num_ids if filter_thres is None else math.ceil((1.0 - filter_thres) * num_ids)
     if num_kept == num_ids and top_p is None:
         return None
-    programs = min(num_rows, _PROGRAMS)
     lowest = torch.finfo(torch.float32).min
     out = torch.full((num_rows,), lowest, dtype=torch.float32, device=x.device)
-    candidates = torch.empty((programs, _LISTED.value), dtype=torch.float32, device=x.device)
+    if num_ids <= _BLOCK.value:
+        least, share = _SHORT
+        block = max(least, triton.next_power_of_2(num_ids))
+        options = {"BLOCK": block, "num_warps": max(1, block // share)}
+        launch = _short_thresholds_kernel[(num_rows,)]
+    else:
+        programs = min(num_rows, _PROGRAMS)
+        options = {
+            "candidates_ptr": torch.empty((programs, _LISTED.value), dtype=torch.float32, device=x.device),
+            "SAMPLE": next(sample for most, sample in _SAMPLES if num_ids <= most),
+            "num_warps": _WARPS,
+        }
+        launch = _thresholds_kernel[(programs,)]
     for by_mass, is_wanted in ((False, num_kept < num_ids), (True, top_p is not None)):
         if is_wanted:
-            _thresholds_kernel[(programs,)](
+            launch(
                 **logits,
+                **options,
                 thresholds_ptr=out,
-                candidates_ptr=candidates,
                 num_kept=num_kept,
                 top_p=top_p or 0.0,
                 BY_MASS=by_mass,
                 SPACING=_SPACING.get(x.dtype, 1),
-                SAMPLE=next(sample for most, sample in _SAMPLES if num_ids <= most),
-                num_warps=_WARPS,
             )
     return out

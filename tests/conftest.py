@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operation: its twin, or its kernel in the interpreter, on a GPU or on what stands in for one."""
+    """One way to run an operation: its twin, or its kernel in the interpreter, on a GPU or what stands in for one."""
 
     name: str
     device: torch.device

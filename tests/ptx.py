@@ -13,12 +13,10 @@ it only what Triton's output for this package needs; anything else raises NotImp
 from __future__ import annotations
 
 import ctypes
-import itertools
 import re
-import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -86,7 +84,7 @@ def _immediate(text: str, dtype: np.dtype) -> Any:
     """A constant: 12, -3, 0x1F, 0f3F800000 (bits of a float32), 0d... (of a float64)."""
     if text[:2] in ("0f", "0F", "0d", "0D"):
         return np.array(int(text[2:], 16), _UNSIGNED[len(text) // 2 - 1]).view(dtype)[()]
-    if dtype == bool:
+    if dtype.kind == "b":
         return np.bool_(int(text, 0) != 0)
     return np.array(int(text.rstrip("U"), 0) & (256**dtype.itemsize - 1), _UNSIGNED[dtype.itemsize]).view(dtype)[()]
 
@@ -239,8 +237,16 @@ def _field(a: Any, position: Any, length: Any) -> Any:
     return _shifted_right(raised, width - length)
 
 
-_MINIMA = {"f": np.fmin, "i": np.minimum, "u": np.minimum}  # of a number and NaN the number
-_MAXIMA = {"f": np.fmax, "i": np.maximum, "u": np.maximum}
+def _extreme(a: Any, b: Any, of_numbers: Any, is_least: bool) -> Any:
+    """The least or largest, of a number and NaN the number unless told otherwise; -0 is less than 0."""
+    a, b = np.broadcast_arrays(a, b)
+    found = of_numbers(a, b)
+    if a.dtype.kind != "f":
+        return found
+    bits = np.dtype(_UNSIGNED[a.itemsize])
+    signs = a.view(bits) | b.view(bits) if is_least else a.view(bits) & b.view(bits)
+    return np.where((a == 0) & (b == 0), signs.view(a.dtype), found)
+
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
@@ -255,8 +261,8 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "not": lambda a: ~a,
     "shl": _shifted_left,
     "shr": _shifted_right,
-    "min": lambda a, b: _MINIMA[np.asarray(a).dtype.kind](a, b),
-    "max": lambda a, b: _MAXIMA[np.asarray(a).dtype.kind](a, b),
+    "min": lambda a, b: _extreme(a, b, np.fmin, True),
+    "max": lambda a, b: _extreme(a, b, np.fmax, False),
     "rem": lambda a, b: a - _quotient(a, b) * b,
     "popc": np.bitwise_count,
     "bfe": _field,
@@ -297,8 +303,8 @@ def _from_bfloat16(bits: Any) -> Any:
 def _to_bfloat16(x: Any) -> Any:
     """The nearest bfloat16 of a float32, ties to even, as bits."""
     bits = np.ascontiguousarray(x).view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    return np.where(x != x, np.uint16(0x7FFF), rounded)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(x != x, np.uint16(0x7FFF), rounded.astype(np.uint16))
 
 
 def _converted(x: Any, source: str, target: str, modifiers: tuple[str, ...]) -> Any:
@@ -370,7 +376,8 @@ def _arithmetic(statement: Statement) -> Action:
         narrow = function
         function = lambda a, b, *c: narrow(np.asarray(a).astype(result), np.asarray(b).astype(result), *c)  # noqa: E731
     if "NaN" in modifiers:
-        function = {"min": np.minimum, "max": np.maximum}[name]
+        of_numbers = {"min": np.minimum, "max": np.maximum}[name]
+        function = lambda a, b: _extreme(a, b, of_numbers, name == "min")  # noqa: E731
     if kind == "bf16":
         in_float32 = function
         function = lambda *values: _to_bfloat16(in_float32(*map(_from_bfloat16, values)))  # noqa: E731
@@ -563,8 +570,8 @@ def _reduction(statement: Statement) -> Action:
 
 
 def _matrices(statement: Statement) -> Action:
-    """ldmatrix and stmatrix .m8n8.x1/.x2/.x4(.trans).shared.b16 (9.7.14.5.15): eight threads give the addresses of the
-    rows of each 8 x 8 matrix, of which every thread holds two elements."""
+    """ldmatrix and stmatrix .m8n8.x1/.x2/.x4(.trans).shared.b16 (9.7.14.5.15): eight threads give the addresses of
+    the rows of each 8 x 8 matrix, of which every thread holds two elements."""
     is_load = statement.parts[0] == "ldmatrix"
     place, vector = sorted(statement.operands)  # "[" comes before "{"
     names = _names(vector)
@@ -666,6 +673,19 @@ class Region:
         return Places(self._bytes.view(dtype), (addresses - self._origin) // dtype.itemsize)
 
 
+SECTOR = 32
+
+
+@dataclass
+class Traffic:
+    """Global memory that a launch of a kernel moved, in bytes: what its warps asked for at each statement, in whole
+    sectors of 32 bytes, as caches see it."""
+
+    kernel: str
+    read: int = 0
+    written: int = 0
+
+
 class Machine:
     """Runs some programs of a launch, all of their threads side by side.
 
@@ -682,8 +702,10 @@ class Machine:
         parameters: Any,
         regions: list[Region],
         order: str,
+        traffic: Traffic | None = None,
     ) -> None:
         self.program, self.parameters, self.regions, self.order = program, parameters, regions, order
+        self.traffic = traffic
         self.num_warps, self.num_programs = num_warps, len(programs)
         shape = (num_warps, len(programs), WARP)
         size = num_warps * len(programs) * WARP
@@ -776,6 +798,13 @@ class Machine:
                 raise RuntimeError(f"outside of {self.shared_size} bytes of shared memory: {statement.text}")
             own = self.program_index[select] * self.shared_size + addresses
             return Places(self.shared.reshape(-1).view(dtype), own // dtype.itemsize)
+        if self.traffic is not None:
+            warps = self.lanes[select] // WARP
+            sectors = len(np.unique(addresses // SECTOR + (warps << 58)))
+            if statement.parts[0] == "ld":
+                self.traffic.read += sectors * SECTOR
+            else:
+                self.traffic.written += sectors * SECTOR
         for region in self.regions:
             if region.start <= first and end <= region.end:
                 return region.places(addresses, dtype)
@@ -789,25 +818,24 @@ class _Launcher:
     """What Triton calls to launch a kernel, with its arguments in order."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        self._types = [kind for kind in source.signature.values()]
+        self._types = list(source.signature.values())
         self._metadata = metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, program: Any, *rest: Any) -> None:
         arguments = rest[4:]
-        given = [
-            (kind, value) for kind, value in zip(self._types, arguments, strict=True) if kind != "constexpr"
-        ]
+        given = [(kind, value) for kind, value in zip(self._types, arguments, strict=True) if kind != "constexpr"]
         regions = [Region(value) for _, value in given if isinstance(value, torch.Tensor) and value.numel()]
         parameters = np.zeros(program.num_parameters, np.uint64)  # what Triton adds, its scratch memory, is null
         parameters[: len(given)] = [_packed(kind, value) for kind, value in given]
-        grid = (x, y, z)
-        metadata = self._metadata
-        together = max(1, _THREADS // (metadata.num_warps * WARP))
+        grid, warps, shared = (x, y, z), self._metadata.num_warps, self._metadata.shared
+        traffic = None
+        if _Driver.traffic is not None:
+            traffic = Traffic(self._metadata.name)
+            _Driver.traffic.append(traffic)
+        together = max(1, _THREADS // (warps * WARP))
         for first in range(0, x * y * z, together):
             programs = np.arange(first, min(first + together, x * y * z))
-            Machine(
-                program, programs, grid, metadata.num_warps, metadata.shared, parameters, regions, _Driver.order
-            ).run()
+            Machine(program, programs, grid, warps, shared, parameters, regions, _Driver.order, traffic).run()
 
 
 def _packed(kind: str, value: Any) -> int:
@@ -854,6 +882,7 @@ class _Driver(DriverBase):
     utils = _Utilities
     launcher_cls = _Launcher
     order = "first"
+    traffic: list[Traffic] | None = None
 
     @classmethod
     def is_active(cls) -> bool:
@@ -886,3 +915,13 @@ def activate(order: str) -> None:
     _Driver.order = order
     backends["nvidia"] = Backend(_Backend, _Driver)
     driver.set_active(_Driver())
+
+
+@contextmanager
+def traffic() -> Iterator[list[Traffic]]:
+    """Gathers what each launch moves, in order."""
+    _Driver.traffic = []
+    try:
+        yield _Driver.traffic
+    finally:
+        _Driver.traffic = None

@@ -525,6 +525,7 @@ def test_empty_batches(door, shape):
 # ---- probabilities ----
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("filter_thres", [None, 0.7])
 @pytest.mark.parametrize("vocabulary", [6, 507, 5000])
@@ -1298,11 +1299,18 @@ def offline_plans() -> list[dict]:
         for name, by_mass, forbidden, sample in (
             ("k", False, False, 8192), ("p", True, False, 8192), ("p forbidden", True, True, 16384),
         ):  # fmt: skip
+            filters = {
+                "thresholds_ptr": "*fp32:16", "num_kept": "i32", "top_p": "fp32", "BY_MASS": by_mass, "SPACING": 1,
+            } | rows(dtype, forbidden) | aligned  # fmt: skip
             plans.append(
                 plan(f"thresholds {name}{suffix}", "_thresholds_kernel", top_k_filter._WARPS, "top_k_filter",
-                     thresholds_ptr="*fp32:16", candidates_ptr="*fp32:16", num_kept="i32", top_p="fp32",
-                     BY_MASS=by_mass, SPACING=1, SAMPLE=sample, **rows(dtype, forbidden), **aligned)
+                     candidates_ptr="*fp32:16", SAMPLE=sample, **filters)
             )  # fmt: skip
+            for size, block in (("", 8192), (" small", 128)):
+                plans.append(
+                    plan(f"short thresholds {name}{suffix}{size}", "_short_thresholds_kernel",
+                         max(1, block // top_k_filter._SHORT[1]), "top_k_filter", BLOCK=block, **filters)
+                )  # fmt: skip
         pointers = dict.fromkeys(("seed_ptr", "kept_ids_ptr", "ids_ptr"), "*i64:16")
         pointers |= dict.fromkeys(("sub_tiles_ptr", "log_probs_ptr", "margins_ptr", "entropies_ptr"), "*fp32:16")
         scalars = dict.fromkeys(("num_tiles", "seq_len", "sample_offset", "step"), "i32")

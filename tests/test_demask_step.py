@@ -128,6 +128,7 @@ def assert_same_selection(ours, theirs, scores):
     return int(differs.sum())
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("block", range(4))
 def test_the_kernel_remasks_what_its_twin_remasks(kernel, reference, block):
     """Thirty random calls; positions may differ where their noised scores are level to rounding: none are today."""

@@ -688,6 +688,7 @@ def test_memory_grows_with_neither_rows_nor_chunks(measure):
 # ---- the rows, as a list or bounded ----
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_row_indices_and_bounds_are_the_mask(linear_cross_entropy, small_chunks, reduction):
     small_chunks(2)

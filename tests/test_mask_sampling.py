@@ -447,6 +447,7 @@ def random_configuration(rng: random.Random, lengths: range, rows=(1, 1, 2, 3)):
     return tokens, rng.randrange(-(2**63), 2**63), options
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("block", range(10))
 def test_kernel_equals_reference(kernel, reference, block):
     """160 random configurations; lengths reach past each row of the launch table that is quick to interpret."""

@@ -733,6 +733,7 @@ COLUMNS = {
 }
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize(
     ("name", "column"),
     # The hundred rows that a second tile a piece takes are slow, and the options meet pieces under "split".

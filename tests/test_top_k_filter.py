@@ -135,6 +135,7 @@ def test_top_p_of_a_large_vocabulary(backend, kind, dtype):
     assert_nucleus(backend, filter_row(kind, 50257, dtype), 0.7)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("kind", NUCLEUS_ROWS)
 def test_top_k_then_top_p(backend, kind):
     """The share is one of what the k largest have together; the other order would keep more."""
