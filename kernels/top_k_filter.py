@@ -34,18 +34,22 @@ _BLOCK = tl.constexpr(8192)
 _LISTED = tl.constexpr(2 * 8192)  # candidates of all lanes: two for each logit of a block
 _SIGMAS = tl.constexpr(2.0)  # of the sample's weight, at either end of the bracket, which may miss
 _WARPS = 16
-_SHORT = 128, 1024  # least block that holds a row's edges; logits that a warp holds of a short row, 16 a thread
 _PROGRAMS = 528  # four for each SM of an H200, of which one runs at a time; their candidates stay in L2
 
-# Largest vocabulary, logits sampled: a larger sample makes a narrower bracket, 3 % or 2 % of a row, whose candidates
-# must find their places (at V 152064 one row in a hundred of 16-bit logits does not, and one in three of float32).
-_SAMPLES = ((100_000, 8192), (math.inf, 16384))
+# Largest vocabulary; logits sampled for k, and warps; logits sampled for p. A larger sample makes a narrower bracket, 2 %
+# to 4 % of a row, whose candidates must find their places (at V 152064 one row in a hundred of 16-bit logits does
+# not, and one in three of float32).
+_SAMPLES = ((100_000, 4096, 2, 8192), (math.inf, 16384, 16, 16384))
+# A turn of a search costs a warp a hundred instructions, and three for each of a thread's logits: few warps with many
+# logits do it for less. So many logits has a warp of a short row, where they count and where they have a weight.
+_SHORT_WARP = 2048, 1024
+_SHORT_BLOCK = 128  # holds a row's edges too
 
 
 @triton.jit
-def _weight(z, top, BY_MASS: tl.constexpr):
-    """What logits count for: one, or their probability relative to the largest; -inf for nothing."""
-    return elementary.exp(z - top) if BY_MASS else (z > -float("inf")).to(tl.float32)
+def _weight(z, top):
+    """What logits count for in the nucleus: their probability relative to the largest; -inf for nothing."""
+    return elementary.exp(z - top)
 
 
 @triton.jit
@@ -54,13 +58,19 @@ def _bits(x):
 
 
 @triton.jit
+def _counted(stays, weight):
+    """The weight of what stays, or one for each where logits only count."""
+    return stays.to(tl.int32) if weight is None else tl.where(stays, weight, 0.0)
+
+
+@triton.jit
 def _above(z, weight, edges, edge_weight, bound):
-    """The weight of what is not below a bound."""
+    """The weight, or the number, of what is not below a bound, float32."""
+    counted = _counted(z >= bound, weight)
     if edges is None:
-        return tl.sum(tl.where(z >= bound, weight, 0.0))
+        return tl.sum(counted).to(tl.float32)
     else:
-        lanes = tl.sum(tl.where(z >= bound, weight, 0.0), 1)
-        return tl.sum(lanes + tl.where(edges >= bound, edge_weight, 0.0))
+        return tl.sum(tl.sum(counted, 1) + _counted(edges >= bound, edge_weight)).to(tl.float32)
 
 
 @triton.jit
@@ -70,16 +80,20 @@ def _search(z, weight, base, target, slack, SPACING: tl.constexpr, edges=None, e
 
     It ends where the weight is the target or no more than ``slack`` lies between the two ends, or where no number of
     the logits' dtype does. The lowest of z where even all of it does not reach the target. -inf is no logit.
-    z: [lanes, n]; what is left over of it, [lanes], may come as edges.
+    z: [lanes, n]; what is left over of it, [lanes], may come as edges. Without weights logits only count.
     """
-    least, largest, total = tl.min(tl.where(z > -float("inf"), z, float("inf"))), tl.max(z), tl.sum(weight)
+    least, largest = tl.min(tl.where(z > -float("inf"), z, float("inf"))), tl.max(z)
     if edges is not None:
         least = tl.minimum(least, tl.min(tl.where(edges > -float("inf"), edges, float("inf"))))
         largest = tl.maximum(largest, tl.max(edges))
-        total += tl.sum(edge_weight)
     low = ordered.order(least)
     high = ordered.order(largest) + 1
-    above_low = base + total
+    if weight is None:
+        above_low = base + _above(z, None, edges, None, least)
+    elif edges is None:
+        above_low = base + tl.sum(weight)
+    else:
+        above_low = base + tl.sum(weight) + tl.sum(edge_weight)
     above_high = base
     high = tl.where(above_low < target, low, high)
     turn = tl.full((), 0, tl.int32)
@@ -169,9 +183,9 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
     # A lane's first place is for its edge.
     is_candidate, is_high = _sorted_out(edges, z_low, z_high)
     tl.store(candidates_ptr + lane * CAPACITY, tl.where(is_candidate, edges, -float("inf")))
-    edge_weight = _weight(edges, top, BY_MASS)
-    edge_above = tl.sum(tl.where(is_high, edge_weight, 0.0))
-    edge_between = tl.sum(tl.where(is_candidate, edge_weight, 0.0))
+    edge_weight = _weight(edges, top) if BY_MASS else None
+    edge_above = tl.sum(_counted(is_high, edge_weight)).to(tl.float32)
+    edge_between = tl.sum(_counted(is_candidate, edge_weight)).to(tl.float32)
     slot = lane * CAPACITY + 1
     end = lane * CAPACITY + CAPACITY
     above_high = tl.full((LANES,), 0.0, tl.float32)
@@ -187,7 +201,7 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
             tl.store(candidates_ptr + slot, columns[i], mask=is_inside & (slot < end))
             slot += is_inside.to(tl.int32)
             if BY_MASS:
-                weight = _weight(columns[i], top, True)
+                weight = _weight(columns[i], top)
                 above_high += tl.where(is_above, weight, 0.0)
                 between += tl.where(is_inside, weight, 0.0)
             else:
@@ -242,7 +256,7 @@ def _select(x_ptr, body_start, body_column, body_length, edges, floor, most, low
             candidates_ptr + tl.arange(0, LANES)[:, None] * CAPACITY + place, mask=place < number[:, None],
             other=-float("inf"),
         )  # fmt: skip
-        least, _ = _search(z, _weight(z, top, BY_MASS), above_most, target, 0.0, SPACING)
+        least, _ = _search(z, _weight(z, top) if BY_MASS else None, above_most, target, 0.0, SPACING)
     return least
 
 
@@ -259,13 +273,17 @@ def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, 
     z = logit_rows.without_excluded(
         z, body_column + column, column >= 0, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
     )
-    weight = tl.where(z >= ordered.value(floor), _weight(z, top, BY_MASS), 0.0)
-    # Of a count the share is that of all V ids; what is excluded or -inf weighs nothing, but is one of them.
-    target = share * (tl.sum(weight) if BY_MASS else SAMPLE)
     # The error of the share above the threshold, by each weight's own part in it.
-    middle, _ = _search(z, weight, 0.0, target, 0.02 * target, SPACING)
-    part = tl.where(z >= ordered.value(middle), 1.0 - share, share) * (weight if BY_MASS else 1.0)
-    spread = _SIGMAS * tl.sqrt(tl.sum(part * part)) + (0.0 if BY_MASS else 1.0)
+    if BY_MASS:
+        weight = tl.where(z >= ordered.value(floor), _weight(z, top), 0.0)
+        target = share * tl.sum(weight)
+        middle, _ = _search(z, weight, 0.0, target, 0.02 * target, SPACING)
+        part = tl.where(z >= ordered.value(middle), 1.0 - share, share) * weight
+        spread = _SIGMAS * tl.sqrt(tl.sum(part * part))
+    else:  # the share is that of all V ids: what is excluded or -inf is one of them
+        weight = None
+        target = share * SAMPLE
+        spread = _SIGMAS * tl.sqrt(target * (1.0 - share)) + 1.0
     slack = 0.5 * spread
     low, above = _search(z, weight, 0.0, target + spread, slack, SPACING)
     low = tl.where(above < target + spread, floor, low)
@@ -294,13 +312,13 @@ def _total(x_ptr, body_start, body_column, body_length, edges, threshold, mask_i
     top = tl.max(maxima)
     top = tl.where(tl.abs(top) < float("inf"), top, 0.0)  # a row without a law
     z_threshold = ordered.value(threshold)
-    sums = tl.where(edges >= z_threshold, _weight(edges, top, True), 0.0)
+    sums = tl.where(edges >= z_threshold, _weight(edges, top), 0.0)
     for offset in range(0, body_length, _BLOCK):
         z = _block(
             x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
             VECTOR, _BLOCK,
         )  # fmt: skip
-        sums += tl.sum(tl.where(z >= z_threshold, _weight(z, top, True), 0.0), 1)
+        sums += tl.sum(tl.where(z >= z_threshold, _weight(z, top), 0.0), 1)
     return top, tl.sum(sums)
 
 
@@ -360,11 +378,49 @@ def _short_thresholds_kernel(
         edges = tl.where(edges >= z_floor, edges, -float("inf"))
         top = tl.maximum(tl.max(z), tl.max(edges))
         top = tl.where(tl.abs(top) < float("inf"), top, 0.0)  # a row without a law
-    weight, edge_weight = _weight(z, top, BY_MASS), _weight(edges, top, BY_MASS)
+    weight = _weight(z, top) if BY_MASS else None
+    edge_weight = _weight(edges, top) if BY_MASS else None
     if BY_MASS:
         target = tl.maximum((tl.sum(weight) + tl.sum(edge_weight)) * top_p, 1e-30)
     threshold, above = _search(z, weight, 0.0, target, 0.0, SPACING, edges, edge_weight)
     tl.store(thresholds_ptr + row, ordered.value(tl.where(above < target, floor, threshold)))
+
+
+@triton.jit(do_not_specialize=["lead_x", "num_rows", "V", "num_kept", "mask_id"])
+def _brackets_kernel(
+    x_ptr,
+    lead_x,
+    stride_x,
+    row_indices_ptr,
+    forbidden_ptr,
+    brackets_ptr,
+    num_rows,
+    V,
+    num_kept,
+    mask_id,
+    IS_COMPACT: tl.constexpr,
+    HAS_MASK_ID: tl.constexpr,
+    HAS_FORBIDDEN: tl.constexpr,
+    SPACING: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):
+    # This program brackets the threshold of one row by its sample, with few warps: a turn of a search costs as much
+    # again in each of them.
+    row = tl.program_id(0)
+    flat = tl.load(row_indices_ptr + row)
+    if flat < 0:
+        return
+    x_ptr = tl.multiple_of(x_ptr - lead_x, 16)
+    start = lead_x + (row.to(tl.int64) if IS_COMPACT else flat) * stride_x
+    body_column, body_start, body_length = logit_rows.body(start, V, VECTOR)
+    floor, most = tl.full((), _LOWEST, tl.int64), tl.full((), _BEYOND, tl.int64)
+    low, high = _bracket(
+        x_ptr, body_start, body_column, body_length, V, floor, floor, most, num_kept / V.to(tl.float32), 0.0, mask_id,
+        forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, False, SPACING, VECTOR, SAMPLE,
+    )  # fmt: skip
+    tl.store(brackets_ptr + 2 * row, low)
+    tl.store(brackets_ptr + 2 * row + 1, high)
 
 
 @triton.jit(do_not_specialize=["lead_x", "num_rows", "V", "num_kept", "mask_id"])
@@ -375,6 +431,7 @@ def _thresholds_kernel(
     row_indices_ptr,
     forbidden_ptr,
     thresholds_ptr,
+    brackets_ptr,
     candidates_ptr,
     num_rows,
     V,
@@ -412,17 +469,17 @@ def _thresholds_kernel(
                 even = ordered.order(top + elementary.log(total * (1.0 - top_p) / V.to(tl.float32)))
                 even = tl.maximum(even, floor)
                 most = tl.maximum(ordered.order(top), even) + 1
-                share = top_p
                 target = tl.maximum(total * top_p, 1e-30)
+                low, high = _bracket(
+                    x_ptr, body_start, body_column, body_length, V, floor, even, most, top_p, top, mask_id,
+                    forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, True, SPACING, VECTOR, SAMPLE,
+                )  # fmt: skip
             else:
-                floor = tl.full((), _LOWEST, tl.int64)
-                even, most, top = floor, tl.full((), _BEYOND, tl.int64), 0.0
-                share = num_kept / V.to(tl.float32)
+                floor, most = tl.full((), _LOWEST, tl.int64), tl.full((), _BEYOND, tl.int64)
+                top = 0.0
                 target = num_kept.to(tl.float32)
-            low, high = _bracket(
-                x_ptr, body_start, body_column, body_length, V, floor, even, most, share, top, mask_id,
-                forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, SAMPLE,
-            )  # fmt: skip
+                low = tl.load(brackets_ptr + 2 * row)
+                high = tl.load(brackets_ptr + 2 * row + 1)
             threshold = _select(
                 x_ptr, body_start, body_column, body_length, edges, floor, most, low, high, target, top,
                 candidates_ptr, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR,
@@ -447,28 +504,41 @@ def thresholds(logits: dict[str, Any], filter_thres: float | None, top_p: float 
         return None
     lowest = torch.finfo(torch.float32).min
     out = torch.full((num_rows,), lowest, dtype=torch.float32, device=x.device)
-    if num_ids <= _BLOCK.value:
-        least, share = _SHORT
-        block = max(least, triton.next_power_of_2(num_ids))
-        options = {"BLOCK": block, "num_warps": max(1, block // share)}
-        launch = _short_thresholds_kernel[(num_rows,)]
-    else:
-        programs = min(num_rows, _PROGRAMS)
-        options = {
-            "candidates_ptr": torch.empty((programs, _LISTED.value), dtype=torch.float32, device=x.device),
-            "SAMPLE": next(sample for most, sample in _SAMPLES if num_ids <= most),
-            "num_warps": _WARPS,
-        }
-        launch = _thresholds_kernel[(programs,)]
-    for by_mass, is_wanted in ((False, num_kept < num_ids), (True, top_p is not None)):
-        if is_wanted:
-            launch(
-                **logits,
-                **options,
-                thresholds_ptr=out,
-                num_kept=num_kept,
-                top_p=top_p or 0.0,
-                BY_MASS=by_mass,
-                SPACING=_SPACING.get(x.dtype, 1),
-            )
+    logits = logits | {"SPACING": _SPACING.get(x.dtype, 1)}
+    filters = {"thresholds_ptr": out, "num_kept": num_kept, "top_p": top_p or 0.0}
+    launch = _launch_short if num_ids <= _BLOCK.value else _launch_long
+    if num_kept < num_ids:
+        launch(logits, filters | {"BY_MASS": False})
+    if top_p is not None:
+        launch(logits, filters | {"BY_MASS": True})
     return out
+
+
+def _launch_short(logits: dict[str, Any], filters: dict[str, Any]) -> None:
+    block = max(_SHORT_BLOCK, triton.next_power_of_2(logits["V"]))
+    num_warps = max(1, block // _SHORT_WARP[filters["BY_MASS"]])
+    _short_thresholds_kernel[(logits["num_rows"],)](**logits, **filters, BLOCK=block, num_warps=num_warps)
+
+
+def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
+    x, num_rows = logits["x_ptr"], logits["num_rows"]
+    of_count, num_warps, of_mass = next(samples for most, *samples in _SAMPLES if logits["V"] <= most)
+    brackets = None
+    if not filters["BY_MASS"]:
+        brackets = torch.empty((num_rows, 2), dtype=torch.int64, device=x.device)
+        _brackets_kernel[(num_rows,)](
+            **logits,
+            brackets_ptr=brackets,
+            num_kept=filters["num_kept"],
+            SAMPLE=of_count,
+            num_warps=num_warps,
+        )
+    programs = min(num_rows, _PROGRAMS)
+    _thresholds_kernel[(programs,)](
+        **logits,
+        **filters,
+        brackets_ptr=brackets,
+        candidates_ptr=torch.empty((programs, _LISTED.value), dtype=torch.float32, device=x.device),
+        SAMPLE=of_mass,
+        num_warps=_WARPS,
+    )

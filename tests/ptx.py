@@ -482,7 +482,7 @@ def _address(operand: str) -> Read:
 
 
 def _memory_access(statement: Statement) -> tuple[str, np.dtype]:
-    space, kind = statement.parts[1], statement.parts[-1]
+    space, kind = statement.parts[1].removesuffix("::cta"), statement.parts[-1]
     if space not in ("global", "shared", "param"):
         raise NotImplementedError(f"memory of PTX: {statement.text}")
     return space, _dtype(kind)

@@ -1304,13 +1304,19 @@ def offline_plans() -> list[dict]:
             } | rows(dtype, forbidden) | aligned  # fmt: skip
             plans.append(
                 plan(f"thresholds {name}{suffix}", "_thresholds_kernel", top_k_filter._WARPS, "top_k_filter",
-                     candidates_ptr="*fp32:16", SAMPLE=sample, **filters)
+                     candidates_ptr="*fp32:16", brackets_ptr=None if by_mass else "*i64:16", SAMPLE=sample, **filters)
             )  # fmt: skip
             for size, block in (("", 8192), (" small", 128)):
                 plans.append(
                     plan(f"short thresholds {name}{suffix}{size}", "_short_thresholds_kernel",
-                         max(1, block // top_k_filter._SHORT[1]), "top_k_filter", BLOCK=block, **filters)
+                         max(1, block // top_k_filter._SHORT_WARP[by_mass]), "top_k_filter", BLOCK=block, **filters)
                 )  # fmt: skip
+        for _, sample, warps, _ in top_k_filter._SAMPLES:
+            plans.append(
+                plan(f"brackets {sample}{suffix}", "_brackets_kernel", warps, "top_k_filter",
+                     brackets_ptr="*i64:16", num_kept="i32", SPACING=1, SAMPLE=sample,
+                     **rows(dtype, forbidden=True), **aligned)
+            )  # fmt: skip
         pointers = dict.fromkeys(("seed_ptr", "kept_ids_ptr", "ids_ptr"), "*i64:16")
         pointers |= dict.fromkeys(("sub_tiles_ptr", "log_probs_ptr", "margins_ptr", "entropies_ptr"), "*fp32:16")
         scalars = dict.fromkeys(("num_tiles", "seq_len", "sample_offset", "step"), "i32")
