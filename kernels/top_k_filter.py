@@ -4,7 +4,7 @@ Both are the largest threshold above which lies enough, enough being k logits (t
 probability (the nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p). A
 sample of the row brackets the threshold; one pass over the row counts what lies above the bracket and compacts what
 lies inside it, a few thousand candidates, among which the threshold is then searched in registers. A bracket that
-misses, or holds too many, is moved or narrowed and the pass repeated. A row of up to 8192 logits is searched in
+misses, or holds too many, is moved or narrowed and the pass repeated. A row of at most 8192 logits is searched in
 registers at once.
 
 Bytes for each row: its V logits, as a rule once for k and three to six times for p, a sample and its candidates; of a
@@ -36,8 +36,8 @@ _SIGMAS = tl.constexpr(2.0)  # of the sample's weight, at either end of the brac
 _WARPS = 16
 _PROGRAMS = 528  # four for each SM of an H200, of which one runs at a time; their candidates stay in L2
 
-# Largest vocabulary; logits sampled for k, and warps; logits sampled for p. A larger sample makes a narrower bracket, 2 %
-# to 4 % of a row, whose candidates must find their places (at V 152064 one row in a hundred of 16-bit logits does
+# Largest vocabulary; logits sampled for k, and warps; logits sampled for p. A larger sample makes a narrower bracket,
+# 2 % to 4 % of a row, whose candidates must find their places (at V 152064 one row in a hundred of 16-bit logits does
 # not, and one in three of float32).
 _SAMPLES = ((100_000, 4096, 2, 8192), (math.inf, 16384, 16, 16384))
 # A turn of a search costs a warp a hundred instructions, and three for each of a thread's logits: few warps with many

@@ -677,13 +677,17 @@ SECTOR = 32
 
 
 @dataclass
-class Traffic:
-    """Global memory that a launch of a kernel moved, in bytes: what its warps asked for at each statement, in whole
-    sectors of 32 bytes, as caches see it."""
+class Cost:
+    """What a launch of a kernel took.
+
+    read, written: bytes of global memory that its warps asked for at each statement, in whole sectors of 32 bytes, as
+    caches see it. statements: of PTX, each once for each warp that ran it: about the instructions of a GPU.
+    """
 
     kernel: str
     read: int = 0
     written: int = 0
+    statements: int = 0
 
 
 class Machine:
@@ -702,10 +706,10 @@ class Machine:
         parameters: Any,
         regions: list[Region],
         order: str,
-        traffic: Traffic | None = None,
+        cost: Cost | None = None,
     ) -> None:
         self.program, self.parameters, self.regions, self.order = program, parameters, regions, order
-        self.traffic = traffic
+        self.cost = cost
         self.num_warps, self.num_programs = num_warps, len(programs)
         shape = (num_warps, len(programs), WARP)
         size = num_warps * len(programs) * WARP
@@ -757,7 +761,7 @@ class Machine:
 
     def _advance(self, select: Selection) -> None:
         """Runs statements until the threads may part or meet others."""
-        counter = int(self.counter[select][0])
+        first = counter = int(self.counter[select][0])
         steps, starts = self.program.steps, self.program.starts
         while True:
             step = steps[counter]
@@ -766,10 +770,12 @@ class Machine:
                 step.act(self, select)
             elif step.kind != "warp barrier":  # a warp's threads run together here
                 self._turn(step, counter, select)
-                return
+                break
             if counter in starts:
                 self.counter[select] = counter
-                return
+                break
+        if self.cost is not None:
+            self.cost.statements += (counter - first) * len(np.unique(self.lanes[select] // WARP))
 
     def _turn(self, step: Step, following: int, select: Selection) -> None:
         self.counter[select] = following
@@ -798,13 +804,13 @@ class Machine:
                 raise RuntimeError(f"outside of {self.shared_size} bytes of shared memory: {statement.text}")
             own = self.program_index[select] * self.shared_size + addresses
             return Places(self.shared.reshape(-1).view(dtype), own // dtype.itemsize)
-        if self.traffic is not None:
+        if self.cost is not None:
             warps = self.lanes[select] // WARP
             sectors = len(np.unique(addresses // SECTOR + (warps << 58)))
             if statement.parts[0] == "ld":
-                self.traffic.read += sectors * SECTOR
+                self.cost.read += sectors * SECTOR
             else:
-                self.traffic.written += sectors * SECTOR
+                self.cost.written += sectors * SECTOR
         for region in self.regions:
             if region.start <= first and end <= region.end:
                 return region.places(addresses, dtype)
@@ -828,14 +834,14 @@ class _Launcher:
         parameters = np.zeros(program.num_parameters, np.uint64)  # what Triton adds, its scratch memory, is null
         parameters[: len(given)] = [_packed(kind, value) for kind, value in given]
         grid, warps, shared = (x, y, z), self._metadata.num_warps, self._metadata.shared
-        traffic = None
-        if _Driver.traffic is not None:
-            traffic = Traffic(self._metadata.name)
-            _Driver.traffic.append(traffic)
+        cost = None
+        if _Driver.costs is not None:
+            cost = Cost(self._metadata.name)
+            _Driver.costs.append(cost)
         together = max(1, _THREADS // (warps * WARP))
         for first in range(0, x * y * z, together):
             programs = np.arange(first, min(first + together, x * y * z))
-            Machine(program, programs, grid, warps, shared, parameters, regions, _Driver.order, traffic).run()
+            Machine(program, programs, grid, warps, shared, parameters, regions, _Driver.order, cost).run()
 
 
 def _packed(kind: str, value: Any) -> int:
@@ -882,7 +888,7 @@ class _Driver(DriverBase):
     utils = _Utilities
     launcher_cls = _Launcher
     order = "first"
-    traffic: list[Traffic] | None = None
+    costs: list[Cost] | None = None
 
     @classmethod
     def is_active(cls) -> bool:
@@ -918,10 +924,10 @@ def activate(order: str) -> None:
 
 
 @contextmanager
-def traffic() -> Iterator[list[Traffic]]:
-    """Gathers what each launch moves, in order."""
-    _Driver.traffic = []
+def costs() -> Iterator[list[Cost]]:
+    """Gathers what each launch takes, in order."""
+    _Driver.costs = []
     try:
-        yield _Driver.traffic
+        yield _Driver.costs
     finally:
-        _Driver.traffic = None
+        _Driver.costs = None

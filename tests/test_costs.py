@@ -1,0 +1,121 @@
+"""What the compiled kernels take: bytes of global memory, in whole sectors, which the floors of benchmarks/ assume,
+and instructions, as often as they are run.
+
+Counted where kernels run from their PTX, ``pytest --ptx first``. A cache may serve some of the bytes: each figure
+says which.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import draw
+
+from fastmask import _streams as streams
+from fastmask import functional as F
+
+OPERATION = "demask"
+pytestmark = pytest.mark.ptx
+ROWS, MASKED = 8, 6
+
+
+@pytest.fixture
+def costs(kernel):
+    """What each kernel takes, by its name, of what a function launches."""
+    if kernel.name != "ptx":
+        pytest.skip("costs are counted where kernels run from their PTX: pytest --ptx first")
+    import ptx
+
+    def costs(function, *arguments, **options):
+        with ptx.costs() as launches:
+            function(*arguments, backend="triton", **options)
+        assert len({launch.kernel for launch in launches}) == len(launches)
+        return {launch.kernel: launch for launch in launches}
+
+    return costs
+
+
+@pytest.fixture
+def many_rows(kernel, monkeypatch):
+    """The loss as with many rows: a program for each."""
+    monkeypatch.setattr(kernel.module("masked_cross_entropy"), "_FEW_ROWS", 0)
+
+
+# Rows that begin at 16 bytes, as behind a head, and such as begin anywhere: each of their tiles has edges.
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "most"),
+    [(8192, torch.bfloat16, 1.02), (50264, torch.bfloat16, 1.05), (50257, torch.bfloat16, 1.10),
+     (50257, torch.float32, 1.06)],
+    ids=str,
+)  # fmt: skip
+def test_sampling_reads_each_row_once_and_one_tile_again(costs, vocabulary, dtype, most):
+    logits = draw(2, MASKED // 2, vocabulary, dtype=dtype)
+    row, tile = vocabulary * dtype.itemsize, streams.TILE * dtype.itemsize
+    tiles, choice = costs(F.sample_tokens, logits, temperature=0.7, mask_id=7, seed=0).values()
+    assert tiles.read <= most * MASKED * row
+    assert choice.read <= MASKED * (1.5 * tile + 1024)
+    assert tiles.written + choice.written <= MASKED * (0.01 * row + 1024)
+
+
+# Bytes read and written, in rows, and instructions of a thread a logit; the sample and the candidates are read from
+# L2. At 25 % of 4.3 TB/s a bf16 logit leaves 55 instructions on an H200 (29.6e12 a second), of which the tiles take 18
+# and the choice 4, or 14 where V is 8192: k takes 44 more of a long row (so 21 %) and 81 of a short one (12 %).
+@pytest.mark.parametrize(
+    ("vocabulary", "options", "most_read", "most_written", "most_instructions"),
+    [
+        (1000, {"filter_thres": 0.9}, 1.15, 0.02, 80),
+        (8192, {"filter_thres": 0.9}, 1.05, 0.01, 95),
+        (8192, {"top_p": 0.9}, 1.10, 0.01, 125),
+        (50257, {"filter_thres": 0.9}, 2.1, 0.7, 55),
+        (50257, {"top_p": 0.9}, 4.5, 0.9, 120),  # two passes more, for the total
+    ],
+    ids=str,
+)
+def test_a_filter_reads_a_short_row_once_and_a_long_one_a_few_times(
+    costs, vocabulary, options, most_read, most_written, most_instructions
+):
+    logits = draw(2, MASKED // 2, vocabulary, dtype=torch.bfloat16)
+    *filters, _, _ = costs(F.sample_tokens, logits, temperature=0.7, mask_id=7, seed=0, **options).values()
+    assert sum(cost.read for cost in filters) <= most_read * logits.nbytes
+    assert sum(cost.written for cost in filters) <= most_written * logits.nbytes
+    assert sum(cost.statements for cost in filters) * 32 <= most_instructions * logits.numel()
+
+
+@pytest.mark.parametrize("vocabulary", [8192, 50257])
+@pytest.mark.parametrize("inplace_grad", [False, True])
+def test_the_loss_reads_masked_rows_twice_and_writes_each_row_once(costs, many_rows, vocabulary, inplace_grad):
+    """The second time from L2, see ``kernels/masked_cross_entropy.py``; what is not masked is not read at all. 36
+    instructions a logit, or 24 where a row is longer; a masked bf16 row leaves 28 at the speed of memory."""
+    logits = draw(ROWS, vocabulary, dtype=torch.bfloat16).requires_grad_()
+    targets, is_masked = torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS) < MASKED
+
+    def loss(**options):
+        z = logits * 1 if inplace_grad else logits
+        return F.masked_cross_entropy(z, targets, is_masked, reduction="sum", inplace_grad=inplace_grad, **options)
+
+    row = 2 * vocabulary
+    (cost,) = costs(loss).values()
+    assert 1.9 * MASKED * row <= cost.read <= 2.2 * MASKED * row
+    assert ROWS * row <= cost.written <= 1.1 * ROWS * row
+    assert cost.statements * 32 <= (36 if vocabulary == 8192 else 24) * MASKED * vocabulary
+    is_masked[:] = False
+    (cost,) = costs(loss).values()
+    assert cost.read <= 256 * ROWS
+    assert ROWS * row <= cost.written <= 1.1 * ROWS * row
+
+
+def test_a_loss_without_gradient_reads_masked_rows_once(costs, many_rows):
+    logits = draw(ROWS, 8192, dtype=torch.bfloat16)
+    targets, is_masked = torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS) < MASKED
+    (cost,) = costs(F.masked_cross_entropy, logits, targets, is_masked).values()
+    assert cost.read <= 1.1 * MASKED * 2 * 8192
+    assert cost.written <= 1024 * ROWS
+
+
+def test_masking_reads_and_writes_each_position_once(costs):
+    """8 bytes of its id, by halves of what a thread holds, the second from L1; written 8 of an id, 1 of a mask and 8
+    of each masked one in the list of rows."""
+    tokens = torch.zeros(4, 1024, dtype=torch.int64)
+    (cost,) = costs(F.mask_sampling, tokens, mask_id=9, num_tokens=10, seed=0).values()
+    assert cost.read <= 17 * tokens.numel()
+    assert cost.written <= 20 * tokens.numel()
