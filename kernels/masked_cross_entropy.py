@@ -530,12 +530,14 @@ def _scale_kernel(x_ptr, factor_ptr, num_elements, BLOCK: tl.constexpr):
 
 
 # Largest V, then (columns of a tile, warps): for cross-entropy alone; where some tiles hold a special case
-# (exclude_id, the argmax); and where every element costs more (softcap, label smoothing).
+# (exclude_id, the argmax); and where every element costs more (softcap, label smoothing). A row costs each of its
+# threads about 400 instructions besides, so that a thread has 32 columns, or 16 with special cases.
 _TILES = (
-    (1024, (1024, 4), (1024, 4), (1024, 4)),  # the row is one tile, one load of 16 bytes a thread
-    (4096, (4096, 8), (4096, 8), (2048, 8)),  # likewise, two loads; the dear ones need the registers
-    (65536, (8192, 8), (4096, 8), (2048, 8)),  # on Hopper an SM runs two programs: one loads, one reduces
-    (2**31, (16384, 32), (16384, 32), (2048, 8)),  # and here one, so that all rows in flight fit its L2
+    (1024, (1024, 1), (1024, 2), (1024, 4)),  # the row is one tile
+    (2048, (2048, 2), (2048, 4), (2048, 8)),  # likewise
+    (16384, (4096, 4), (4096, 8), (2048, 8)),  # on Hopper an SM runs four programs: some load, some reduce
+    (65536, (8192, 8), (4096, 8), (2048, 8)),  # and here two, so that all rows in flight fit its L2
+    (2**31, (16384, 32), (16384, 32), (2048, 8)),  # and here one, for the same reason
 )
 # Fewer rows leave SMs idle: the tiles of each are spread over several programs, by a launch more.
 _FEW_ROWS = 128

@@ -8,7 +8,7 @@ misses, or holds too many, is moved or narrowed and the pass repeated. A row of 
 registers at once.
 
 Bytes for each row: its V logits, as a rule once for k and three to six times for p, a sample and its candidates; of a
-short row its logits once.
+short row its logits once for each.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def _search(z, weight, base, target, slack, SPACING: tl.constexpr, edges=None, e
     turn = tl.full((), 0, tl.int32)
     while (high - low > SPACING) & (above_low - above_high > slack) & (above_low != target):
         # As if the weight fell exponentially between the two ends (a number's bits are about its logarithm); midway;
-        # as if it were spread evenly; and half of all numbers on, which bounds the turns. Among 8192 normal logits k
-        # takes ten, where the last two alone take twenty.
+        # as if it were spread evenly; and half of all numbers on, which bounds the turns. Of 8192 normal logits the
+        # 820 largest take ten turns, where the last two ways alone take twenty; half of them take ten, not eight.
         z_low, z_high = ordered.value(low), ordered.value(high)
         over, under = above_low - target, above_low - above_high
         if turn % 4 == 0:

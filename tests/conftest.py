@@ -27,13 +27,14 @@ from torch.utils._pytree import tree_map_only
 torch.set_num_threads(1)  # the tests run side by side, and most tensors are small
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_KERNEL_BACKEND = "cuda"  # or "interpreter", "ptx": see pytest_configure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--ptx",
-        choices=["first", "last", "together"],
-        help="run kernels as compiled for sm_90 on the CPU: which warp of a program goes ahead, or all together",
+        choices=["first", "last", "both"],
+        help="run kernels as compiled for sm_90 on the CPU; which warp of a program goes ahead: see tests/ptx.py",
     )
 
 
@@ -48,10 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
     elif os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
         _KERNEL_BACKEND = "interpreter"
-
-
-# Where a kernel runs: "cuda", "interpreter", "ptx".
-_KERNEL_BACKEND = "cuda"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,12 +2,14 @@
 
 Triton's interpreter shows that a kernel's source is right; this shows that what the compiler made of it is: types and
 their conversions, layouts, shuffles, shared memory and barriers. As a driver of Triton's (:func:`activate`) it serves
-every launch unchanged. Beyond what a GPU does, it refuses reads and writes outside of the tensors that a launch was
-given and accesses that are not aligned, poisons registers and shared memory, runs one warp after another so that a
-missing barrier is seen, and errs in approximate functions as far as the manual allows.
+every launch unchanged. Beyond what a GPU does, it refuses reads and writes outside of the storages that a launch was
+given and accesses that are not aligned, poisons registers and shared memory, lets one warp of a program go as far
+ahead as barriers allow, so that a missing one is seen, and errs in the last place of approximate functions.
+
+It shows no race between programs, which run side by side, nor one within a warp, whose threads do.
 
 Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution; sections named below are of version 9.0. Of
-it only what Triton's output for this package needs; anything else raises NotImplementedError.
+it only what Triton's output for this package needs (``_KNOWN``); anything else raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -68,8 +70,12 @@ def _statements(ptx: str) -> tuple[list[Statement], dict[str, int]]:
         label = re.fullmatch(r"(\$\w+):", line)
         if label:
             labels[label[1]] = len(statements)
-        elif line and not line.startswith((".", "{", "}")):
+        elif line and not line.startswith("."):
+            if line.startswith("{"):
+                raise NotImplementedError(f"of PTX: {line}")
             predicate, opcode, operands = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*?)\s*;", line).groups()
+            if not _KNOWN.fullmatch(opcode):
+                raise NotImplementedError(f"of PTX: {line}")
             found = re.findall(r"\{.*?\}|\[.*?\]|[^,\s{}\[\]]+", operands)
             statements.append(Statement(predicate or "", tuple(opcode.split(".")), tuple(found), line))
     return statements, labels
@@ -146,6 +152,11 @@ _SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.
 # Arithmetic: functions of numpy arrays of the statement's type
 
 
+def _canonical(x: Any) -> Any:
+    """float32 results with the one NaN that a GPU gives, of no sign."""
+    return np.where(x == x, x, np.uint32(0x7FFFFFFF).view(np.float32))
+
+
 def _flushed(x: Any) -> Any:
     """Subnormal numbers as zeros of their sign (.ftz)."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
@@ -154,7 +165,7 @@ def _flushed(x: Any) -> Any:
 def _approximate(exact: Any) -> Any:
     """float32 of a float64 result, every fourth one off by a unit in the last place, as a hash of it says.
 
-    The manual allows up to two; powers of two, which the hardware hits, are left.
+    The manual allows up to two of ex2 and div; powers of two, which the hardware hits, are left.
     """
     x = np.asarray(exact, np.float64).astype(np.float32)
     bits = x.view(np.int32)
@@ -231,10 +242,12 @@ def _permuted(a: Any, b: Any, selector: Any) -> Any:
 
 
 def _field(a: Any, position: Any, length: Any) -> Any:
-    """bfe: so many bits from a position on, with the sign of the last; both within the number's width."""
+    """bfe: so many bits from a position on, with the sign of the last; none give 0."""
     width = np.uint32(8 * a.dtype.itemsize)
+    position, length = position & np.uint32(255), length & np.uint32(255)
+    length = np.minimum(length, width - np.minimum(position, width))
     raised = _shifted_left(a, width - position - length)
-    return _shifted_right(raised, width - length)
+    return np.where(length == 0, a.dtype.type(0), _shifted_right(raised, width - length))
 
 
 def _extreme(a: Any, b: Any, of_numbers: Any, is_least: bool) -> Any:
@@ -332,13 +345,46 @@ def _converted(x: Any, source: str, target: str, modifiers: tuple[str, ...]) -> 
 
 Action = Callable[["Machine", Selection], None]
 
+# Everything that is done as the manual says, with every modifier.
+_KNOWN = re.compile(
+    "|".join(
+        (
+            r"(add|sub|mul|div|fma)(\.rn)?(\.ftz)?\.f32",
+            r"div\.full(\.ftz)?\.f32",
+            r"(ex2|lg2|sqrt|rcp)\.approx(\.ftz)?\.f32",
+            r"(min|max)(\.ftz)?(\.NaN)?\.f32",
+            r"(min|max)(\.NaN)?\.b?f16",
+            r"(abs|neg)(\.ftz)?\.f32",
+            r"(add|sub|min|max|div|rem|neg|abs)\.[su](16|32|64)",
+            r"(mul|mad)\.(lo|wide)\.[su](16|32|64)",
+            r"mul\.hi\.[su](32|64)",
+            r"(and|or|xor|not)\.(pred|b16|b32|b64)",
+            r"(shl\.b|shr\.[bsu])(16|32|64)",
+            r"(popc\.b|bfe\.[su])(32|64)",
+            r"prmt\.b32",
+            r"mov\.(pred|[bsuf](16|32|64))",
+            r"setp\.(eq|ne|lt|le|gt|ge)(\.(and|or|xor))?\.[bsu](16|32|64)",
+            r"setp\.(eq|ne|lt|le|gt|ge|equ|neu|ltu|leu|gtu|geu|num|nan)(\.(and|or|xor))?\.(f16|f32|f64|bf16|bf16x2)",
+            r"selp\.[bsuf](16|32|64)",
+            r"cvt\.[su](8|16|32|64)\.[su](8|16|32|64)",
+            r"cvt\.rn\.f(32|64)\.[su](8|16|32|64)",
+            r"cvt(\.rn)?\.(f32|f64)\.(f16|bf16|f32|f64)",
+            r"cvt\.rn\.b?f16(x2)?\.f32",
+            r"cvt\.r[zmpn]i(\.ftz)?\.(f32\.f32|s32\.f32|s64\.f32)",
+            r"ld\.(global|shared|shared::cta|param)(\.v[24])?\.[bsuf](8|16|32|64)",
+            r"st\.(global|shared|shared::cta)(\.v[24])?\.[bsuf](8|16|32|64)",
+            r"shfl\.sync\.(bfly|up|down|idx)\.b32",
+            r"redux\.sync\.((add|min|max)\.[su]32|(and|or)\.b32)",
+            r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(::cta)?\.b16",
+            r"bra(\.uni)?|ret|bar\.sync|barrier\.sync(\.aligned)?|bar\.warp\.sync",
+        )
+    )
+)
+
 
 def _action(statement: Statement) -> Action:
     """What a statement does, to threads for which its predicate holds."""
-    maker = _MAKERS.get(statement.parts[0], _arithmetic if statement.parts[0] in _ARITHMETIC else None)
-    if maker is None:
-        raise NotImplementedError(f"of PTX: {statement.text}")
-    act = maker(statement)
+    act = _MAKERS.get(statement.parts[0], _arithmetic)(statement)
     if not statement.predicate:
         return act
     holds = _reader(statement.predicate, np.dtype(bool))
@@ -383,11 +429,14 @@ def _arithmetic(statement: Statement) -> Action:
         function = lambda *values: _to_bfloat16(in_float32(*map(_from_bfloat16, values)))  # noqa: E731
     reads = [_reader(operand, dtype) for operand, dtype in zip(operands, dtypes, strict=True)]
     write = _writer(out, result)
-    if "ftz" in modifiers:
-        return lambda machine, select: write(
-            machine, select, _flushed(function(*(_flushed(read(machine, select)) for read in reads)))
-        )
-    return lambda machine, select: write(machine, select, function(*(read(machine, select) for read in reads)))
+    flushed = _flushed if "ftz" in modifiers else lambda x: x
+    canonical = _canonical if kind == "f32" and name not in ("mov", "neg", "abs") else lambda x: x
+
+    def compute(machine: Machine, select: Selection) -> None:
+        values = function(*(flushed(read(machine, select)) for read in reads))
+        write(machine, select, canonical(flushed(values)))
+
+    return compute
 
 
 def _packing(kind: str, out: str, operand: str) -> Action:
@@ -540,7 +589,7 @@ def _shuffle(statement: Statement) -> Action:
             np.broadcast_to(x(machine, select), shape[0] * WARP).reshape(shape).astype(np.int64)
             for x in (read_b, read_c)
         )
-        lane = np.arange(WARP)
+        lane, b = np.arange(WARP), b & 31
         segment, clamp = c >> 8 & 31, c & 31
         last = (lane & segment) | (clamp & ~segment)
         first = lane & segment
@@ -586,6 +635,8 @@ def _matrices(statement: Statement) -> Action:
     def move(machine: Machine, select: Selection) -> None:
         warps = len(_warps(machine, select, statement))
         rows = address(machine, select).reshape(warps, WARP)
+        if (rows[:, : 8 * len(names)] % 16).any():
+            raise RuntimeError(f"an address that is not divisible by 16: {statement.text}")
         pairs = np.repeat(machine.lanes[select], 2)
         for i, (read, write) in enumerate(zip(reads, writes, strict=True)):
             places = rows[:, 8 * i + row] + 2 * column
@@ -618,7 +669,7 @@ _MAKERS: dict[str, Callable[[Statement], Action]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A statement, ready to run. ends: whether the threads that ran it may go different ways, or wait."""
+    """A statement, ready to run, or one after which threads may go different ways, wait or end."""
 
     kind: str
     act: Action | None
@@ -693,7 +744,9 @@ class Cost:
 class Machine:
     """Runs some programs of a launch, all of their threads side by side.
 
-    Threads are ordered by warp, then program, then lane: warp w of all programs is a slice.
+    Threads are ordered by turn, then program, then lane: the warps whose turn it is are a slice. order: "first" lets
+    the first warp of a program go ahead, "last" the last, "both" the first of every other program and the last of the
+    rest.
     """
 
     def __init__(
@@ -708,7 +761,7 @@ class Machine:
         order: str,
         cost: Cost | None = None,
     ) -> None:
-        self.program, self.parameters, self.regions, self.order = program, parameters, regions, order
+        self.program, self.parameters, self.regions = program, parameters, regions
         self.cost = cost
         self.num_warps, self.num_programs = num_warps, len(programs)
         shape = (num_warps, len(programs), WARP)
@@ -717,7 +770,9 @@ class Machine:
         self.registers = {name: self._poisoned(name, size) for name in program.registers}
         self.shared_size = (shared + 15) // 16 * 16
         self.shared = np.full((len(programs), self.shared_size), _POISON, np.uint8)
-        warp, index, lane = (x.ravel() for x in np.broadcast_arrays(*np.ogrid[tuple(slice(n) for n in shape)]))
+        turn, index, lane = (x.ravel() for x in np.broadcast_arrays(*np.ogrid[tuple(slice(n) for n in shape)]))
+        is_reversed = {"first": False, "last": True, "both": programs[index] % 2 == 1}[order]
+        warp = np.where(is_reversed, num_warps - 1 - turn, turn)
         x, y, z = np.unravel_index(programs[index], grid, order="F")
         self.program_index = index
         values = (warp * WARP + lane, x, y, z, *(np.full(size, n) for n in grid), lane)
@@ -746,15 +801,11 @@ class Machine:
         self.is_waiting[:] = False
 
     def _next(self) -> Selection:
-        """The threads that run next: of one warp of each program, or of all, those that are furthest behind."""
+        """The threads that run next: of one warp of each program, those that are furthest behind."""
         runnable = self.is_live & ~self.is_waiting
+        turn = np.flatnonzero(runnable.reshape(self.num_warps, -1).any(axis=1))[0]
         size = self.num_programs * WARP
-        if self.order == "together":
-            candidates = slice(None)
-        else:
-            warps = np.flatnonzero(runnable.reshape(self.num_warps, -1).any(axis=1))
-            warp = warps[0] if self.order == "first" else warps[-1]
-            candidates = slice(warp * size, (warp + 1) * size)
+        candidates = slice(turn * size, (turn + 1) * size)
         runnable, counter = runnable[candidates], self.counter[candidates]
         behind = runnable & (counter == counter[runnable].min())
         return candidates if behind.all() else self.lanes[candidates][behind]
@@ -806,7 +857,7 @@ class Machine:
             return Places(self.shared.reshape(-1).view(dtype), own // dtype.itemsize)
         if self.cost is not None:
             warps = self.lanes[select] // WARP
-            sectors = len(np.unique(addresses // SECTOR + (warps << 58)))
+            sectors = len(np.unique(addresses // SECTOR + (warps << 44)))
             if statement.parts[0] == "ld":
                 self.cost.read += sectors * SECTOR
             else:
@@ -916,7 +967,7 @@ class _Driver(DriverBase):
 def activate(order: str) -> None:
     """Makes every launch of this process run here.
 
-    order: which warp of a program goes ahead as far as it can, the "first" or the "last", or all "together".
+    order: which warp of a program goes ahead, see :class:`Machine`.
     """
     _Driver.order = order
     backends["nvidia"] = Backend(_Backend, _Driver)

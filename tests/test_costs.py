@@ -1,7 +1,7 @@
 """What the compiled kernels take: bytes of global memory, in whole sectors, which the floors of benchmarks/ assume,
 and instructions, as often as they are run.
 
-Counted where kernels run from their PTX, ``pytest --ptx first``. A cache may serve some of the bytes: each figure
+Counted where kernels run from their PTX, ``pytest --ptx both``. A cache may serve some of the bytes: each figure
 says which.
 """
 
@@ -23,7 +23,7 @@ ROWS, MASKED = 8, 6
 def costs(kernel):
     """What each kernel takes, by its name, of what a function launches."""
     if kernel.name != "ptx":
-        pytest.skip("costs are counted where kernels run from their PTX: pytest --ptx first")
+        pytest.skip("costs are counted where kernels run from their PTX: pytest --ptx both")
     import ptx
 
     def costs(function, *arguments, **options):
@@ -58,8 +58,8 @@ def test_sampling_reads_each_row_once_and_one_tile_again(costs, vocabulary, dtyp
 
 
 # Bytes read and written, in rows, and instructions of a thread a logit; the sample and the candidates are read from
-# L2. At 25 % of 4.3 TB/s a bf16 logit leaves 55 instructions on an H200 (29.6e12 a second), of which the tiles take 18
-# and the choice 4, or 14 where V is 8192: k takes 44 more of a long row (so 21 %) and 81 of a short one (12 %).
+# L2. At 25 % of 4.3 TB/s a bf16 logit leaves 55 instructions on an H200 (29.6e12 a second), of which the tiles take
+# 18 and the choice 4, or 14 where V is 8192: k takes 44 more of a long row (so 21 %) and 81 of a short one (12 %).
 @pytest.mark.parametrize(
     ("vocabulary", "options", "most_read", "most_written", "most_instructions"),
     [
@@ -81,11 +81,13 @@ def test_a_filter_reads_a_short_row_once_and_a_long_one_a_few_times(
     assert sum(cost.statements for cost in filters) * 32 <= most_instructions * logits.numel()
 
 
-@pytest.mark.parametrize("vocabulary", [8192, 50257])
+# Instructions of a thread a logit; at the speed of memory a masked bf16 row leaves 28 on an H200.
+@pytest.mark.parametrize(("vocabulary", "most_instructions"), [(1024, 36), (4096, 36), (8192, 28), (50257, 24)])
 @pytest.mark.parametrize("inplace_grad", [False, True])
-def test_the_loss_reads_masked_rows_twice_and_writes_each_row_once(costs, many_rows, vocabulary, inplace_grad):
-    """The second time from L2, see ``kernels/masked_cross_entropy.py``; what is not masked is not read at all. 36
-    instructions a logit, or 24 where a row is longer; a masked bf16 row leaves 28 at the speed of memory."""
+def test_the_loss_reads_masked_rows_twice_and_writes_each_row_once(
+    costs, many_rows, vocabulary, most_instructions, inplace_grad
+):
+    """The second time from L2, see ``kernels/masked_cross_entropy.py``; what is not masked is not read at all."""
     logits = draw(ROWS, vocabulary, dtype=torch.bfloat16).requires_grad_()
     targets, is_masked = torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS) < MASKED
 
@@ -95,13 +97,13 @@ def test_the_loss_reads_masked_rows_twice_and_writes_each_row_once(costs, many_r
 
     row = 2 * vocabulary
     (cost,) = costs(loss).values()
-    assert 1.9 * MASKED * row <= cost.read <= 2.2 * MASKED * row
-    assert ROWS * row <= cost.written <= 1.1 * ROWS * row
-    assert cost.statements * 32 <= (36 if vocabulary == 8192 else 24) * MASKED * vocabulary
+    assert 1.9 * MASKED * row <= cost.read <= MASKED * (2.2 * row + 256)
+    assert ROWS * row <= cost.written <= ROWS * (1.1 * row + 128)
+    assert cost.statements * 32 <= most_instructions * MASKED * vocabulary
     is_masked[:] = False
     (cost,) = costs(loss).values()
     assert cost.read <= 256 * ROWS
-    assert ROWS * row <= cost.written <= 1.1 * ROWS * row
+    assert ROWS * row <= cost.written <= ROWS * (1.1 * row + 128)
 
 
 def test_a_loss_without_gradient_reads_masked_rows_once(costs, many_rows):

@@ -718,8 +718,9 @@ def test_random_cases(kernel, monkeypatch, number):
 
 # V and rows of one plan for each row of the launch table, and of the two ways to split a row.
 PLANS = {
-    "one tile of 1024": (1000, 5),
-    "one tile of 4096": (3001, 5),
+    "one warp": (1000, 5),
+    "two warps": (2001, 5),
+    "four programs an SM": (9001, 5),
     "two programs an SM": (17001, 5),
     "one program an SM": (66001, 5),
     "split": (13001, 5),
@@ -1056,7 +1057,7 @@ def test_compiles_as_a_whole(kernel, dtype, reduction):
 # ---- what the compilers make of it ----
 
 # Rows whose stride and address 16 bytes do not divide, but for what the kernel does about it itself.
-VOCABULARIES = {"one tile of 1024": 1000, "one tile of 4096": 4095, "two programs an SM": 50257,
+VOCABULARIES = {"one warp": 1000, "two warps": 2047, "four programs an SM": 8192, "two programs an SM": 50257,
                 "one program an SM": 128257, "split": 50257}  # fmt: skip
 DTYPES = {"bf16": 8, "fp32": 4}
 
@@ -1134,13 +1135,15 @@ def test_logits_move_16_bytes_at_a_time(figures, program, target):
 # H200's 132 x 4 x 32 lanes at 1.755 GHz do 29.6e12 instructions: 28 an element, 41 at half masked, twice that for
 # float32. Options cost more than that, softcap several times. Counted on sm_90 with Triton 3.7.1: everything that
 # lies between the ends of the two loops (reduction, gradient), over the columns a thread has in a tile. So the
-# branch for the tile that holds the target, which runs once a row and is else jumped over, counts in full: without
-# it "plain" is 22.6, 19.0, 17.3 and 19.5 in the order of the table in bfloat16.
+# branch for the tile that holds the target, which runs once a row and is else jumped over, counts in full; what is
+# run, with all that a row costs besides, is counted in test_costs.py.
 MOST_INSTRUCTIONS_AN_ELEMENT = {  # measured: bfloat16, float32
-    "one tile of 1024, plain": 40,  # 36.3, 36.4
-    "one tile of 1024, special": 55,  # 49.8, 49.5
-    "one tile of 4096, plain": 34,  # 31.3, 30.3
-    "one tile of 4096, special": 47,  # 42.6, 40.8
+    "one warp, plain": 30,  # 27.2, 26.2
+    "one warp, special": 46,  # 41.8, 40.4
+    "two warps, plain": 31,  # 28.0, 27.0
+    "two warps, special": 47,  # 42.1, 40.8
+    "four programs an SM, plain": 31,  # 28.1, 27.1
+    "four programs an SM, special": 47,  # 42.6, 40.8
     "two programs an SM, plain": 31,  # 28.0, 27.2
     "two programs an SM, special": 47,  # 42.6, 40.8
     "one program an SM, plain": 35,  # 31.9, 31.0
@@ -1148,10 +1151,12 @@ MOST_INSTRUCTIONS_AN_ELEMENT = {  # measured: bfloat16, float32
 }
 # Programs that are to share an SM's 65536 registers, and the rest as it was measured with room for a tenth.
 MOST_REGISTERS = {
-    "one tile of 1024, plain": 48,
-    "one tile of 1024, special": 48,
-    "one tile of 4096, plain": 80,
-    "one tile of 4096, special": 80,
+    "one warp, plain": 128,  # sixteen of 32 threads
+    "one warp, special": 80,
+    "two warps, plain": 128,  # eight of 64
+    "two warps, special": 80,
+    "four programs an SM, plain": 128,  # of 128
+    "four programs an SM, special": 80,
     "two programs an SM, plain": 128,  # two of 256 threads
     "two programs an SM, special": 80,
     "one program an SM, plain": 64,  # one of 1024 threads

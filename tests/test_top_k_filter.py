@@ -77,6 +77,8 @@ def filter_row(kind, vocabulary, dtype=torch.float32):
     }[kind]().to(dtype)  # fmt: skip
 
 
+# Under --ptx CI runs those of many warps that sort out ties, and of lanes whose candidates overflow.
+TOP_K_OF_CI = [("tied", 8191, 0.6), ("tied", 8193, 0.6), ("in few lanes", 40960, 0.99)]
 TOP_K = [
     *itertools.product(["normal", "equal", "two values", "tied"], [2, 37, 8191, 8193], [0.6]),
     *itertools.product(["rising", "falling", "mostly -inf", "heavy tail"], [8192, 8193], [0.3, 0.99]),
@@ -87,7 +89,10 @@ TOP_K = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("kind", "vocabulary", "thres"), TOP_K)
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "thres"),
+    [pytest.param(*case, marks=[pytest.mark.ptx] * (case in TOP_K_OF_CI)) for case in TOP_K],
+)
 def test_top_k_keeps_what_sorting_keeps(backend, kind, vocabulary, thres, dtype):
     if vocabulary > 100000 and dtype == torch.bfloat16 and backend.name == "interpreter":
         pytest.skip("one dtype of the largest is enough for the interpreter")
@@ -130,12 +135,12 @@ def test_top_p_keeps_what_the_float64_oracle_keeps(backend, kind, dtype):
     assert kept(backend, torch.zeros(1, 1, dtype=dtype), None, 0.5).tolist() == [[True]]
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize(("kind", "dtype"), [("peaked", torch.bfloat16), ("heavy tail", torch.float32)], ids=str)
 def test_top_p_of_a_large_vocabulary(backend, kind, dtype):
     assert_nucleus(backend, filter_row(kind, 50257, dtype), 0.7)
 
 
-@pytest.mark.ptx
 @pytest.mark.parametrize("kind", NUCLEUS_ROWS)
 def test_top_k_then_top_p(backend, kind):
     """The share is one of what the k largest have together; the other order would keep more."""
