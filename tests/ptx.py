@@ -468,7 +468,7 @@ def _comparison(statement: Statement) -> Action:
     """setp.lt.f32 p, a, b; with .and and its like the result is joined with a further predicate; of pairs p|q."""
     _, name, *joint, kind = statement.parts
     out, a, b, *further = statement.operands
-    is_so = _IS[{"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(name, name)]
+    is_so = _IS[name]
     decoded = _from_bfloat16 if kind.startswith("bf16") else np.asarray
     reads = [_reader(operand, _dtype(kind)) for operand in (a, b)]
     others = [_reader(operand, np.dtype(bool)) for operand in further]
@@ -531,10 +531,7 @@ def _address(operand: str) -> Read:
 
 
 def _memory_access(statement: Statement) -> tuple[str, np.dtype]:
-    space, kind = statement.parts[1].removesuffix("::cta"), statement.parts[-1]
-    if space not in ("global", "shared", "param"):
-        raise NotImplementedError(f"memory of PTX: {statement.text}")
-    return space, _dtype(kind)
+    return statement.parts[1].removesuffix("::cta"), _dtype(statement.parts[-1])
 
 
 def _load(statement: Statement) -> Action:

@@ -121,3 +121,11 @@ def test_masking_reads_and_writes_each_position_once(costs):
     (cost,) = costs(F.mask_sampling, tokens, mask_id=9, num_tokens=10, seed=0).values()
     assert cost.read <= 17 * tokens.numel()
     assert cost.written <= 20 * tokens.numel()
+
+
+def test_a_search_among_many_exponents_is_short(costs):
+    """Where each logit is a little larger than the one before, by a factor, only half of all numbers on bounds the
+    turns: 171 instructions a logit, 1216 without it."""
+    logits = (2.0 ** torch.linspace(-120, 120, 8192)).view(1, 1, -1)
+    search, *_ = costs(F.sample_tokens, logits, filter_thres=0.5, seed=0).values()
+    assert search.statements * 32 <= 250 * logits.numel()

@@ -15,7 +15,7 @@ ptx = pytest.importorskip("ptx")
 ORDERS = ("first", "last", "both")
 
 
-def run(body: str, *tensors: torch.Tensor, warps: int = 1, programs: int = 1, shared: int = 0, order: str = "first"):
+def run(body: str, *tensors: torch.Tensor, warps=1, programs=(1, 1, 1), shared=0, order="first", cost=None):
     """Runs statements, before which %rd1, %rd2, ... are the tensors' addresses, %r1 the thread, %r2 the program."""
     loads = "\n".join(f"ld.param.b64 %rd{i + 1}, [k_param_{i}];" for i in range(len(tensors)))
     parameters = ",\n".join(f".param .u64 .ptr .global .align 1 k_param_{i}" for i in range(len(tensors)))
@@ -24,7 +24,7 @@ def run(body: str, *tensors: torch.Tensor, warps: int = 1, programs: int = 1, sh
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
     regions = [ptx.Region(tensor) for tensor in tensors]
     ptx.Machine(
-        ptx.Program(text), np.arange(programs), (programs, 1, 1), warps, shared, addresses, regions, order
+        ptx.Program(text), np.arange(np.prod(programs)), programs, warps, shared, addresses, regions, order, cost
     ).run()
 
 
@@ -96,6 +96,8 @@ def test_fields_and_bytes():
     a = np.array([0x0F1E2D3C, 0x81726354], np.uint32)
     assert each("bfe.u32 %o, %a, 4, 8;", a, out=np.uint32)[:2].tolist() == [0xD3, 0x35]
     assert each("bfe.s32 %o, %a, 24, 8;", a, out=np.int32)[:2].tolist() == [0x0F, 0x81 - 256]
+    assert each("bfe.s32 %o, %a, 28, 8;", a, out=np.int32)[:2].tolist() == [0, -8]  # what there is of it
+    assert each("bfe.s32 %o, %a, 23, 0;", a, out=np.int32)[:2].tolist() == [0, 0]
     assert each("prmt.b32 %o, %a, 0x11223344, 0x4770;", a, out=np.uint32)[0] == 0x4411113C
     assert each("prmt.b32 %o, %a, 0, 0xB888;", a, out=np.uint32)[1] == 0xFF000000
     assert each("popc.b32 %o, %a;", a, out=np.uint32)[:2].tolist() == [int(x).bit_count() for x in a]
@@ -133,11 +135,16 @@ def test_comparisons_and_extremes_of_nan():
         choose = "selp.b32 %o, 1, 0, %p1;"
         assert (each(f"setp.{name}.f32 %p1, %a, %b;\n{choose}", a, b, out=np.int32) == is_so).all()
         assert (each(f"setp.{name}u.f32 %p1, %a, %b;\n{choose}", a, b, out=np.int32) == (is_so | nan)).all()
-    assert np.array_equal(each("max.f32 %o, %a, %b;", a, b, out=np.float32), np.fmax(a, b), equal_nan=True)
-    assert np.array_equal(each("max.NaN.f32 %o, %a, %b;", a, b, out=np.float32), np.maximum(a, b), equal_nan=True)
+    for name, is_so in (("num", ~nan), ("nan", nan)):
+        assert (each(f"setp.{name}.f32 %p1, %a, %b;\n{choose}", a, b, out=np.int32) == is_so).all()
     zeros, others = np.float32([0, -0.0, 0, -0.0]), np.float32([0, 0, -0.0, -0.0])
-    for name, signs in (("min", [False, True, True, True]), ("max", [False, False, False, True])):
-        assert np.signbit(each(f"{name}.f32 %o, %a, %b;", zeros, others, out=np.float32)[:4]).tolist() == signs
+    for name, signs, of_numbers, of_all in (
+        ("min", [False, True, True, True], np.fmin, np.minimum),
+        ("max", [False, False, False, True], np.fmax, np.maximum),
+    ):
+        for statement, expected in ((f"{name}.f32", of_numbers(a, b)), (f"{name}.NaN.f32", of_all(a, b))):
+            assert np.array_equal(each(f"{statement} %o, %a, %b;", a, b, out=np.float32), expected, equal_nan=True)
+            assert np.signbit(each(f"{statement} %o, %a, %b;", zeros, others, out=np.float32)[:4]).tolist() == signs
     unsigned = each(
         "setp.lt.u32 %p1, %a, %b;\nselp.b32 %o, 1, 0, %p1;", a.view(np.int32), b.view(np.int32), out=np.int32
     )
@@ -173,6 +180,8 @@ def test_approximate_functions_err_but_no_further_than_the_manual_allows():
         ("ex2.approx.ftz.f32 %o, %a;", np.exp2(x.astype(np.float64))),
         ("rcp.approx.ftz.f32 %o, %a;", 1 / x.astype(np.float64)),
         ("div.full.f32 %o, 0f3F800000, %a;", 1 / x.astype(np.float64)),
+        ("abs.f32 %r40, %a;\nlg2.approx.ftz.f32 %o, %r40;", np.log2(np.abs(x).astype(np.float64))),
+        ("abs.f32 %r40, %a;\nsqrt.approx.ftz.f32 %o, %r40;", np.sqrt(np.abs(x).astype(np.float64))),
     ):
         got = np.stack([each(statement, row, out=np.float32) for row in x])
         units = np.abs(got - exact) / np.spacing(np.abs(exact).astype(np.float32))
@@ -180,6 +189,8 @@ def test_approximate_functions_err_but_no_further_than_the_manual_allows():
         assert 0.2 < units.mean() < 0.6
     assert each("ex2.approx.ftz.f32 %o, %a;", np.float32([0, 3, -np.inf]), out=np.float32)[:3].tolist() == [1, 8, 0]
     assert each("ex2.approx.ftz.f32 %o, %a;", np.float32([-130]), out=np.float32)[0] == 0  # flushed
+    extremes = np.float32([1e-39, 3e38])  # whose reciprocals overflow, or lose bits
+    assert np.abs(each("div.full.f32 %o, %a, %a;", extremes, out=np.float32)[:2] - 1).max() < 2e-7
 
 
 @pytest.mark.parametrize(
@@ -191,12 +202,17 @@ def test_approximate_functions_err_but_no_further_than_the_manual_allows():
         ("idx", 9, 31, lambda lane: 9),
         ("bfly", 2, 0x1C03, lambda lane: lane ^ 2),  # segments of four threads
         ("idx", 1, 0x1C03, lambda lane: lane // 4 * 4 + 1),
+        ("idx", 41, 31, lambda lane: 9),  # of the lane five bits count
+        ("up", 1, 0x1C00, lambda lane: lane - 1 if lane % 4 else lane),
     ],
 )
 def test_shuffles(mode, operand, clamp, source):
     a = np.arange(32, dtype=np.int32) * 10
     got = each(f"shfl.sync.{mode}.b32 %o, %a, {operand}, {clamp}, -1;", a, out=np.int32)
     assert got.tolist() == [10 * source(lane) for lane in range(32)]
+    choose = "selp.b32 %o, 1, 0, %p1;"
+    inside = each(f"shfl.sync.{mode}.b32 %r40|%p1, %a, {operand}, {clamp}, -1;\n{choose}", a, out=np.int32)
+    assert inside.tolist() == [int(mode in ("bfly", "idx") or source(lane) != lane) for lane in range(32)]
 
 
 def test_reductions_of_a_warp():
@@ -248,7 +264,7 @@ EXCHANGE = """
 @pytest.mark.parametrize("order", ORDERS)
 def test_warps_meet_at_a_barrier(order):
     out = torch.zeros(3, 64, dtype=torch.int32)
-    run(EXCHANGE.format(barrier="bar.sync 0;"), out, warps=2, programs=3, shared=256, order=order)
+    run(EXCHANGE.format(barrier="bar.sync 0;"), out, warps=2, programs=(3, 1, 1), shared=256, order=order)
     assert out.tolist() == 3 * [[lane ^ 32 for lane in range(64)]]
 
 
@@ -256,7 +272,7 @@ def test_warps_meet_at_a_barrier(order):
 def test_a_missing_barrier_shows(order, ahead):
     """The warp that goes ahead reads what the other has not written yet: poison."""
     out = torch.zeros(3, 2, 32, dtype=torch.int32)
-    run(EXCHANGE.format(barrier=""), out, warps=2, programs=3, shared=256, order=order)
+    run(EXCHANGE.format(barrier=""), out, warps=2, programs=(3, 1, 1), shared=256, order=order)
     assert [[(warp == -1).all().item() for warp in program] for program in out] == [[w == 0, w == 1] for w in ahead]
     assert (out != -1).sum() == 96
 
@@ -291,9 +307,16 @@ def test_threads_that_part_meet_again(order):
     [
         ("ld.global.b32 {%r3}, [ %rd1 + 64 ];", "outside of what the launch was given"),
         ("st.global.b32 [ %rd1 + -4 ], {%r3};", "outside of what the launch was given"),
+        ("ld.global.b8 {%rs3}, [ %rd1 + 64 ];", "outside of what the launch was given"),
+        ("ld.global.b8 {%rs3}, [ %rd1 + -1 ];", "outside of what the launch was given"),
+        ("mov.b32 %r3, 0;\nld.shared.b32 %r4, [ %r3 + -4 ];", "outside of 128 bytes of shared memory"),
         ("ld.global.b32 {%r3}, [ %rd1 + 2 ];", "not divisible by 4"),
         ("ld.global.v2.b32 {%r3, %r4}, [ %rd1 + 4 ];", "not divisible by 8"),
         ("ld.shared.b32 %r3, [ %r1 + 128 ];", "not divisible by 4"),
+        (
+            "shl.b32 %r3, %r1, 3;\nldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r4}, [%r3];",
+            "not divisible by 16",
+        ),
         ("mov.b32 %r3, 128;\nld.shared.b32 %r4, [ %r3 + 0 ];", "outside of 128 bytes of shared memory"),
         ("setp.lt.s32 %p1, %r1, 7;\n@%p1 bra $L__a;\nbar.sync 0;\n$L__a:\nmov.b32 %r3, 0;", "wait at a barrier"),
         ("setp.lt.s32 %p1, %r1, 7;\n@%p1 shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;", "not every thread of a warp"),
@@ -319,3 +342,205 @@ def test_arithmetic_gives_one_nan():
     for statement in ("sub.f32 %o, %a, %b;", "mul.f32 %o, %a, %b;"):
         bits = each(statement, a, b, out=np.float32)[:3].view(np.uint32)
         assert (bits[np.isnan(bits.view(np.float32))] == 0x7FFFFFFF).all()
+
+
+def test_integers_compare_and_combine():
+    a, b = pairs(INTEGERS)
+    unsigned = a.view(np.uint32), b.view(np.uint32)
+    choose = "selp.b32 %o, 1, 0, %p1;"
+    for names, operator in (
+        ("eq.s32", np.equal), ("ne.s32", np.not_equal), ("lt.s32", np.less), ("le.s32", np.less_equal),
+        ("gt.s32", np.greater), ("ge.s32", np.greater_equal),
+    ):  # fmt: skip
+        b[:2] = a[:2]
+        assert (each(f"setp.{names} %p1, %a, %b;\n{choose}", a, b, out=np.int32) == operator(a, b)).all()
+    for name, operator in (("lt", np.less), ("le", np.less_equal), ("gt", np.greater), ("ge", np.greater_equal)):
+        assert (each(f"setp.{name}.u32 %p1, %a, %b;\n{choose}", a, b, out=np.int32) == operator(*unsigned)).all()
+    for name, expected in (
+        ("sub.s32", a - b), ("and.b32", a & b), ("or.b32", a | b), ("xor.b32", a ^ b), ("min.s32", np.minimum(a, b)),
+        ("max.s32", np.maximum(a, b)),
+    ):  # fmt: skip
+        assert (each(f"{name} %o, %a, %b;", a, b, out=np.int32) == expected).all()
+    for name, expected in (("not.b32", ~a), ("neg.s32", -a), ("abs.s32", np.abs(a))):
+        assert (each(f"{name} %o, %a;", a, out=np.int32) == expected).all()
+    b = np.where(b == 0, 3, b).astype(np.int32)
+    quotient = each("div.u32 %o, %a, %b;", a, b, out=np.uint32)
+    assert (quotient == unsigned[0] // b.view(np.uint32)).all()
+
+
+def test_numbers_of_64_bits_shift_by_up_to_63():
+    a, amounts = np.array([-(2**62) - 12345], np.int64), [3 * i for i in range(32)]
+    amount, number = np.array(amounts, np.uint32), int(a[0])
+    assert each("shr.s64 %o, %a, %b;", a, amount, out=np.int64).tolist() == [number >> s for s in amounts]
+    assert each("shr.u64 %o, %a, %b;", a, amount, out=np.uint64).tolist() == [number % 2**64 >> s for s in amounts]
+    assert each("shl.b64 %o, %a, %b;", a, amount, out=np.uint64).tolist() == [number * 2**s % 2**64 for s in amounts]
+
+
+def test_predicates_join_come_in_pairs_and_guard():
+    a = np.arange(32, dtype=np.int32)
+    low, even = a < 9, a % 2 == 0
+    first = "setp.lt.s32 %p1, %a, 9;\nand.b32 %r40, %a, 1;\n"
+    choose = "selp.b32 %o, 1, 0, %p2;"
+    for name, expected in (("and", low & even), ("or", low | even), ("xor", low ^ even)):
+        got = each(f"{first}setp.eq.{name}.s32 %p2, %r40, 0, %p1;\n{choose}", a, out=np.int32)
+        assert (got == expected).all()
+    assert (each(f"{first}mov.b32 %o, 5;\n@%p1 mov.b32 %o, 6;", a, out=np.int32) == np.where(low, 6, 5)).all()
+    assert (each(f"{first}mov.b32 %o, 5;\n@!%p1 mov.b32 %o, 6;", a, out=np.int32) == np.where(low, 5, 6)).all()
+    # bfloat16 in pairs: 1.0 < 2.0 in the low halves, -1.0 < -2.0 in the high ones.
+    pair = "mov.b32 %r40, 0xBF803F80;\nmov.b32 %r41, 0xC0004000;\nsetp.lt.bf16x2 %p1|%p2, %r40, %r41;\n"
+    for predicate, expected in (("%p1", 1), ("%p2", 0)):
+        assert (each(f"{pair}selp.b32 %o, 1, 0, {predicate};", a, out=np.int32) == expected).all()
+    negative = "mov.b32 {%rs40, %rs41}, 0xBF80C000;\nsetp.lt.bf16 %p2, %rs40, %rs41;\n"
+    assert (each(negative + choose, a, out=np.int32) == 1).all()
+
+
+def test_rounding_is_to_even_and_integers_of_floats_are_as_told():
+    bits = [0x3F808000, 0x3F818000, 0xBF818000, 0x3F807FFF, 0x3F808001, 0x7F7FFFFF, 0x7F800001, 0x7FFFFFFF]
+    x = np.array(bits, np.uint32).view(np.float32)
+    got = each("cvt.rn.bf16.f32 %o, %a;", x, out=np.uint16)[: len(x)]
+    assert got.tolist() == [0x3F80, 0x3F82, 0xBF82, 0x3F80, 0x3F81, 0x7F80, 0x7FFF, 0x7FFF]
+    numbers = np.float32([-2.5, -0.5, 0.5, 1.5, 2.5, 2.9, -2.9])
+    for name, rounded in (("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil), ("rni", np.rint)):
+        got = each(f"cvt.{name}.f32.f32 %o, %a;", numbers, out=np.float32)[: len(numbers)]
+        assert got.tolist() == rounded(numbers).tolist()
+
+
+def test_subnormal_numbers_are_flushed_where_told():
+    tiny = np.float32([1e-40, -1e-40, 2.0**-126, 1.0])
+    assert np.signbit(each("add.ftz.f32 %o, %a, 0f80000000;", tiny, out=np.float32)[:2]).tolist() == [False, True]
+    assert each("add.f32 %o, %a, 0f80000000;", tiny, out=np.float32)[:4].tolist() == tiny.tolist()
+    # What comes in, though the product would be normal; and what goes out.
+    assert each("mul.ftz.f32 %o, %a, 0f7F000000;", tiny, out=np.float32)[:3].tolist() == [0.0, 0.0, 2.0]
+    assert each("mul.ftz.f32 %o, %a, 0f3F000000;", tiny, out=np.float32)[:4].tolist() == [0.0, 0.0, 0.0, 0.5]
+    assert each("cvt.rmi.ftz.f32.f32 %o, %a;", tiny, out=np.float32)[:2].tolist() == [0.0, 0.0]
+
+
+def test_narrow_numbers_keep_their_sign_in_wide_registers():
+    a = np.array([0x1FF, 0x17F, -2, 3], np.int32)
+    assert each("cvt.s64.s8 %o, %a;", a, out=np.int64)[:4].tolist() == [-1, 127, -2, 3]
+    assert each("cvt.s8.s32 %o, %a;", a, out=np.int32)[:4].tolist() == [-1, 127, -2, 3]
+    assert each("cvt.u32.u8 %o, %a;", a, out=np.uint32)[:4].tolist() == [255, 127, 254, 3]
+
+
+def test_extremes_of_bfloat16_are_of_numbers_not_of_bits():
+    a, b = np.array([0x3F80, 0xC000], np.uint16), np.array([0x4040, 0x3F00], np.uint16)  # 1, -2; 3, 0.5
+    assert each("min.bf16 %o, %a, %b;", a, b, out=np.uint16)[:2].tolist() == [0x3F80, 0xC000]
+    assert each("max.bf16 %o, %a, %b;", a, b, out=np.uint16)[:2].tolist() == [0x4040, 0x3F00]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_warp_reduces_its_own(order):
+    """Of two programs, each of two warps."""
+    out = torch.zeros(4, 32, 4, dtype=torch.int32)
+    names = ("min.s32", "max.u32", "and.b32", "or.b32")
+    reductions = "\n".join(f"redux.sync.{name} %r{10 + i}, %r4, -1;" for i, name in enumerate(names))
+    body = f"""
+        mad.lo.s32 %r3, %r2, 64, %r1;
+        sub.s32 %r4, %r3, 40;
+        {reductions}
+        mad.wide.u32 %rd3, %r3, 16, %rd1;
+        st.global.v4.b32 [ %rd3 + 0 ], {{ %r10, %r11, %r12, %r13 }};
+    """
+    run(body, out, warps=2, programs=(2, 1, 1), order=order)
+    for warp in range(4):
+        own = np.arange(32 * warp, 32 * warp + 32, dtype=np.int32) - 40
+        largest = own.view(np.uint32).max().view(np.int32)
+        expected = [own.min(), largest, np.bitwise_and.reduce(own), np.bitwise_or.reduce(own)]
+        assert (out[warp].numpy() == expected).all()
+
+
+def test_registers_hold_poison_until_written():
+    assert (each("mov.b32 %o, %r50;", out=np.int32) == -1).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_barrier_of_a_warp_waits_for_no_other(order):
+    body = """
+        setp.ge.s32 %p1, %r1, 32;
+        @%p1 bra $L__end;
+        bar.warp.sync -1;
+        mad.wide.u32 %rd3, %r1, 4, %rd1;
+        st.global.b32 [ %rd3 + 0 ], { %r1 };
+        $L__end:
+    """
+    out = torch.zeros(32, dtype=torch.int32)
+    run(body, out, warps=2, order=order)
+    assert out.tolist() == [*range(32)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_threads_that_part_meet_at_the_next_label(order):
+    """Without a barrier: a shuffle takes the whole warp."""
+    body = """
+        mov.b32 %r3, 0;
+        $L__loop:
+        add.s32 %r3, %r3, 1;
+        setp.le.s32 %p1, %r3, %r1;
+        @%p1 bra $L__loop;
+        shfl.sync.idx.b32 %r3, %r3, 31, 31, -1;
+        setp.lt.s32 %p2, %r1, 7;
+        @%p2 bra $L__end;
+        add.s32 %r3, %r3, 1;
+        $L__end:
+        shfl.sync.idx.b32 %r5, %r3, 31, 31, -1;
+        mad.wide.u32 %rd3, %r1, 4, %rd1;
+        st.global.b32 [ %rd3 + 0 ], { %r5 };
+    """
+    out = torch.zeros(64, dtype=torch.int32)
+    run(body, out, warps=2, order=order)
+    assert out.tolist() == 32 * [33] + 32 * [65]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("statement", "read", "written"),
+    [
+        ("ld.global.b32 {%r3}, [ %rd3 + 0 ];", 2 * 128, 0),
+        ("st.global.b32 [ %rd3 + 0 ], {%r1};", 0, 2 * 128),
+        ("ld.global.b32 {%r3}, [ %rd1 + 0 ];", 2 * 32, 0),  # one sector, for each warp
+        ("@%p1 ld.global.b32 {%r3}, [ %rd3 + 0 ];", 96, 0),  # seventeen threads, of the first warp
+        ("ld.shared.b32 %r3, [ %r4 + 0 ];", 0, 0),
+    ],
+)
+def test_costs_are_whole_sectors_and_the_statements_of_each_warp(statement, read, written, order):
+    """Of two programs, each of two warps."""
+    body = "setp.lt.s32 %p1, %r1, 17;\nmad.wide.u32 %rd3, %r1, 4, %rd1;\nshl.b32 %r4, %r1, 2;\n"
+    launch = {"warps": 2, "programs": (2, 1, 1), "shared": 256, "order": order}
+    cost, without = ptx.Cost("k"), ptx.Cost("k")
+    run(body + statement, torch.zeros(64, dtype=torch.int32), cost=cost, **launch)
+    run(body, torch.zeros(64, dtype=torch.int32), cost=without, **launch)
+    assert (cost.read, cost.written) == (2 * read, 2 * written)
+    assert (cost.statements, without.statements) == (4 * 8, 4 * 7)  # three before the body, one behind
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_programs_have_shared_memory_and_places_of_their_own(order):
+    """Each thread reads what the thread opposite wrote in its own program, and where in the grid it is."""
+    body = """
+        mov.u32 %r10, %ctaid.y;
+        mov.u32 %r11, %nctaid.x;
+        mov.u32 %r12, %laneid;
+        mad.lo.s32 %r13, %r10, %r11, %r2;
+        mad.lo.s32 %r14, %r13, 100, %r1;
+        shl.b32 %r3, %r1, 2;
+        st.shared.b32 [ %r3 + 0 ], { %r14 };
+        bar.sync 0;
+        xor.b32 %r4, %r3, 128;
+        ld.shared.b32 %r6, [ %r4 + 0 ];
+        mad.wide.u32 %rd3, %r13, 512, %rd1;
+        mad.wide.u32 %rd4, %r1, 8, %rd3;
+        st.global.v2.b32 [ %rd4 + 0 ], { %r6, %r12 };
+    """
+    out = torch.zeros(6, 64, 2, dtype=torch.int32)
+    run(body, out, warps=2, programs=(3, 2, 1), shared=256, order=order)
+    assert out[..., 0].tolist() == [[100 * program + (thread ^ 32) for thread in range(64)] for program in range(6)]
+    assert (out[..., 1] == torch.arange(64) % 32).all()
+
+
+def test_constants_and_arguments_are_bits():
+    assert each("mov.f64 %o, 0d3FF8000000000000;", out=np.float64)[0] == 1.5
+    assert each("add.f32 %o, %a, 0fBFC00000;", np.float32([2.0]), out=np.float32)[0] == 0.5
+    assert each("add.s32 %o, %a, -3;", np.int32([2]), out=np.int32)[0] == -1
+    arguments = ("i32", -1), ("i64", -(2**63)), ("fp32", -1.5), ("*fp32", None), ("u1", True)
+    packed = [ptx._packed(kind, value) for kind, value in arguments]
+    assert packed == [2**32 - 1, 2**63, 0xBFC00000, 0, 1]

@@ -168,3 +168,30 @@ def test_what_is_excluded_does_not_matter_to_the_filters(backend, content):
             row[:, 3] = content
             assert np.array_equal(kept(backend, row, thres, top_p, mask_id=3, forbidden=forbidden), plain)
             assert plain.sum() < vocabulary / 2
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [20, 301])
+def test_a_rows_edges_count(backend, vocabulary, dtype):
+    """What lies before and behind a row's whole vectors: its largest logits, its least, what k leaves out."""
+    row = torch.zeros(2 + vocabulary, dtype=dtype)[2:]
+    for kind in ("tied", "rising", "falling"):
+        row[:] = filter_row(kind, vocabulary, dtype)
+        for num_kept in (1, vocabulary // 2, vocabulary - 1):
+            thres = 1.0 - (num_kept - 0.5) / vocabulary
+            assert np.array_equal(kept(backend, row[None], thres)[0], kept_by(row.double().numpy(), thres))
+        assert_nucleus(backend, row, 0.9, 0.5)
+    for place in (0, -1):
+        row[:] = filter_row("rising", vocabulary, dtype)
+        row[place] = 300.0
+        assert_nucleus(backend, row, 0.9)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_neighbouring_numbers_are_told_apart(backend, dtype):
+    row = torch.where(torch.arange(301) % 3 == 0, 1.0 + torch.finfo(dtype).eps, 1.0).to(dtype)
+    for num_kept in (1, 50, 100, 101):  # of 101 that are larger, the last of which is an edge
+        stays = kept(backend, row[None], 1.0 - (num_kept - 0.5) / 301)[0]
+        assert np.array_equal(stays, (row > 1.0).numpy())
