@@ -37,9 +37,9 @@ _WARPS = 16
 _PROGRAMS = 528  # four for each SM of an H200, of which one runs at a time; their candidates stay in L2
 
 # Largest vocabulary; logits sampled for k, and warps; logits sampled for p. A larger sample makes a narrower bracket,
-# 2 % to 4 % of a row, whose candidates must find their places (at V 152064 one row in a hundred of 16-bit logits does
-# not, and one in three of float32).
-_SAMPLES = ((100_000, 4096, 2, 8192), (math.inf, 16384, 16, 16384))
+# of 1 % to 4 % of a row. One or two rows in a hundred lie outside; and from V 100,000 on up to a quarter of float32
+# rows has candidates that find no place, if half of all logits are kept.
+_SAMPLES = ((2**16, 4096, 2, 8192), (math.inf, 16384, 16, 16384))
 # A turn of a search costs a warp a hundred instructions, and three for each of a thread's logits: few warps with many
 # logits do it for less. So many logits has a warp of a short row, where they count and where they have a weight.
 _SHORT_WARP = 2048, 1024
