@@ -350,7 +350,7 @@ _KNOWN = re.compile(
     "|".join(
         (
             r"(add|sub|mul|div|fma)(\.rn)?(\.ftz)?\.f32",
-            r"div\.full(\.ftz)?\.f32",
+            r"div\.(full|approx)(\.ftz)?\.f32",
             r"(ex2|lg2|sqrt|rcp)\.approx(\.ftz)?\.f32",
             r"(min|max)(\.ftz)?(\.NaN)?\.f32",
             r"(min|max)(\.NaN)?\.b?f16",
