@@ -531,7 +531,7 @@ def _scale_kernel(x_ptr, factor_ptr, num_elements, BLOCK: tl.constexpr):
 
 # Largest V, then (columns of a tile, warps): for cross-entropy alone; where some tiles hold a special case
 # (exclude_id, the argmax); and where every element costs more (softcap, label smoothing). A row costs each of its
-# threads about 400 instructions besides, so that a thread has 32 columns, or 16 with special cases.
+# threads about 400 instructions besides: the shorter it is, the fewer they are.
 _TILES = (
     (1024, (1024, 1), (1024, 2), (1024, 4)),  # the row is one tile
     (2048, (2048, 2), (2048, 4), (2048, 8)),  # likewise

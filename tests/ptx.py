@@ -30,6 +30,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 WARP = 32
+SECTOR = 32  # bytes that memory moves together
 # Threads that are run at once, those of many programs together: enough for numpy, few enough for a cache.
 _THREADS = 2**14
 _POISON = 0xFF  # a NaN in every format
@@ -330,9 +331,9 @@ def _converted(x: Any, source: str, target: str, modifiers: tuple[str, ...]) -> 
     if target == "bf16":
         return _to_bfloat16(x)
     dtype = _dtype(target)
-    if source[0] == "f" and dtype.kind in "iu":
+    if source[0] == "f" and dtype.kind == "i":
         limits = np.iinfo(dtype)
-        nan = 0 if dtype.itemsize < 8 else limits.min if dtype.kind == "i" else limits.max
+        nan = 0 if dtype.itemsize < 8 else limits.min
         inside = (x >= float(limits.min)) & (x < float(limits.max))
         values = np.where(inside, x, 0).astype(dtype)
         values = np.where(x >= float(limits.max), dtype.type(limits.max), values)
@@ -657,7 +658,6 @@ _MAKERS: dict[str, Callable[[Statement], Action]] = {
     "redux": _reduction,
     "ldmatrix": _matrices,
     "stmatrix": _matrices,
-    "div": _arithmetic,
 }
 
 
@@ -691,7 +691,7 @@ class Program:
         predicate = _reader(statement.predicate, np.dtype(bool)) if statement.predicate else None
         if name == "bra":
             return Step("branch", None, labels[statement.operands[0]], predicate)
-        if name in ("ret", "exit"):
+        if name == "ret":
             return Step("end", None, -1, predicate)
         if name in ("bar", "barrier"):
             kind = "warp barrier" if "warp" in statement.parts else "barrier"
@@ -708,7 +708,7 @@ class Places:
 
 
 class Region:
-    """The memory of one tensor that a launch was given, and where else it may be read."""
+    """The storage of a tensor that a launch was given."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -719,9 +719,6 @@ class Region:
 
     def places(self, addresses: Any, dtype: np.dtype) -> Places:
         return Places(self._bytes.view(dtype), (addresses - self._origin) // dtype.itemsize)
-
-
-SECTOR = 32
 
 
 @dataclass
