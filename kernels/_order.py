@@ -6,13 +6,18 @@ import triton.language as tl
 
 @triton.jit
 def order(x):
-    """int64 that orders as float32 does, from -2^31 on; above infinity for a positive NaN."""
+    """int32 that orders as float32 does; above infinity for a positive NaN."""
     bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def value(order):
     """The float32 of that order."""
-    bits = order.to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def distance(low, high):
+    """uint32 by which the order high lies above low: of two int32 it may be twice as large as an int32."""
+    return (high - low).to(tl.uint32)

@@ -63,14 +63,24 @@ def _without(z, weight, threshold, HAS_THRESHOLD: tl.constexpr):
 
 @triton.jit
 def _tile_sums(z, shift, threshold, factor, HAS_THRESHOLD: tl.constexpr, IS_HEATED: tl.constexpr,
-               WITH_ENTROPY: tl.constexpr):  # fmt: skip
-    """Sums over a block of logits of w = exp(z - shift), of exp((z - shift) / T), and of w (z - shift)."""
+               WITH_ENTROPY: tl.constexpr, sub_tiles_ptr=None):  # fmt: skip
+    """Sums over a block of logits of w = exp(z - shift), of exp((z - shift) / T), and of w (z - shift).
+
+    The second of each of its sub-tiles too, where there is a place to store them.
+    """
     unheated = _without(z, elementary.exp2((z - shift) * _LOG2E), threshold, HAS_THRESHOLD)
-    total = tl.sum(unheated)
-    heated_total = total
-    energy = total
+    heated = unheated
     if IS_HEATED:
-        heated_total = tl.sum(_without(z, elementary.exp2((z - shift) * factor), threshold, HAS_THRESHOLD))
+        heated = _without(z, elementary.exp2((z - shift) * factor), threshold, HAS_THRESHOLD)
+    if sub_tiles_ptr is None:
+        heated_total = tl.sum(heated)
+    else:
+        SUB_TILES: tl.constexpr = z.shape[0] // _SUB_TILE
+        sub_tiles = tl.sum(tl.reshape(heated, (SUB_TILES, _SUB_TILE)), 1)
+        tl.store(sub_tiles_ptr + tl.arange(0, SUB_TILES), sub_tiles)
+        heated_total = tl.sum(sub_tiles)
+    total = tl.sum(unheated) if IS_HEATED else heated_total
+    energy = total
     if WITH_ENTROPY:
         energy = tl.sum(unheated * tl.maximum(z - shift, -1e30))  # 0 times infinity is NaN
     return total, heated_total, energy
@@ -93,6 +103,7 @@ def _tiles_kernel(
     forbidden_ptr,
     thresholds_ptr,
     records_ptr,
+    sub_tiles_ptr,
     num_rows,
     V,
     mask_id,
@@ -101,6 +112,7 @@ def _tiles_kernel(
     HAS_MASK_ID: tl.constexpr,
     HAS_FORBIDDEN: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
+    HAS_SUB_TILES: tl.constexpr,  # whether their sums are stored; rows then begin and end at 16 bytes
     IS_HEATED: tl.constexpr,
     WITH_MARGIN: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
@@ -121,16 +133,15 @@ def _tiles_kernel(
     threshold = tl.load(thresholds_ptr + row) if HAS_THRESHOLD else 0.0
 
     block = tl.arange(0, BLOCK)
-    in_body = block < body_length
-    z = tl.load(x_ptr + body_start + block, mask=in_body, other=-float("inf")).to(tl.float32)
+    z = logit_rows.load(x_ptr, body_start, body_length, BLOCK)
     z = logit_rows.without_excluded(
-        z, first + body_column + block, in_body, first, first + _TILE, mask_id, forbidden_ptr, HAS_MASK_ID,
-        HAS_FORBIDDEN,
+        z, first + body_column + block, block < body_length, first, first + _TILE, mask_id, forbidden_ptr,
+        HAS_MASK_ID, HAS_FORBIDDEN,
     )  # fmt: skip
     offs_v, in_v = logit_rows.edges(length, body_column, body_length, VECTOR)
     edge_max = tl.full((), -float("inf"), tl.float32)
     edges = tl.full((2 * VECTOR,), -float("inf"), tl.float32)
-    has_edges = body_length < length
+    has_edges = False if HAS_SUB_TILES else body_length < length
     if has_edges:
         edges = tl.load(x_ptr + start + offs_v, mask=in_v, other=-float("inf")).to(tl.float32)
         edges = logit_rows.without_excluded(
@@ -140,13 +151,15 @@ def _tiles_kernel(
     body_max = tl.max(z)
     largest = tl.maximum(body_max, edge_max)
     shift = _finite(largest)
-    total, heated, energy = _tile_sums(z, shift, threshold, factor, HAS_THRESHOLD, IS_HEATED, WITH_ENTROPY)
+    tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    sub_tiles = sub_tiles_ptr + tile * (BLOCK // _SUB_TILE) if HAS_SUB_TILES else None
+    total, heated, energy = _tile_sums(z, shift, threshold, factor, HAS_THRESHOLD, IS_HEATED, WITH_ENTROPY, sub_tiles)
     if has_edges:
         edge_sums = _tile_sums(edges, shift, threshold, factor, HAS_THRESHOLD, IS_HEATED, WITH_ENTROPY)
         total += edge_sums[0]
         heated += edge_sums[1]
         energy += edge_sums[2]
-    records_ptr += (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * RECORD
+    records_ptr += tile * RECORD
     tl.store(records_ptr + _MAX, largest)
     tl.store(records_ptr + _SUM, total)
     tl.store(records_ptr + _HEATED, heated)
@@ -162,10 +175,13 @@ def _tiles_kernel(
 @triton.jit
 def _winner(weights, lane, num_lanes, seed, stream: tl.constexpr, sample, position, first, step):
     """argmax_i weights_i / E_i over the first num_lanes; ties to the lower lane, and 0 where there is but one."""
-    high, low, _, _ = philox.draw(seed, stream, sample, position, first + lane, step)
-    # Triton 3.9's interpreter raises at an argmax of NaN alone.
-    race = tl.where((lane < num_lanes) & (weights >= 0.0), weights / philox.exponential(high, low), -1.0)
-    return tl.where(num_lanes == 1, 0, tl.argmax(race, 0)).to(tl.int32)
+    winner = tl.full((), 0, tl.int32)
+    if num_lanes > 1:
+        high, low, _, _ = philox.draw(seed, stream, sample, position, first + lane, step)
+        # Triton 3.9's interpreter raises at an argmax of NaN alone.
+        race = tl.where((lane < num_lanes) & (weights >= 0.0), weights / philox.exponential(high, low), -1.0)
+        winner = tl.argmax(race, 0).to(tl.int32)
+    return winner
 
 
 @triton.jit
@@ -230,6 +246,7 @@ def _choose_kernel(
     HAS_MASK_ID: tl.constexpr,
     HAS_FORBIDDEN: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
+    HAS_SUB_TILES: tl.constexpr,  # whether their sums are known, or read the winning tile again
     HAS_KEPT: tl.constexpr,
     IS_GREEDY: tl.constexpr,
     WITH_MARGIN: tl.constexpr,
@@ -279,22 +296,24 @@ def _choose_kernel(
     shift = _finite(tl.max(tl.where(tile == chosen, maxima, -float("inf"))))
 
     sub_tile = tl.arange(0, SUB_TILES)
-    offs_v = first + sub_tile[:, None] * _SUB_TILE + tl.arange(0, _SUB_TILE)[None, :]
-    z, weights = _weights_at(
-        x_ptr, start, offs_v, first, first + SUB_TILES * _SUB_TILE, V, mask_id, forbidden_ptr, threshold, shift,
-        factor, HAS_FORBIDDEN, HAS_THRESHOLD, VECTOR, [1, VECTOR],
-    )  # fmt: skip
+    sub_tiles_ptr += (row.to(tl.int64) * num_tiles + chosen if HAS_SUB_TILES else row.to(tl.int64)) * SUB_TILES
+    if not HAS_SUB_TILES:
+        offs_v = first + sub_tile[:, None] * _SUB_TILE + tl.arange(0, _SUB_TILE)[None, :]
+        z, weights = _weights_at(
+            x_ptr, start, offs_v, first, first + SUB_TILES * _SUB_TILE, V, mask_id, forbidden_ptr, threshold, shift,
+            factor, HAS_FORBIDDEN, HAS_THRESHOLD, VECTOR, [1, VECTOR],
+        )  # fmt: skip
     if IS_GREEDY:
         id = tl.min(tl.where(z == shift, offs_v, V))
     else:
         num_sub_tiles = tl.minimum(tl.cdiv(V, _SUB_TILE), _TILE // _SUB_TILE)
         base = chosen * (_TILE // _SUB_TILE)
-        # By way of memory, so that each lane is one thread's: where the sum leaves them, many threads hold the same
-        # lanes, and each would draw all their random numbers.
-        sub_tiles_ptr += row.to(tl.int64) * SUB_TILES + sub_tile
-        tl.store(sub_tiles_ptr, tl.sum(weights, 1))
-        tl.debug_barrier()
-        sub_tile_sums = tl.load(sub_tiles_ptr)
+        if not HAS_SUB_TILES:
+            # By way of memory, so that each lane is one thread's: where the sum leaves them, many threads hold the
+            # same lanes, and each would draw all their random numbers.
+            tl.store(sub_tiles_ptr + sub_tile, tl.sum(weights, 1))
+            tl.debug_barrier()
+        sub_tile_sums = tl.load(sub_tiles_ptr + sub_tile)
         chosen = _winner(sub_tile_sums, sub_tile, num_sub_tiles, seed, _SUB_TILE_RACE, sample, position, base, step)
         first = (base + chosen) * _SUB_TILE
         element = tl.arange(0, _SUB_TILE)
@@ -370,7 +389,7 @@ def _selection_keys(scores_ptr, eligible_ptr, offs_n, N, seed, sample, step, noi
 @triton.jit
 def _descending(score):
     """int64 in [0, 2^32) that falls as the score rises; 0 for NaN."""
-    order = 0x7FFFFFFF - ordered.order(tl.where(score == 0.0, 0.0, score))  # -0.0 as 0.0
+    order = 0x7FFFFFFF - ordered.order(tl.where(score == 0.0, 0.0, score)).to(tl.int64)  # -0.0 as 0.0
     return tl.where(score == score, order, 0)
 
 
@@ -492,6 +511,9 @@ def _selection_kernel(
 # Warps of the programs over tiles, the choice, the selection.
 _TILE_WARPS = 2  # 64 logits a thread (32 on AMD): what a program costs besides is spread over them
 _CHOICE_WARPS = 2  # 64 lanes race: more warps would draw the same random numbers again
+# Where rows begin and end at 16 bytes, tiles of up to so many ids leave the sums of their sub-tiles to the choice: of
+# longer rows that costs more than to read the winning tile again.
+_SUMMED = 65536
 _SELECTION = ((1024, 4), (4096, 8))  # longest sequence, warps: its keys stay in registers
 _SELECTION_BLOCKS = (4096, 8)
 _NOISE_BLOCK = 1024
@@ -531,6 +553,8 @@ def _sample_tokens_(
     sub_tiles = lanes // _SUB_TILE.value
     vector = 16 // logits.element_size()
     lead = logit_rows.lead(logits)
+    may_load_vectors = lead == 0 and _holds_whole_vectors(logits, vector)
+    has_sub_tiles = may_load_vectors and num_ids % vector == 0 and num_ids <= _SUMMED and temperature != 0.0
     has_mask = mask_id is not None and 0 <= mask_id < num_ids
     rows: dict[str, Any] = {
         "x_ptr": logits,
@@ -553,8 +577,12 @@ def _sample_tokens_(
         tiles: dict[str, Any] = {
             "thresholds_ptr": thresholds,
             "records_ptr": logits.new_empty((num_rows, num_tiles, record), dtype=torch.float32),
+            "sub_tiles_ptr": logits.new_empty(
+                (num_rows, num_tiles if has_sub_tiles else 1, sub_tiles), dtype=torch.float32
+            ),
             "factor": factor,
             "HAS_THRESHOLD": thresholds is not None,
+            "HAS_SUB_TILES": has_sub_tiles,
             "WITH_MARGIN": margins is not None,
             "WITH_ENTROPY": entropies is not None,
             "RECORD": record,
@@ -570,7 +598,6 @@ def _sample_tokens_(
         _choose_kernel[(num_rows,)](
             **rows,
             **tiles,
-            sub_tiles_ptr=logits.new_empty((num_rows, sub_tiles), dtype=torch.float32),
             seed_ptr=seed,
             kept_ids_ptr=kept_ids,
             ids_ptr=ids,
@@ -586,8 +613,8 @@ def _sample_tokens_(
             IS_GREEDY=temperature == 0.0,
             TILE_LANES=triton.next_power_of_2(num_tiles),
             SUB_TILES=sub_tiles,
-            VECTOR=vector if lead == 0 and _holds_whole_vectors(logits, vector) else 1,
-            num_warps=_CHOICE_WARPS,
+            VECTOR=vector if may_load_vectors else 1,
+            num_warps=1 if has_sub_tiles else _CHOICE_WARPS,
         )
 
 

@@ -28,22 +28,23 @@ from fastmask.kernels import _rows as logit_rows
 _LOWEST = tl.constexpr(-2139095040)  # the order of -FLT_MAX
 _BEYOND = tl.constexpr(0x7F800001)  # above the order of infinity
 
-# A program reads a block of logits at once: so many lanes of a 16-byte vector each. A lane counts and lists its own
-# candidates, so that a pass needs no communication between threads.
-_BLOCK = tl.constexpr(8192)
-_LISTED = tl.constexpr(2 * 8192)  # candidates of all lanes: two for each logit of a block
+# A lane lists its own candidates, so that a pass needs no communication between threads; its first place is for an
+# edge. In a block of logits a thread has 16, in its lanes of a 16-byte vector each.
+_CAPACITY = tl.constexpr(16)
+_WARP_BLOCK = 512
 _SIGMAS = tl.constexpr(2.0)  # of the sample's weight, at either end of the bracket, which may miss
-_WARPS = 16
-_PROGRAMS = 528  # four for each SM of an H200, of which one runs at a time; their candidates stay in L2
 
-# Largest vocabulary; logits sampled for k, and warps; logits sampled for p. A larger sample makes a narrower bracket,
-# of 1 % to 4 % of a row. One or two rows in a hundred lie outside; and from V 100,000 on up to a quarter of float32
-# rows has candidates that find no place, if half of all logits are kept.
-_SAMPLES = ((2**16, 4096, 2, 8192), (math.inf, 16384, 16, 16384))
 # A turn of a search costs a warp a hundred instructions, and three for each of a thread's logits: few warps with many
-# logits do it for less. So many logits has a warp of a short row, where they count and where they have a weight.
-_SHORT_WARP = 2048, 1024
-_SHORT_BLOCK = 128  # holds a row's edges too
+# logits do it for less. Longest row, warps; where rows are few, four times as many finish sooner.
+_WARPS = ((8192, 1), (32768, 2), (65536, 4), (math.inf, 8))
+_FEW_ROWS, _MOST_WARPS = 264, 8
+_RESIDENT_WARPS = 132 * 32  # of all SMs of an H200; the candidates of so many stay in L2
+# A sample for k is so large that a lane expects so many candidates, at which one row in ten has one without a place
+# and is read again; but a warp has registers for so many logits only, half as many where each has a weight.
+_EXPECTED = 6.5
+_LEAST_SAMPLE, _WARP_SAMPLE = 1024, (2048, 1024)
+# A shorter row is searched in registers at once; its block holds its edges too.
+_SHORT, _SHORT_BLOCK = 2048, 128
 
 
 @triton.jit
@@ -74,30 +75,38 @@ def _above(z, weight, edges, edge_weight, bound):
 
 
 @triton.jit
-def _search(z, weight, base, target, slack, SPACING: tl.constexpr, edges=None, edge_weight=None):
-    """The order of a threshold: base and the weight of what of z is not below it reach the target, and hardly more;
-    and that weight.
+def _ends(z, weight, base, edges=None, edge_weight=None):
+    """Where a search in z starts: its lowest order and, with it, the weight of base and z; one above its highest, and
+    base. -inf is no logit.
 
-    It ends where the weight is the target or no more than ``slack`` lies between the two ends, or where no number of
-    the logits' dtype does. The lowest of z where even all of it does not reach the target. -inf is no logit.
     z: [lanes, n]; what is left over of it, [lanes], may come as edges. Without weights logits only count.
     """
     least, largest = tl.min(tl.where(z > -float("inf"), z, float("inf"))), tl.max(z)
     if edges is not None:
         least = tl.minimum(least, tl.min(tl.where(edges > -float("inf"), edges, float("inf"))))
         largest = tl.maximum(largest, tl.max(edges))
-    low = ordered.order(least)
-    high = ordered.order(largest) + 1
     if weight is None:
         above_low = base + _above(z, None, edges, None, least)
     elif edges is None:
         above_low = base + tl.sum(weight)
     else:
         above_low = base + tl.sum(weight) + tl.sum(edge_weight)
-    above_high = base
+    return ordered.order(least), above_low, ordered.order(largest) + 1, tl.full((), 0.0, tl.float32) + base
+
+
+@triton.jit
+def _search(z, weight, base, low, above_low, high, above_high, target, slack, SPACING: tl.constexpr, edges=None,
+            edge_weight=None):  # fmt: skip
+    """The order of a threshold: base and the weight of what of z is not below it reach the target, and hardly more;
+    and that weight.
+
+    It lies in [low, high), the weights of both of which are known. The search ends where the weight is the target or
+    no more than ``slack`` lies between the two ends, or where no number of the logits' dtype does. low, where even
+    all of it does not reach the target.
+    """
     high = tl.where(above_low < target, low, high)
     turn = tl.full((), 0, tl.int32)
-    while (high - low > SPACING) & (above_low - above_high > slack) & (above_low != target):
+    while (ordered.distance(low, high) > SPACING) & (above_low - above_high > slack) & (above_low != target):
         # As if the weight fell exponentially between the two ends (a number's bits are about its logarithm); midway;
         # as if it were spread evenly; and half of all numbers on, which bounds the turns. Of 8192 normal logits the
         # 820 largest take ten turns, where the last two ways alone take twenty; half of them take ten, not eight.
@@ -109,7 +118,7 @@ def _search(z, weight, base, target, slack, SPACING: tl.constexpr, edges=None, e
             under = (_bits(above_low) - _bits(rest)).to(tl.float32)
         share = tl.where(turn % 4 == 1, 0.5, over / under)
         probe = ordered.order(z_low + (z_high - z_low) * share)
-        probe = tl.where(turn % 4 == 3, (low + high) >> 1, probe)
+        probe = tl.where(turn % 4 == 3, low + (ordered.distance(low, high) // 2).to(tl.int32), probe)
         probe = tl.minimum(tl.maximum(probe, low + 1), high - 1)
         turn += 1
         above = base + _above(z, weight, edges, edge_weight, ordered.value(probe))
@@ -171,29 +180,27 @@ def _columns(z, VECTOR: tl.constexpr):
 
 @triton.jit
 def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id, forbidden_ptr,
-          HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr,
-          VECTOR: tl.constexpr):  # fmt: skip
+          HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr, VECTOR: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
     """One pass over a row: each lane lists its candidates in [low, high); how many a lane has, the weight above high,
     and that of the candidates."""
-    LANES: tl.constexpr = _BLOCK // VECTOR
-    CAPACITY: tl.constexpr = _LISTED // LANES
+    LANES: tl.constexpr = BLOCK // VECTOR
     z_low, z_high = ordered.value(low), ordered.value(high)
     lane = tl.arange(0, LANES)
     tl.debug_barrier()  # every thread has read the candidates of the pass before
-    # A lane's first place is for its edge.
     is_candidate, is_high = _sorted_out(edges, z_low, z_high)
-    tl.store(candidates_ptr + lane * CAPACITY, tl.where(is_candidate, edges, -float("inf")))
+    tl.store(candidates_ptr + lane * _CAPACITY, tl.where(is_candidate, edges, -float("inf")))
     edge_weight = _weight(edges, top) if BY_MASS else None
     edge_above = tl.sum(_counted(is_high, edge_weight)).to(tl.float32)
     edge_between = tl.sum(_counted(is_candidate, edge_weight)).to(tl.float32)
-    slot = lane * CAPACITY + 1
-    end = lane * CAPACITY + CAPACITY
+    slot = lane * _CAPACITY + 1
+    end = lane * _CAPACITY + _CAPACITY
     above_high = tl.full((LANES,), 0.0, tl.float32)
     between = tl.full((LANES,), 0.0, tl.float32)
-    for offset in range(0, body_length, _BLOCK):
+    for offset in range(0, body_length, BLOCK):
         z = _block(
             x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
-            VECTOR, _BLOCK,
+            VECTOR, BLOCK,
         )  # fmt: skip
         columns = _columns(z, VECTOR)
         for i in tl.static_range(VECTOR):
@@ -206,7 +213,7 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
                 between += tl.where(is_inside, weight, 0.0)
             else:
                 above_high += is_above.to(tl.float32)
-    number = slot - lane * CAPACITY
+    number = slot - lane * _CAPACITY
     if not BY_MASS:
         between = (number - 1).to(tl.float32)
     tl.debug_barrier()  # every thread sees all candidates
@@ -216,54 +223,62 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
 @triton.jit
 def _select(x_ptr, body_start, body_column, body_length, edges, floor, most, low, high, target, top, candidates_ptr,
             mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr,
-            SPACING: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+            SPACING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The order of the largest threshold below most whose weight reaches the target; floor where none above it does.
 
     [low, high) is the first guess of where it lies.
     """
-    LANES: tl.constexpr = _BLOCK // VECTOR
-    CAPACITY: tl.constexpr = _LISTED // LANES
+    LANES: tl.constexpr = BLOCK // VECTOR
     least = floor  # the threshold lies in [least, most), and so much weight is not below most
-    above_most = tl.full((), 0.0, tl.float32)
-    number = tl.full((LANES,), CAPACITY + 1, tl.int32)
+    above_low, above_most = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    number = tl.full((LANES,), _CAPACITY + 1, tl.int32)
     is_listed = tl.full((), 0, tl.int1)
     turn = tl.full((), 0, tl.int32)
-    while (most - least > SPACING) & (is_listed == 0):
+    while (ordered.distance(least, most) > SPACING) & (is_listed == 0):
         number, above_high, between = _pass(
             x_ptr, body_start, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id,
-            forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, VECTOR,
+            forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, VECTOR, BLOCK,
         )  # fmt: skip
+        above_low = above_high + between
         is_above = above_high >= target
-        is_below = above_high + between < target
+        is_below = above_low < target
         is_inside = (is_above | is_below) == 0
-        is_listed = is_inside & (tl.max(number) <= CAPACITY)
-        above_most = tl.where(is_below, above_high + between, tl.where(is_above, above_most, above_high))
+        is_listed = is_inside & (tl.max(number) <= _CAPACITY)
+        above_most = tl.where(is_below, above_low, tl.where(is_above, above_most, above_high))
         most = tl.where(is_below, low, tl.where(is_above, most, high))
         least = tl.where(is_above, high, tl.where(is_below, least, low))
-        # Next: the neighbouring four times as much, or the middle third; or the middle third of all numbers left.
+        # Next: the neighbouring four times as much, or a third about where the threshold would be of a bracket filled
+        # evenly; or the middle third of all numbers left.
         z_low, z_high = ordered.value(low), ordered.value(high)
-        width = (z_high - z_low) * tl.where(is_inside, -0.3333333, 4.0)
-        third = (most - least) // 3
+        width = z_high - z_low
+        middle = z_high - width * ((target - above_high) / between)
+        next_low = tl.where(is_inside, middle - 0.1666667 * width, tl.where(is_above, z_high, z_low - 4.0 * width))
+        next_high = tl.where(is_inside, middle + 0.1666667 * width, tl.where(is_below, z_low, z_high + 4.0 * width))
+        third = (ordered.distance(least, most) // 3).to(tl.int32)
         is_even = turn % 2 == 0
-        low = tl.where(is_even, ordered.order(tl.where(is_above, z_high, z_low - width)), least + third)
-        high = tl.where(is_even, ordered.order(tl.where(is_below, z_low, z_high + width)), most - third)
+        low = tl.where(is_even, ordered.order(next_low), least + third)
+        high = tl.where(is_even, ordered.order(next_high), most - third)
         low = tl.minimum(tl.maximum(low, least), most - 1)
         high = tl.minimum(tl.maximum(high, low + 1), most)
         turn += 1
     if is_listed:
-        place = tl.arange(0, CAPACITY)[None, :]
+        place = tl.arange(0, _CAPACITY)[None, :]
         z = tl.load(
-            candidates_ptr + tl.arange(0, LANES)[:, None] * CAPACITY + place, mask=place < number[:, None],
+            candidates_ptr + tl.arange(0, LANES)[:, None] * _CAPACITY + place, mask=place < number[:, None],
             other=-float("inf"),
         )  # fmt: skip
-        least, _ = _search(z, _weight(z, top) if BY_MASS else None, above_most, target, 0.0, SPACING)
+        weight = _weight(z, top) if BY_MASS else None
+        above_high = above_most
+        if (least == floor) | (most == _BEYOND):  # too far apart for what is between
+            least, above_low, most, above_high = _ends(z, weight, above_most)
+        least, _ = _search(z, weight, above_most, least, above_low, most, above_high, target, 0.0, SPACING)
     return least
 
 
 @triton.jit
 def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, share, top, mask_id, forbidden_ptr,
              HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr, SPACING: tl.constexpr,
-             VECTOR: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
+             VECTOR: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
     """Between which orders the threshold of a row probably lies, above which its share of the weight is; from a
     sample of logits that is spread over the row. It is known to lie in [even, most)."""
     LANES: tl.constexpr = SAMPLE // VECTOR
@@ -276,23 +291,30 @@ def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, 
     # The error of the share above the threshold, by each weight's own part in it.
     if BY_MASS:
         weight = tl.where(z >= ordered.value(floor), _weight(z, top), 0.0)
-        target = share * tl.sum(weight)
-        middle, _ = _search(z, weight, 0.0, target, 0.02 * target, SPACING)
+        least, total, largest, nothing = _ends(z, weight, 0.0)
+        target = share * total
+        middle, above = _search(z, weight, 0.0, least, total, largest, nothing, target, 0.02 * target, SPACING)
         part = tl.where(z >= ordered.value(middle), 1.0 - share, share) * weight
         spread = _SIGMAS * tl.sqrt(tl.sum(part * part))
+        # Whichever side of it the lower end is.
+        is_low = above >= target + spread
+        least, total = tl.where(is_low, middle, least), tl.where(is_low, above, total)
+        middle, above = tl.where(is_low, largest, middle), tl.where(is_low, 0.0, above)
     else:  # the share is that of all V ids: what is excluded or -inf is one of them
         weight = None
+        least, total, largest, nothing = _ends(z, None, 0.0)
+        middle, above = largest, nothing
         target = share * SAMPLE
         spread = _SIGMAS * tl.sqrt(target * (1.0 - share)) + 1.0
     slack = 0.5 * spread
-    low, above = _search(z, weight, 0.0, target + spread, slack, SPACING)
+    low, above = _search(z, weight, 0.0, least, total, middle, above, target + spread, slack, SPACING)
+    target_high = tl.maximum(target - spread - slack, 0.0)  # the search stops at most a slack above it
+    high, above_high = _search(z, weight, 0.0, low, above, largest, nothing, target_high, slack, SPACING)
     low = tl.where(above < target + spread, floor, low)
-    target = tl.maximum(target - spread - slack, 0.0)  # the search stops at most a slack above it
-    high, above = _search(z, weight, 0.0, target, slack, SPACING)
-    high = tl.where((above < target) | (target == 0.0), most, high)
+    high = tl.where((above_high < target_high) | (target_high == 0.0), most, high)
     if BY_MASS:  # a peaked row, of whose weight the sample knows little, has but few logits above the even share
         num_above_even = tl.sum((z >= ordered.value(even)).to(tl.float32)) * (V.to(tl.float32) / SAMPLE)
-        is_peaked = num_above_even < _LISTED // 8
+        is_peaked = num_above_even < BLOCK // VECTOR * _CAPACITY // 8
         low = tl.where(is_peaked, even, tl.maximum(low, even))
         high = tl.where(is_peaked, most, tl.minimum(high, most))
     return low, tl.maximum(high, low + 1)
@@ -300,26 +322,24 @@ def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, 
 
 @triton.jit
 def _total(x_ptr, body_start, body_column, body_length, edges, threshold, mask_id, forbidden_ptr,
-           HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+           HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr,
+           BLOCK: tl.constexpr):  # fmt: skip
     """The largest logit of a row, and the weight relative to it of all that are not below the threshold."""
-    maxima = edges
-    for offset in range(0, body_length, _BLOCK):
-        z = _block(
-            x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
-            VECTOR, _BLOCK,
-        )  # fmt: skip
-        maxima = tl.maximum(maxima, tl.max(z, 1))
-    top = tl.max(maxima)
-    top = tl.where(tl.abs(top) < float("inf"), top, 0.0)  # a row without a law
     z_threshold = ordered.value(threshold)
-    sums = tl.where(edges >= z_threshold, _weight(edges, top), 0.0)
-    for offset in range(0, body_length, _BLOCK):
+    tops = tl.maximum(edges, ordered.value(tl.full((), _LOWEST, tl.int32)))  # of each lane, finite
+    sums = tl.where(edges >= z_threshold, _weight(edges, tops), 0.0)
+    for offset in range(0, body_length, BLOCK):
         z = _block(
             x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
-            VECTOR, _BLOCK,
+            VECTOR, BLOCK,
         )  # fmt: skip
-        sums += tl.sum(tl.where(z >= z_threshold, _weight(z, top), 0.0), 1)
-    return top, tl.sum(sums)
+        new_tops = tl.maximum(tops, tl.max(z, 1))
+        weights = tl.where(z >= z_threshold, _weight(z, new_tops[:, None]), 0.0)
+        sums = sums * _weight(tops, new_tops) + tl.sum(weights, 1)
+        tops = new_tops
+    top = tl.max(tops)
+    total = tl.sum(sums * _weight(tops, top))
+    return tl.where(top < float("inf"), top, 0.0), total  # a row without a law
 
 
 @triton.jit
@@ -368,7 +388,7 @@ def _short_thresholds_kernel(
         x_ptr, start, V, body_column, body_length, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
         BLOCK // VECTOR,
     )  # fmt: skip
-    floor = tl.full((), _LOWEST, tl.int64)
+    floor = tl.full((), _LOWEST, tl.int32)
     top = 0.0
     target = num_kept.to(tl.float32)
     if BY_MASS:
@@ -382,45 +402,11 @@ def _short_thresholds_kernel(
     edge_weight = _weight(edges, top) if BY_MASS else None
     if BY_MASS:
         target = tl.maximum((tl.sum(weight) + tl.sum(edge_weight)) * top_p, 1e-30)
-    threshold, above = _search(z, weight, 0.0, target, 0.0, SPACING, edges, edge_weight)
+    low, above_low, high, above_high = _ends(z, weight, 0.0, edges, edge_weight)
+    threshold, above = _search(
+        z, weight, 0.0, low, above_low, high, above_high, target, 0.0, SPACING, edges, edge_weight
+    )
     tl.store(thresholds_ptr + row, ordered.value(tl.where(above < target, floor, threshold)))
-
-
-@triton.jit(do_not_specialize=["lead_x", "num_rows", "V", "num_kept", "mask_id"])
-def _brackets_kernel(
-    x_ptr,
-    lead_x,
-    stride_x,
-    row_indices_ptr,
-    forbidden_ptr,
-    brackets_ptr,
-    num_rows,
-    V,
-    num_kept,
-    mask_id,
-    IS_COMPACT: tl.constexpr,
-    HAS_MASK_ID: tl.constexpr,
-    HAS_FORBIDDEN: tl.constexpr,
-    SPACING: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SAMPLE: tl.constexpr,
-):
-    # This program brackets the threshold of one row by its sample, with few warps: a turn of a search costs as much
-    # again in each of them.
-    row = tl.program_id(0)
-    flat = tl.load(row_indices_ptr + row)
-    if flat < 0:
-        return
-    x_ptr = tl.multiple_of(x_ptr - lead_x, 16)
-    start = lead_x + (row.to(tl.int64) if IS_COMPACT else flat) * stride_x
-    body_column, body_start, body_length = logit_rows.body(start, V, VECTOR)
-    floor, most = tl.full((), _LOWEST, tl.int64), tl.full((), _BEYOND, tl.int64)
-    low, high = _bracket(
-        x_ptr, body_start, body_column, body_length, V, floor, floor, most, num_kept / V.to(tl.float32), 0.0, mask_id,
-        forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, False, SPACING, VECTOR, SAMPLE,
-    )  # fmt: skip
-    tl.store(brackets_ptr + 2 * row, low)
-    tl.store(brackets_ptr + 2 * row + 1, high)
 
 
 @triton.jit(do_not_specialize=["lead_x", "num_rows", "V", "num_kept", "mask_id"])
@@ -431,7 +417,6 @@ def _thresholds_kernel(
     row_indices_ptr,
     forbidden_ptr,
     thresholds_ptr,
-    brackets_ptr,
     candidates_ptr,
     num_rows,
     V,
@@ -444,11 +429,12 @@ def _thresholds_kernel(
     HAS_FORBIDDEN: tl.constexpr,
     SPACING: tl.constexpr,  # least distance in order of two numbers of the logits' dtype
     VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
     SAMPLE: tl.constexpr,
 ):
     # This program finds the thresholds of one row after another, each num_programs rows on.
     x_ptr = tl.multiple_of(x_ptr - lead_x, 16)
-    candidates_ptr += tl.program_id(0).to(tl.int64) * _LISTED
+    candidates_ptr += tl.program_id(0).to(tl.int64) * (BLOCK // VECTOR * _CAPACITY)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         flat = tl.load(row_indices_ptr + row)
         if flat >= 0:
@@ -457,32 +443,30 @@ def _thresholds_kernel(
             body_column, body_start, body_length = logit_rows.body(start, V, VECTOR)
             edges = _edges(
                 x_ptr, start, V, body_column, body_length, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
-                _BLOCK // VECTOR,
+                BLOCK // VECTOR,
             )  # fmt: skip
+            floor, even = tl.full((), _LOWEST, tl.int32), tl.full((), _LOWEST, tl.int32)
+            most = tl.full((), _BEYOND, tl.int32)
+            top = 0.0
+            target, share = num_kept.to(tl.float32), num_kept / V.to(tl.float32)
             if BY_MASS:
                 floor = ordered.order(tl.load(thresholds_ptr + row))
                 top, total = _total(
                     x_ptr, body_start, body_column, body_length, edges, floor, mask_id, forbidden_ptr, HAS_MASK_ID,
-                    HAS_FORBIDDEN, VECTOR,
+                    HAS_FORBIDDEN, VECTOR, BLOCK,
                 )  # fmt: skip
                 # All that is less likely than an even share of 1 - p is together less likely than 1 - p.
                 even = ordered.order(top + elementary.log(total * (1.0 - top_p) / V.to(tl.float32)))
-                even = tl.maximum(even, floor)
+                even = tl.minimum(tl.maximum(even, floor), _BEYOND - 1)
                 most = tl.maximum(ordered.order(top), even) + 1
-                target = tl.maximum(total * top_p, 1e-30)
-                low, high = _bracket(
-                    x_ptr, body_start, body_column, body_length, V, floor, even, most, top_p, top, mask_id,
-                    forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, True, SPACING, VECTOR, SAMPLE,
-                )  # fmt: skip
-            else:
-                floor, most = tl.full((), _LOWEST, tl.int64), tl.full((), _BEYOND, tl.int64)
-                top = 0.0
-                target = num_kept.to(tl.float32)
-                low = tl.load(brackets_ptr + 2 * row)
-                high = tl.load(brackets_ptr + 2 * row + 1)
+                target, share = tl.maximum(total * top_p, 1e-30), top_p
+            low, high = _bracket(
+                x_ptr, body_start, body_column, body_length, V, floor, even, most, share, top, mask_id,
+                forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, BLOCK, SAMPLE,
+            )  # fmt: skip
             threshold = _select(
                 x_ptr, body_start, body_column, body_length, edges, floor, most, low, high, target, top,
-                candidates_ptr, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR,
+                candidates_ptr, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, BLOCK,
             )  # fmt: skip
             tl.store(thresholds_ptr + row, ordered.value(threshold))
 
@@ -506,39 +490,48 @@ def thresholds(logits: dict[str, Any], filter_thres: float | None, top_p: float 
     out = torch.full((num_rows,), lowest, dtype=torch.float32, device=x.device)
     logits = logits | {"SPACING": _SPACING.get(x.dtype, 1)}
     filters = {"thresholds_ptr": out, "num_kept": num_kept, "top_p": top_p or 0.0}
-    launch = _launch_short if num_ids <= _BLOCK.value else _launch_long
+    launch = _launch_short if num_ids <= _SHORT else _launch_long
     if num_kept < num_ids:
-        launch(logits, filters | {"BY_MASS": False})
+        launch(logits, filters | {"BY_MASS": False}, num_kept / num_ids)
     if top_p is not None:
-        launch(logits, filters | {"BY_MASS": True})
+        launch(logits, filters | {"BY_MASS": True}, None)
     return out
 
 
-def _launch_short(logits: dict[str, Any], filters: dict[str, Any]) -> None:
+def _launch_short(logits: dict[str, Any], filters: dict[str, Any], share: float | None) -> None:
     block = max(_SHORT_BLOCK, triton.next_power_of_2(logits["V"]))
-    num_warps = max(1, block // _SHORT_WARP[filters["BY_MASS"]])
-    _short_thresholds_kernel[(logits["num_rows"],)](**logits, **filters, BLOCK=block, num_warps=num_warps)
+    _short_thresholds_kernel[(logits["num_rows"],)](**logits, **filters, BLOCK=block, num_warps=1)
 
 
-def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
-    x, num_rows = logits["x_ptr"], logits["num_rows"]
-    of_count, num_warps, of_mass = next(samples for most, *samples in _SAMPLES if logits["V"] <= most)
-    brackets = None
-    if not filters["BY_MASS"]:
-        brackets = torch.empty((num_rows, 2), dtype=torch.int64, device=x.device)
-        _brackets_kernel[(num_rows,)](
-            **logits,
-            brackets_ptr=brackets,
-            num_kept=filters["num_kept"],
-            SAMPLE=of_count,
-            num_warps=num_warps,
-        )
-    programs = min(num_rows, _PROGRAMS)
+def _launch_long(logits: dict[str, Any], filters: dict[str, Any], share: float | None) -> None:
+    num_rows, num_ids = logits["num_rows"], logits["V"]
+    num_warps = next(warps for longest, warps in _WARPS if num_ids <= longest)
+    sample = _WARP_SAMPLE[filters["BY_MASS"]] * num_warps
+    if num_rows <= _FEW_ROWS:
+        num_warps = min(4 * num_warps, _MOST_WARPS)
+    block = _WARP_BLOCK * num_warps
+    lanes = block // logits["VECTOR"]
+    if share is not None:
+        sample = _sample(num_ids / lanes, share, sample)
+    programs = min(num_rows, _RESIDENT_WARPS // num_warps)
     _thresholds_kernel[(programs,)](
         **logits,
         **filters,
-        brackets_ptr=brackets,
-        candidates_ptr=torch.empty((programs, _LISTED.value), dtype=torch.float32, device=x.device),
-        SAMPLE=of_mass,
-        num_warps=_WARPS,
+        candidates_ptr=logits["x_ptr"].new_empty((programs, lanes * _CAPACITY.value), dtype=torch.float32),
+        BLOCK=block,
+        SAMPLE=sample,
+        num_warps=num_warps,
     )
+
+
+def _sample(lane: float, share: float, most: int) -> int:
+    """The least sample whose bracket leaves a lane of so many logits no more candidates than it has places for."""
+    sample = _LEAST_SAMPLE
+    while sample < most and lane * 2.5 * _spread(sample, share) / sample > _EXPECTED:
+        sample *= 2
+    return sample
+
+
+def _spread(sample: int, share: float) -> float:
+    """See ``_bracket``, where the bracket is two of these wide and up to one more."""
+    return _SIGMAS.value * math.sqrt(sample * share * (1.0 - share)) + 1.0

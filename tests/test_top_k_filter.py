@@ -14,6 +14,14 @@ from x_transformers import nonautoregressive_wrapper as upstream
 OPERATION = "demask"
 
 
+@pytest.fixture(autouse=True)
+def many_rows(request, monkeypatch):
+    """The programs of many rows, whatever their number."""
+    backend = request.getfixturevalue("backend")
+    if backend.is_kernel:
+        monkeypatch.setattr(backend.module("top_k_filter"), "_FEW_ROWS", 0)
+
+
 def kept(backend, rows, filter_thres=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
     """Which of rows [M, V] a backend's filters keep, by their thresholds: a sampler would take a row for each id."""
     z = rows.float().clone()
@@ -69,9 +77,9 @@ def filter_row(kind, vocabulary, dtype=torch.float32):
         "heavy tail": lambda: -1.1 * (1.0 + place * 7919 % vocabulary).log(),
         "rising": lambda: place / 1000.0,
         "falling": lambda: -place / 1000.0,
-        # Lanes read 4 or 8 columns of each block of 8192: these have room for 8 or 16 candidates each.
-        "in few lanes": lambda: normal + 9.0 * (place % 8192 < 200),
-        # Of 40960 columns the sample that brackets the threshold sees every fifth vector.
+        # Lanes read 4 or 8 columns of each block of 2048, or of 4096, and have room for 16 candidates each.
+        "in few lanes": lambda: normal + 9.0 * (place % 2048 < 50),
+        # Of 40960 columns the sample that brackets the threshold sees every tenth, 20th or 40th vector.
         "above the sample": lambda: normal + 40.0 * (place // (4 if dtype == torch.float32 else 8) % 5 != 0),
         "below the sample": lambda: normal - 40.0 * (place // (4 if dtype == torch.float32 else 8) % 5 != 0),
     }[kind]().to(dtype)  # fmt: skip
@@ -80,7 +88,7 @@ def filter_row(kind, vocabulary, dtype=torch.float32):
 # Under --ptx CI runs those of many warps that sort out ties, and of lanes whose candidates overflow.
 TOP_K_OF_CI = [("tied", 8191, 0.6), ("tied", 8193, 0.6), ("in few lanes", 40960, 0.99)]
 TOP_K = [
-    *itertools.product(["normal", "equal", "two values", "tied"], [2, 37, 8191, 8193], [0.6]),
+    *itertools.product(["normal", "equal", "two values", "tied"], [2, 37, 2048, 2049, 8191, 8193], [0.6]),
     *itertools.product(["rising", "falling", "mostly -inf", "heavy tail"], [8192, 8193], [0.3, 0.99]),
     *itertools.product(["in few lanes"], [40960], [0.0005, 0.985, 0.99]),
     *itertools.product(["above the sample", "below the sample"], [40960], [0.1, 0.5, 0.9]),
@@ -100,6 +108,18 @@ def test_top_k_keeps_what_sorting_keeps(backend, kind, vocabulary, thres, dtype)
     expected = kept_by(row.double().numpy(), thres) & np.isfinite(row.double().numpy())
     assert expected.sum() >= min(math.ceil((1 - thres) * vocabulary), int(row.isfinite().sum()))
     assert np.array_equal(kept(backend, row[None], thres)[0], expected)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kind", "vocabulary"), [("normal", 2049), ("in few lanes", 40960)])
+def test_few_rows_are_shared_by_more_warps(backend, kind, vocabulary, dtype, monkeypatch):
+    if backend.is_kernel:
+        monkeypatch.undo()
+    row = filter_row(kind, vocabulary, dtype)
+    for thres in (0.5, 0.99):
+        assert np.array_equal(kept(backend, row[None], thres)[0], kept_by(row.double().numpy(), thres))
+    assert_nucleus(backend, row, 0.9)
 
 
 def test_top_k_of_rows_that_begin_anywhere(backend):
