@@ -69,6 +69,7 @@ def test_sampling_reads_each_row_once(costs, vocabulary, dtype, most_read, most_
     [
         (1000, {"filter_thres": 0.9}, 1.15, 0.02, 80),
         (8192, {"filter_thres": 0.9}, 2.0, 1.0, 35),
+        (8192, {"filter_thres": 0.9999}, 1.7, 0.7, 33),  # nothing of the sample lies above its bracket
         (8192, {"filter_thres": 0.5}, 2.6, 1.4, 55),
         (8192, {"top_p": 0.9}, 3.8, 1.9, 75),  # a pass more, for the total
         (50257, {"filter_thres": 0.9}, 1.7, 0.5, 31),

@@ -75,6 +75,7 @@ def filter_row(kind, vocabulary, dtype=torch.float32):
         "tied": lambda: normal.round(),
         "mostly -inf": lambda: normal.where(place % 50 == 3, -math.inf),
         "heavy tail": lambda: -1.1 * (1.0 + place * 7919 % vocabulary).log(),
+        "all exponents": lambda: (-1.0) ** place * 2.0 ** (240.0 * (place * 7919 % vocabulary) / vocabulary - 120.0),
         "rising": lambda: place / 1000.0,
         "falling": lambda: -place / 1000.0,
         # Lanes read 4 or 8 columns of each block of 2048, or of 4096, and have room for 16 candidates each.
@@ -89,6 +90,7 @@ def filter_row(kind, vocabulary, dtype=torch.float32):
 TOP_K_OF_CI = [("tied", 8191, 0.6), ("tied", 8193, 0.6), ("in few lanes", 40960, 0.99)]
 TOP_K = [
     *itertools.product(["normal", "equal", "two values", "tied"], [2, 37, 2048, 2049, 8191, 8193], [0.6]),
+    *itertools.product(["all exponents"], [301, 2049, 8193], [0.2, 0.6]),
     *itertools.product(["rising", "falling", "mostly -inf", "heavy tail"], [8192, 8193], [0.3, 0.99]),
     *itertools.product(["in few lanes"], [40960], [0.0005, 0.985, 0.99]),
     *itertools.product(["above the sample", "below the sample"], [40960], [0.1, 0.5, 0.9]),
