@@ -20,4 +20,4 @@ def value(order):
 @triton.jit
 def distance(low, high):
     """uint32 by which the order high lies above low: of two int32 it may be twice as large as an int32."""
-    return (high - low).to(tl.uint32)
+    return tl.sub(high, low, sanitize_overflow=False).to(tl.uint32)

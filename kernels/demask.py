@@ -2,12 +2,12 @@
 
 A hierarchical exponential race over tiles of 4096 ids, sub-tiles of 64, single ids (see
 ``fastmask/reference/demask.py``, the specification): one program a tile reads it once and leaves its maximum and
-its sums of exponentials; one program a row lets the tiles race and reads the winner again. So few rows keep many
-SMs busy as well as many rows do, and the sample does not depend on how the work was spread. One program a sequence
-then selects what is masked again, and lists it for the next step.
+its sums of exponentials; one program a row lets the tiles race, then the winner's sub-tiles, then its ids. So few
+rows keep many SMs busy as well as many rows do, and the sample does not depend on how the work was spread. One
+program a sequence then selects what is masked again, and lists it for the next step.
 
-Bytes for each row: its V logits, one tile of them again, 12 or 20 for each tile written and read. A vocabulary filter
-reads the row before (``kernels/top_k_filter.py``).
+Bytes for each row: its V logits, 12 or 20 for each tile written and read; and the winning tile again, or 256 more for
+each tile and a sub-tile again. A vocabulary filter reads the row before (``kernels/top_k_filter.py``).
 """
 
 from __future__ import annotations
@@ -511,8 +511,8 @@ def _selection_kernel(
 # Warps of the programs over tiles, the choice, the selection.
 _TILE_WARPS = 2  # 64 logits a thread (32 on AMD): what a program costs besides is spread over them
 _CHOICE_WARPS = 2  # 64 lanes race: more warps would draw the same random numbers again
-# Where rows begin and end at 16 bytes, tiles of up to so many ids leave the sums of their sub-tiles to the choice: of
-# longer rows that costs more than to read the winning tile again.
+# Where rows of up to so many ids begin and end at 16 bytes, tiles leave the sums of their sub-tiles to the choice: of
+# longer ones that costs more than to read the winning tile again.
 _SUMMED = 65536
 _SELECTION = ((1024, 4), (4096, 8))  # longest sequence, warps: its keys stay in registers
 _SELECTION_BLOCKS = (4096, 8)

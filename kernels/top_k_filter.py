@@ -2,13 +2,13 @@
 
 Both are the largest threshold above which lies enough, enough being k logits (ties stay), or a share p of the
 probability (the nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p). A
-sample of the row brackets the threshold; one pass over the row counts what lies above the bracket and compacts what
-lies inside it, a few thousand candidates, among which the threshold is then searched in registers. A bracket that
-misses, or holds too many, is moved or narrowed and the pass repeated. A row of at most 8192 logits is searched in
-registers at once.
+sample of the row brackets the threshold; one pass over the row counts what lies above the bracket and lists what lies
+inside it, a few hundred or thousand candidates, among which the threshold is then searched in registers. A bracket
+that misses, or holds too many, is moved or narrowed and the pass repeated. A row of at most 2048 logits is searched
+in registers at once.
 
-Bytes for each row: its V logits, as a rule once for k and three to six times for p, a sample and its candidates; of a
-short row its logits once for each.
+Bytes for each row: its V logits, as a rule once for k and twice to five times for p; a sample, and the candidates,
+which stay in L2. Of a short row its logits once for each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _WARP_BLOCK = 512
 _SIGMAS = tl.constexpr(2.0)  # of the sample's weight, at either end of the bracket, which may miss
 
 # A turn of a search costs a warp a hundred instructions, and three for each of a thread's logits: few warps with many
-# logits do it for less. Longest row, warps; where rows are few, four times as many finish sooner.
+# logits do it for less. Longest row, warps. Where rows are few, up to four times as many finish sooner: not for p, of
+# which the sums, and rarely an id at the nucleus's edge, depend on how they are spread.
 _WARPS = ((8192, 1), (32768, 2), (65536, 4), (math.inf, 8))
 _FEW_ROWS, _MOST_WARPS = 264, 8
 _RESIDENT_WARPS = 132 * 32  # of all SMs of an H200; the candidates of so many stay in L2
@@ -229,12 +230,10 @@ def _select(x_ptr, body_start, body_column, body_length, edges, floor, most, low
     [low, high) is the first guess of where it lies.
     """
     LANES: tl.constexpr = BLOCK // VECTOR
-    least = floor  # the threshold lies in [least, most), and so much weight is not below most
-    above_low, above_most = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-    number = tl.full((LANES,), _CAPACITY + 1, tl.int32)
-    is_listed = tl.full((), 0, tl.int1)
+    place = tl.arange(0, LANES)[:, None] * _CAPACITY + tl.arange(0, _CAPACITY)[None, :]
+    least = floor  # the threshold lies in [least, most)
     turn = tl.full((), 0, tl.int32)
-    while (ordered.distance(least, most) > SPACING) & (is_listed == 0):
+    while ordered.distance(least, most) > SPACING:
         number, above_high, between = _pass(
             x_ptr, body_start, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id,
             forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, VECTOR, BLOCK,
@@ -243,8 +242,6 @@ def _select(x_ptr, body_start, body_column, body_length, edges, floor, most, low
         is_above = above_high >= target
         is_below = above_low < target
         is_inside = (is_above | is_below) == 0
-        is_listed = is_inside & (tl.max(number) <= _CAPACITY)
-        above_most = tl.where(is_below, above_low, tl.where(is_above, above_most, above_high))
         most = tl.where(is_below, low, tl.where(is_above, most, high))
         least = tl.where(is_above, high, tl.where(is_below, least, low))
         # Next: the neighbouring four times as much, or a third about where the threshold would be of a bracket filled
@@ -255,23 +252,26 @@ def _select(x_ptr, body_start, body_column, body_length, edges, floor, most, low
         next_low = tl.where(is_inside, middle - 0.1666667 * width, tl.where(is_above, z_high, z_low - 4.0 * width))
         next_high = tl.where(is_inside, middle + 0.1666667 * width, tl.where(is_below, z_low, z_high + 4.0 * width))
         third = (ordered.distance(least, most) // 3).to(tl.int32)
-        is_even = turn % 2 == 0
+        is_even = (turn % 2 == 0) & (width < float("inf"))
         low = tl.where(is_even, ordered.order(next_low), least + third)
         high = tl.where(is_even, ordered.order(next_high), most - third)
-        low = tl.minimum(tl.maximum(low, least), most - 1)
-        high = tl.minimum(tl.maximum(high, low + 1), most)
         turn += 1
-    if is_listed:
-        place = tl.arange(0, _CAPACITY)[None, :]
-        z = tl.load(
-            candidates_ptr + tl.arange(0, LANES)[:, None] * _CAPACITY + place, mask=place < number[:, None],
-            other=-float("inf"),
-        )  # fmt: skip
-        weight = _weight(z, top) if BY_MASS else None
-        above_high = above_most
-        if (least == floor) | (most == _BEYOND):  # too far apart for what is between
-            least, above_low, most, above_high = _ends(z, weight, above_most)
-        least, _ = _search(z, weight, above_most, least, above_low, most, above_high, target, 0.0, SPACING)
+        if is_inside:
+            z = tl.load(candidates_ptr + place, mask=place % _CAPACITY < number[:, None], other=-float("inf"))
+            if tl.max(number) <= _CAPACITY:
+                weight = _weight(z, top) if BY_MASS else None
+                base, first, last = above_high, least, most
+                if (least == floor) | (most == _BEYOND):  # too far apart for what is between
+                    first, above_low, last, above_high = _ends(z, weight, base)
+                least, _ = _search(z, weight, base, first, above_low, last, above_high, target, 0.0, SPACING)
+                most = least
+            else:
+                lowest = tl.min(tl.where(z > -float("inf"), z, float("inf")))
+                is_tie = lowest == tl.max(z)  # more than have places, probably all
+                low = tl.where(is_tie, ordered.order(lowest), low)
+                high = tl.where(is_tie, low + SPACING, high)
+        low = tl.minimum(tl.maximum(low, least), most - 1)
+        high = tl.minimum(tl.maximum(high, low + SPACING), most)
     return least
 
 
@@ -283,7 +283,8 @@ def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, 
     sample of logits that is spread over the row. It is known to lie in [even, most)."""
     LANES: tl.constexpr = SAMPLE // VECTOR
     lane = tl.arange(0, LANES)[:, None]
-    column = lane * (body_length // VECTOR) // LANES * VECTOR + tl.arange(0, VECTOR)[None, :]
+    vector = (lane.to(tl.int64) * (body_length // VECTOR) // LANES).to(tl.int32)
+    column = vector * VECTOR + tl.arange(0, VECTOR)[None, :]
     z = tl.load(x_ptr + body_start + column).to(tl.float32)
     z = logit_rows.without_excluded(
         z, body_column + column, column >= 0, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
@@ -310,6 +311,7 @@ def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, 
     low, above = _search(z, weight, 0.0, least, total, middle, above, target + spread, slack, SPACING)
     target_high = tl.maximum(target - spread - slack, 0.0)  # the search stops at most a slack above it
     high, above_high = _search(z, weight, 0.0, low, above, largest, nothing, target_high, slack, SPACING)
+    high = tl.where(above_high > target - spread, high + SPACING, high)  # it stopped at a tie
     low = tl.where(above < target + spread, floor, low)
     high = tl.where((above_high < target_high) | (target_high == 0.0), most, high)
     if BY_MASS:  # a peaked row, of whose weight the sample knows little, has but few logits above the even share
@@ -317,7 +319,7 @@ def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, 
         is_peaked = num_above_even < BLOCK // VECTOR * _CAPACITY // 8
         low = tl.where(is_peaked, even, tl.maximum(low, even))
         high = tl.where(is_peaked, most, tl.minimum(high, most))
-    return low, tl.maximum(high, low + 1)
+    return low, tl.minimum(tl.maximum(high, low + SPACING), most)
 
 
 @triton.jit
@@ -328,16 +330,19 @@ def _total(x_ptr, body_start, body_column, body_length, edges, threshold, mask_i
     z_threshold = ordered.value(threshold)
     tops = tl.maximum(edges, ordered.value(tl.full((), _LOWEST, tl.int32)))  # of each lane, finite
     sums = tl.where(edges >= z_threshold, _weight(edges, tops), 0.0)
+    largest = tops
     for offset in range(0, body_length, BLOCK):
         z = _block(
             x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
             VECTOR, BLOCK,
         )  # fmt: skip
-        new_tops = tl.maximum(tops, tl.max(z, 1))
+        # Relative to a number that is left behind by 4 at most: to change it costs accuracy.
+        largest = tl.maximum(largest, tl.max(z, 1))
+        new_tops = tl.where(largest > tops + 4.0, largest, tops)
         weights = tl.where(z >= z_threshold, _weight(z, new_tops[:, None]), 0.0)
         sums = sums * _weight(tops, new_tops) + tl.sum(weights, 1)
         tops = new_tops
-    top = tl.max(tops)
+    top = tl.max(largest)
     total = tl.sum(sums * _weight(tops, top))
     return tl.where(top < float("inf"), top, 0.0), total  # a row without a law
 
@@ -492,33 +497,32 @@ def thresholds(logits: dict[str, Any], filter_thres: float | None, top_p: float 
     filters = {"thresholds_ptr": out, "num_kept": num_kept, "top_p": top_p or 0.0}
     launch = _launch_short if num_ids <= _SHORT else _launch_long
     if num_kept < num_ids:
-        launch(logits, filters | {"BY_MASS": False}, num_kept / num_ids)
+        launch(logits, filters | {"BY_MASS": False})
     if top_p is not None:
-        launch(logits, filters | {"BY_MASS": True}, None)
+        launch(logits, filters | {"BY_MASS": True})
     return out
 
 
-def _launch_short(logits: dict[str, Any], filters: dict[str, Any], share: float | None) -> None:
+def _launch_short(logits: dict[str, Any], filters: dict[str, Any]) -> None:
     block = max(_SHORT_BLOCK, triton.next_power_of_2(logits["V"]))
     _short_thresholds_kernel[(logits["num_rows"],)](**logits, **filters, BLOCK=block, num_warps=1)
 
 
-def _launch_long(logits: dict[str, Any], filters: dict[str, Any], share: float | None) -> None:
-    num_rows, num_ids = logits["num_rows"], logits["V"]
+def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
+    num_rows, num_ids, by_mass = logits["num_rows"], logits["V"], filters["BY_MASS"]
     num_warps = next(warps for longest, warps in _WARPS if num_ids <= longest)
-    sample = _WARP_SAMPLE[filters["BY_MASS"]] * num_warps
-    if num_rows <= _FEW_ROWS:
+    sample = _WARP_SAMPLE[by_mass] * num_warps
+    if num_rows <= _FEW_ROWS and not by_mass:
         num_warps = min(4 * num_warps, _MOST_WARPS)
-    block = _WARP_BLOCK * num_warps
-    lanes = block // logits["VECTOR"]
-    if share is not None:
-        sample = _sample(num_ids / lanes, share, sample)
+    lanes = _WARP_BLOCK * num_warps // logits["VECTOR"]
+    if not by_mass:
+        sample = _sample(num_ids / lanes, filters["num_kept"] / num_ids, sample)
     programs = min(num_rows, _RESIDENT_WARPS // num_warps)
     _thresholds_kernel[(programs,)](
         **logits,
         **filters,
         candidates_ptr=logits["x_ptr"].new_empty((programs, lanes * _CAPACITY.value), dtype=torch.float32),
-        BLOCK=block,
+        BLOCK=_WARP_BLOCK * num_warps,
         SAMPLE=sample,
         num_warps=num_warps,
     )
