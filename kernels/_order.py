@@ -19,5 +19,5 @@ def value(order):
 
 @triton.jit
 def distance(low, high):
-    """uint32 by which the order high lies above low: of two int32 it may be twice as large as an int32."""
-    return tl.sub(high, low, sanitize_overflow=False).to(tl.uint32)
+    """int64 by which the order high lies above low, which may be twice as far as an int32 counts."""
+    return high.to(tl.int64) - low

@@ -92,7 +92,8 @@ def _ends(z, weight, base, edges=None, edge_weight=None):
         above_low = base + tl.sum(weight)
     else:
         above_low = base + tl.sum(weight) + tl.sum(edge_weight)
-    return ordered.order(least), above_low, ordered.order(largest) + 1, tl.full((), 0.0, tl.float32) + base
+    high = tl.minimum(ordered.order(largest), _BEYOND - 1) + 1  # of a NaN too
+    return ordered.order(least), above_low, high, tl.full((), 0.0, tl.float32) + base
 
 
 @triton.jit
@@ -132,13 +133,13 @@ def _search(z, weight, base, low, above_low, high, above_high, target, slack, SP
 
 
 @triton.jit
-def _block(x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr,
+def _block(body_ptr, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr,
            HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A block of a row's body [lanes, VECTOR], float32, -inf where it has ended."""
     LANES: tl.constexpr = BLOCK // VECTOR
     block = offset + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     in_body = block < body_length
-    z = tl.load(x_ptr + body_start + block, mask=in_body, other=-float("inf")).to(tl.float32)
+    z = tl.load(body_ptr + block, mask=in_body, other=-float("inf")).to(tl.float32)
     first = body_column + offset
     return logit_rows.without_excluded(
         z, body_column + block, in_body, first, first + BLOCK, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
@@ -180,7 +181,7 @@ def _columns(z, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id, forbidden_ptr,
+def _pass(body_ptr, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id, forbidden_ptr,
           HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr, VECTOR: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
     """One pass over a row: each lane lists its candidates in [low, high); how many a lane has, the weight above high,
@@ -200,7 +201,7 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
     between = tl.full((LANES,), 0.0, tl.float32)
     for offset in range(0, body_length, BLOCK):
         z = _block(
-            x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
+            body_ptr, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
             VECTOR, BLOCK,
         )  # fmt: skip
         columns = _columns(z, VECTOR)
@@ -222,7 +223,15 @@ def _pass(x_ptr, body_start, body_column, body_length, edges, low, high, top, ca
 
 
 @triton.jit
-def _select(x_ptr, body_start, body_column, body_length, edges, floor, most, low, high, target, top, candidates_ptr,
+def _listed(candidates_ptr, number):
+    """The candidates that lanes have listed [LANES, _CAPACITY], -inf where a place is free."""
+    place = tl.arange(0, _CAPACITY)[None, :]
+    lane = tl.arange(0, number.shape[0])[:, None]
+    return tl.load(candidates_ptr + lane * _CAPACITY + place, mask=place < number[:, None], other=-float("inf"))
+
+
+@triton.jit
+def _select(body_ptr, body_column, body_length, edges, floor, most, low, high, target, top, candidates_ptr,
             mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr,
             SPACING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The order of the largest threshold below most whose weight reaches the target; floor where none above it does.
@@ -230,12 +239,14 @@ def _select(x_ptr, body_start, body_column, body_length, edges, floor, most, low
     [low, high) is the first guess of where it lies.
     """
     LANES: tl.constexpr = BLOCK // VECTOR
-    place = tl.arange(0, LANES)[:, None] * _CAPACITY + tl.arange(0, _CAPACITY)[None, :]
     least = floor  # the threshold lies in [least, most)
+    above_low, above_high = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    number = tl.full((LANES,), 0, tl.int32)
+    is_listed = tl.full((), 0, tl.int1)
     turn = tl.full((), 0, tl.int32)
-    while ordered.distance(least, most) > SPACING:
+    while (ordered.distance(least, most) > SPACING) & (is_listed == 0):
         number, above_high, between = _pass(
-            x_ptr, body_start, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id,
+            body_ptr, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id,
             forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, VECTOR, BLOCK,
         )  # fmt: skip
         above_low = above_high + between
@@ -256,27 +267,27 @@ def _select(x_ptr, body_start, body_column, body_length, edges, floor, most, low
         low = tl.where(is_even, ordered.order(next_low), least + third)
         high = tl.where(is_even, ordered.order(next_high), most - third)
         turn += 1
-        if is_inside:
-            z = tl.load(candidates_ptr + place, mask=place % _CAPACITY < number[:, None], other=-float("inf"))
-            if tl.max(number) <= _CAPACITY:
-                weight = _weight(z, top) if BY_MASS else None
-                base, first, last = above_high, least, most
-                if (least == floor) | (most == _BEYOND):  # too far apart for what is between
-                    first, above_low, last, above_high = _ends(z, weight, base)
-                least, _ = _search(z, weight, base, first, above_low, last, above_high, target, 0.0, SPACING)
-                most = least
-            else:
-                lowest = tl.min(tl.where(z > -float("inf"), z, float("inf")))
-                is_tie = lowest == tl.max(z)  # more than have places, probably all
-                low = tl.where(is_tie, ordered.order(lowest), low)
-                high = tl.where(is_tie, low + SPACING, high)
+        is_listed = is_inside & (tl.max(number) <= _CAPACITY)
+        if is_inside & (is_listed == 0):
+            z = _listed(candidates_ptr, number)
+            lowest = tl.min(tl.where(z > -float("inf"), z, float("inf")))
+            is_tie = lowest == tl.max(z)  # more than have places, probably all
+            low = tl.where(is_tie, ordered.order(lowest), low)
+            high = tl.where(is_tie, low + SPACING, high)
         low = tl.minimum(tl.maximum(low, least), most - 1)
         high = tl.minimum(tl.maximum(high, low + SPACING), most)
+    if is_listed:
+        z = _listed(candidates_ptr, number)
+        weight = _weight(z, top) if BY_MASS else None
+        base = above_high
+        if (least == floor) | (most == _BEYOND):  # too far apart for what is between
+            least, above_low, most, above_high = _ends(z, weight, base)
+        least, _ = _search(z, weight, base, least, above_low, most, above_high, target, 0.0, SPACING)
     return least
 
 
 @triton.jit
-def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, share, top, mask_id, forbidden_ptr,
+def _bracket(body_ptr, body_column, body_length, V, floor, even, most, share, top, mask_id, forbidden_ptr,
              HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr, SPACING: tl.constexpr,
              VECTOR: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
     """Between which orders the threshold of a row probably lies, above which its share of the weight is; from a
@@ -285,12 +296,15 @@ def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, 
     lane = tl.arange(0, LANES)[:, None]
     vector = (lane.to(tl.int64) * (body_length // VECTOR) // LANES).to(tl.int32)
     column = vector * VECTOR + tl.arange(0, VECTOR)[None, :]
-    z = tl.load(x_ptr + body_start + column).to(tl.float32)
+    z = tl.load(body_ptr + column).to(tl.float32)
     z = logit_rows.without_excluded(
         z, body_column + column, column >= 0, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
     )
     # The error of the share above the threshold, by each weight's own part in it.
     if BY_MASS:
+        # A peaked row, of whose weight the sample knows little, has but few logits above the even share.
+        num_above_even = tl.sum((z >= ordered.value(even)).to(tl.int32)) * (V.to(tl.float32) / SAMPLE)
+        is_peaked = num_above_even < BLOCK // VECTOR * _CAPACITY // 8
         weight = tl.where(z >= ordered.value(floor), _weight(z, top), 0.0)
         least, total, largest, nothing = _ends(z, weight, 0.0)
         target = share * total
@@ -314,16 +328,14 @@ def _bracket(x_ptr, body_start, body_column, body_length, V, floor, even, most, 
     high = tl.where(above_high > target - spread, high + SPACING, high)  # it stopped at a tie
     low = tl.where(above < target + spread, floor, low)
     high = tl.where((above_high < target_high) | (target_high == 0.0), most, high)
-    if BY_MASS:  # a peaked row, of whose weight the sample knows little, has but few logits above the even share
-        num_above_even = tl.sum((z >= ordered.value(even)).to(tl.float32)) * (V.to(tl.float32) / SAMPLE)
-        is_peaked = num_above_even < BLOCK // VECTOR * _CAPACITY // 8
+    if BY_MASS:
         low = tl.where(is_peaked, even, tl.maximum(low, even))
         high = tl.where(is_peaked, most, tl.minimum(high, most))
     return low, tl.minimum(tl.maximum(high, low + SPACING), most)
 
 
 @triton.jit
-def _total(x_ptr, body_start, body_column, body_length, edges, threshold, mask_id, forbidden_ptr,
+def _total(body_ptr, body_column, body_length, edges, threshold, mask_id, forbidden_ptr,
            HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
     """The largest logit of a row, and the weight relative to it of all that are not below the threshold."""
@@ -333,7 +345,7 @@ def _total(x_ptr, body_start, body_column, body_length, edges, threshold, mask_i
     largest = tops
     for offset in range(0, body_length, BLOCK):
         z = _block(
-            x_ptr, body_start, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
+            body_ptr, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
             VECTOR, BLOCK,
         )  # fmt: skip
         # Relative to a number that is left behind by 4 at most: to change it costs accuracy.
@@ -385,8 +397,9 @@ def _short_thresholds_kernel(
     x_ptr = tl.multiple_of(x_ptr - lead_x, 16)
     start = lead_x + (row.to(tl.int64) if IS_COMPACT else flat) * stride_x
     body_column, body_start, body_length = logit_rows.body(start, V, VECTOR)
+    body_ptr = tl.multiple_of(x_ptr + body_start, 16)
     z = _block(
-        x_ptr, body_start, body_column, body_length, 0, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
+        body_ptr, body_column, body_length, 0, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
         BLOCK,
     )  # fmt: skip
     edges = _edges(
@@ -446,6 +459,7 @@ def _thresholds_kernel(
             x_row = flat * 0 + row if IS_COMPACT else flat  # row is an int in the interpreter
             start = lead_x + x_row * stride_x
             body_column, body_start, body_length = logit_rows.body(start, V, VECTOR)
+            body_ptr = tl.multiple_of(x_ptr + body_start, 16)
             edges = _edges(
                 x_ptr, start, V, body_column, body_length, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
                 BLOCK // VECTOR,
@@ -457,7 +471,7 @@ def _thresholds_kernel(
             if BY_MASS:
                 floor = ordered.order(tl.load(thresholds_ptr + row))
                 top, total = _total(
-                    x_ptr, body_start, body_column, body_length, edges, floor, mask_id, forbidden_ptr, HAS_MASK_ID,
+                    body_ptr, body_column, body_length, edges, floor, mask_id, forbidden_ptr, HAS_MASK_ID,
                     HAS_FORBIDDEN, VECTOR, BLOCK,
                 )  # fmt: skip
                 # All that is less likely than an even share of 1 - p is together less likely than 1 - p.
@@ -466,11 +480,11 @@ def _thresholds_kernel(
                 most = tl.maximum(ordered.order(top), even) + 1
                 target, share = tl.maximum(total * top_p, 1e-30), top_p
             low, high = _bracket(
-                x_ptr, body_start, body_column, body_length, V, floor, even, most, share, top, mask_id,
+                body_ptr, body_column, body_length, V, floor, even, most, share, top, mask_id,
                 forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, BLOCK, SAMPLE,
             )  # fmt: skip
             threshold = _select(
-                x_ptr, body_start, body_column, body_length, edges, floor, most, low, high, target, top,
+                body_ptr, body_column, body_length, edges, floor, most, low, high, target, top,
                 candidates_ptr, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, BLOCK,
             )  # fmt: skip
             tl.store(thresholds_ptr + row, ordered.value(threshold))

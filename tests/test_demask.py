@@ -1312,13 +1312,18 @@ def offline_plans() -> list[dict]:
                 )  # fmt: skip
         for name, by_mass, forbidden in (("k", False, False), ("p", True, False), ("p forbidden", True, True)):
             filters = {
-                "thresholds_ptr": "*fp32:16", "num_kept": "i32", "top_p": "fp32", "BY_MASS": by_mass, "SPACING": 1,
+                "thresholds_ptr": "*fp32:16", "num_kept": "i32", "top_p": "fp32", "BY_MASS": by_mass,
+                "SPACING": 65536 if dtype == "bf16" else 1,
             } | rows(dtype, forbidden) | aligned  # fmt: skip
-            for size, warps in (("", 1), (" long", top_k_filter._MOST_WARPS)):
+            for size, warps, share in (
+                ("", 1, 1),
+                (" of 50257", 4, 2 - by_mass),
+                (" long", top_k_filter._MOST_WARPS, 1),
+            ):
                 plans.append(
                     plan(f"thresholds {name}{size}{suffix}", "_thresholds_kernel", warps, "top_k_filter",
                          candidates_ptr="*fp32:16", BLOCK=top_k_filter._WARP_BLOCK * warps,
-                         SAMPLE=top_k_filter._WARP_SAMPLE[by_mass] * warps, **filters)
+                         SAMPLE=top_k_filter._WARP_SAMPLE[by_mass] * warps // share, **filters)
                 )  # fmt: skip
             for size, block in (("", top_k_filter._SHORT), (" small", top_k_filter._SHORT_BLOCK)):
                 plans.append(
