@@ -118,7 +118,7 @@ def _reduce_piece(
     block = tl.arange(0, BLOCK_V)
     for tile in range(first_tile, tl.minimum(last_tile, tl.cdiv(body_length, BLOCK_V))):
         in_v = tile * BLOCK_V + block < body_length
-        z = rows.load(x_ptr, body_start + tile * BLOCK_V, body_length - tile * BLOCK_V, BLOCK_V)
+        z = tl.load(x_ptr + (body_start + tile * BLOCK_V) + block, mask=in_v, other=-float("inf"))
         z = _capped(z, softcap, HAS_SOFTCAP)
         if HAS_SOFTCAP:
             z = tl.where(in_v, z, -float("inf"))
@@ -300,7 +300,7 @@ def _write_gradient(
         if IS_ZERO:
             gradient = tl.zeros((BLOCK_V,), tl.float32)
         else:
-            x = rows.load(x_ptr, body_start + tile * BLOCK_V, body_length - tile * BLOCK_V, BLOCK_V)
+            x = tl.load(x_ptr + (body_start + tile * BLOCK_V) + block, mask=in_v)
             gradient = _gradient_tile(
                 x,
                 body_column + tile * BLOCK_V + block,

@@ -164,7 +164,7 @@ def test_top_p_of_a_large_vocabulary(backend, kind, dtype):
     assert_nucleus(backend, filter_row(kind, 50257, dtype), 0.7)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2049, -1])  # of an edge, of the sample, of the body, of an edge
+@pytest.mark.parametrize("place", [1, -1])  # of the sample, of an edge
 @pytest.mark.parametrize("content", [pytest.param(math.inf, marks=pytest.mark.ptx), -math.inf, math.nan])
 def test_filters_end_at_rows_without_a_law(backend, reference, content, place):
     """What stays of such a row nobody looks at, but its neighbour is as ever."""
