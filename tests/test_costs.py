@@ -90,8 +90,11 @@ def test_a_filter_reads_a_short_row_once_and_a_long_one_a_few_times(
     assert sum(cost.statements for cost in filters) * 32 <= most_instructions * logits.numel()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("mean", "deviation"), [(-90.0, 3.0), (100.0, 1.0)])  # like GPT-2's; of ten values
+@pytest.mark.parametrize(
+    ("mean", "deviation", "dtype"),
+    [(-90.0, 3.0, torch.bfloat16), (100.0, 1.0, torch.float32)],  # like GPT-2's; of ten values
+    ids=str,
+)
 def test_ties_do_not_multiply_the_passes(costs, many_rows, mean, deviation, dtype):
     """Logits that bfloat16 has rounded far from 0: of one value more than there are places for."""
     logits = (mean + deviation * draw(2, 3, 50257)).bfloat16().to(dtype)

@@ -1322,7 +1322,7 @@ def offline_plans() -> list[dict]:
                 ("", 1, 1),
                 (" of 50257", 4, 2 - by_mass),
                 (" long", top_k_filter._MOST_WARPS, 1),
-            )[:: 1 if dtype == "bf16" else 2]:
+            )[: 1 if name == "p" else 3 : 1 if dtype == "bf16" else 2]:
                 plans.append(
                     plan(f"thresholds {name}{size}{suffix}", "_thresholds_kernel", warps, "top_k_filter",
                          candidates_ptr="*fp32:16", BLOCK=top_k_filter._WARP_BLOCK * warps,

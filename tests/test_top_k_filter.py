@@ -115,8 +115,11 @@ def test_top_k_keeps_what_sorting_keeps(backend, kind, vocabulary, thres, dtype)
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("kind", "vocabulary"), [("normal", 2049), ("in few lanes", 40960)])
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "dtype"),
+    [("normal", 2049, torch.float32), ("in few lanes", 40960, torch.bfloat16)],
+    ids=str,
+)
 def test_few_rows_are_shared_by_more_warps(backend, kind, vocabulary, dtype, monkeypatch):
     if backend.is_kernel:
         monkeypatch.undo()
