@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TWO_LEAST = tl.constexpr(-8323200)  # -inf and -inf in bfloat16
-
 
 @triton.jit
 def row_start(row, N, lead, stride_b, stride_n):
@@ -39,23 +37,6 @@ def edges_of_lanes(lane, V, body_column, body_length, VECTOR: tl.constexpr):
     is_head = lane < VECTOR
     offs_v = tl.where(is_head, lane, body_column + body_length + lane - VECTOR)
     return offs_v, offs_v < tl.where(is_head, tl.minimum(body_column, V), V)
-
-
-@triton.jit
-def load(x_ptr, first, length, SIZE: tl.constexpr):
-    """SIZE elements of a body from ``first`` on, float32; -inf from ``length`` elements on, which is a multiple of
-    16 bytes."""
-    if x_ptr.dtype.element_ty == tl.bfloat16:
-        # By words of two, of which either half takes one instruction: a conversion of both takes three.
-        word = tl.arange(0, SIZE // 2)
-        in_body = word < tl.multiple_of(length // 2, 4)
-        words_ptr = tl.multiple_of(x_ptr.to(tl.pointer_type(tl.int32), bitcast=True), 16)
-        words = tl.load(words_ptr + tl.multiple_of(first // 2, 4) + word, mask=in_body, other=_TWO_LEAST)
-        even, odd = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
-        return tl.interleave(even, odd)
-    else:
-        lane = tl.arange(0, SIZE)
-        return tl.load(x_ptr + first + lane, mask=lane < length, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit

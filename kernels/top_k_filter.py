@@ -76,15 +76,21 @@ def _above(z, weight, edges, edge_weight, bound):
 
 
 @triton.jit
+def _least(z):
+    """The least of z that is a logit; infinity where none is."""
+    return tl.min(tl.where(z > -float("inf"), z, float("inf")))
+
+
+@triton.jit
 def _ends(z, weight, base, edges=None, edge_weight=None):
     """Where a search in z starts: its lowest order and, with it, the weight of base and z; one above its highest, and
     base. -inf is no logit.
 
     z: [lanes, n]; what is left over of it, [lanes], may come as edges. Without weights logits only count.
     """
-    least, largest = tl.min(tl.where(z > -float("inf"), z, float("inf"))), tl.max(z)
+    least, largest = _least(z), tl.max(z)
     if edges is not None:
-        least = tl.minimum(least, tl.min(tl.where(edges > -float("inf"), edges, float("inf"))))
+        least = tl.minimum(least, _least(edges))
         largest = tl.maximum(largest, tl.max(edges))
     if weight is None:
         above_low = base + _above(z, None, edges, None, least)
@@ -270,7 +276,7 @@ def _select(body_ptr, body_column, body_length, edges, floor, most, low, high, t
         is_listed = is_inside & (tl.max(number) <= _CAPACITY)
         if is_inside & (is_listed == 0):
             z = _listed(candidates_ptr, number)
-            lowest = tl.min(tl.where(z > -float("inf"), z, float("inf")))
+            lowest = _least(z)
             is_tie = lowest == tl.max(z)  # more than have places, probably all
             low = tl.where(is_tie, ordered.order(lowest), low)
             high = tl.where(is_tie, low + SPACING, high)
@@ -543,7 +549,7 @@ def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
 
 
 def _sample(lane: float, share: float, most: int) -> int:
-    """The least sample whose bracket leaves a lane of so many logits no more candidates than it has places for."""
+    """The least sample at which a lane of so many logits expects few enough candidates."""
     sample = _LEAST_SAMPLE
     while sample < most and lane * 2.5 * _spread(sample, share) / sample > _EXPECTED:
         sample *= 2

@@ -46,18 +46,18 @@ def many_rows(kernel, monkeypatch):
 # winning one is read again. Instructions of a thread a logit; at 80 % of 4.3 TB/s a bf16 logit leaves 17 on an H200.
 @pytest.mark.parametrize(
     ("vocabulary", "dtype", "most_read", "most_read_again", "most_instructions"),
-    [(1024, torch.bfloat16, 1.05, 0, 48), (8192, torch.bfloat16, 1.02, 0, 20), (50264, torch.bfloat16, 1.05, 0, 16),
+    [(1024, torch.bfloat16, 1.05, 0, 48), (8192, torch.bfloat16, 1.02, 0, 20), (50264, torch.bfloat16, 1.05, 0.1, 16),
      (50257, torch.bfloat16, 1.10, 1.5, 18.5), (50257, torch.float32, 1.06, 1.5, 19),
      (126464, torch.bfloat16, 1.02, 1.5, 14)],
     ids=str,
 )  # fmt: skip
 def test_sampling_reads_each_row_once(costs, vocabulary, dtype, most_read, most_read_again, most_instructions):
-    tiles_written = 0.01 if most_read_again else 0.05  # with the sums of sub-tiles
+    tiles_written = 0.01 if most_read_again >= 1 else 0.05  # with the sums of sub-tiles
     logits = draw(2, MASKED // 2, vocabulary, dtype=dtype)
     row, tile = vocabulary * dtype.itemsize, streams.TILE * dtype.itemsize
     tiles, choice = costs(F.sample_tokens, logits, temperature=0.7, mask_id=7, seed=0).values()
-    assert tiles.read <= most_read * MASKED * row + 64
-    assert choice.read <= MASKED * (most_read_again * tile + 1280)
+    assert tiles.read <= most_read * MASKED * row
+    assert choice.read <= MASKED * (most_read_again * tile + 1024)
     assert tiles.written + choice.written <= MASKED * (tiles_written * row + 768)
     assert (tiles.statements + choice.statements) * 32 <= most_instructions * logits.numel()
 
