@@ -44,7 +44,6 @@ _SHORT_RECORD = 3  # without the last two
 _LONG_RECORD = 5
 
 _LOG2E = tl.constexpr(math.log2(math.e))
-_TWO_LEAST = tl.constexpr(-8323200)  # -inf and -inf in bfloat16
 _POSITION_BITS = tl.constexpr(16)
 _MAX_LENGTH = 1 << _POSITION_BITS.value
 _END = tl.constexpr(1 << 48)  # above every key; the key of what is not eligible
@@ -67,12 +66,9 @@ def _load_body(x_ptr, first, length, SIZE: tl.constexpr):
     """SIZE elements of a body from ``first`` on, float32; -inf from ``length`` elements on, which is a multiple of
     16 bytes."""
     if x_ptr.dtype.element_ty == tl.bfloat16:
-        # By words of two, of which either half takes one instruction: a conversion of both takes three.
         word = tl.arange(0, SIZE // 2)
-        in_body = word < tl.multiple_of(length // 2, 4)
-        words_ptr = tl.multiple_of(x_ptr.to(tl.pointer_type(tl.int32), bitcast=True), 16)
-        words = tl.load(words_ptr + tl.multiple_of(first // 2, 4) + word, mask=in_body, other=_TWO_LEAST)
-        even, odd = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+        first = tl.multiple_of(first // 2, 4)
+        even, odd = logit_rows.load_pairs(x_ptr, first + word, word < tl.multiple_of(length // 2, 4))
         return tl.interleave(even, odd)
     else:
         lane = tl.arange(0, SIZE)

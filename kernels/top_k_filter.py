@@ -3,12 +3,13 @@
 Both are the largest threshold above which lies enough, enough being k logits (ties stay), or a share p of the
 probability (the nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p). A
 sample of the row brackets the threshold; one pass over the row counts what lies above the bracket and lists what lies
-inside it, a few hundred or thousand candidates, among which the threshold is then searched in registers. A bracket
-that misses, or holds too many, is moved or narrowed and the pass repeated. A row of at most 2048 logits is searched
-in registers at once.
+inside it, a few hundred or thousand candidates, among which the threshold is then searched in registers. For p a pass
+before measures the row's weight, and how much of it the sample's own nucleus has: few logits may have most of it, so
+that the sample misses them, but between that threshold and the row's lie many. A bracket that misses, or holds too
+many, is moved or narrowed and the pass repeated. A row of at most 2048 logits is searched in registers at once.
 
-Bytes for each row: its V logits, as a rule once for k and twice to five times for p; a sample, and the candidates,
-which stay in L2. Of a short row its logits once for each.
+Bytes for each row: its V logits, as a rule once for k and twice for p; a sample, and the candidates, which stay in
+L2. Of a short row its logits once for each.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from fastmask.kernels import _rows as logit_rows
 _LOWEST = tl.constexpr(-2139095040)  # the order of -FLT_MAX
 _BEYOND = tl.constexpr(0x7F800001)  # above the order of infinity
 
-# A lane lists its own candidates, so that a pass needs no communication between threads; its first place is for an
-# edge. In a block of logits a thread has 16, in its lanes of a 16-byte vector each.
+# A lane lists its own candidates, so that a pass needs no communication between threads. Of a block a thread has 16
+# logits, in lanes of a 16-byte vector each.
 _CAPACITY = tl.constexpr(16)
 _WARP_BLOCK = 512
-_SIGMAS = tl.constexpr(2.0)  # of the sample's weight, at either end of the bracket, which may miss
+# By how much the sample's weight may be wrong at either end of the bracket, which may miss: its standard deviations,
+# and logits of it, which count where few have most of the weight.
+_SIGMAS, _GRANULES = tl.constexpr(2.0), tl.constexpr(2.0)
+_INEXACT = tl.constexpr(16.0)  # weights relative to a logit so far from the largest are; at 88 they overflow
 
 # A turn of a search costs a warp a hundred instructions, and three for each of a thread's logits: few warps with many
 # logits do it for less. Longest row, warps. Where rows are few, up to four times as many finish sooner: not for p, of
@@ -41,17 +45,23 @@ _WARPS = ((8192, 1), (32768, 2), (65536, 4), (math.inf, 8))
 _FEW_ROWS, _MOST_WARPS = 264, 8
 _RESIDENT_WARPS = 132 * 32  # of all SMs of an H200; the candidates of so many stay in L2
 # A sample for k is so large that a lane expects so many candidates, at which one row in ten has one without a place
-# and is read again; but a warp has registers for so many logits only, half as many where each has a weight.
+# and is read again; but a warp has registers for so many logits only. For p fewer do.
 _EXPECTED = 6.5
-_LEAST_SAMPLE, _WARP_SAMPLE = 1024, (2048, 1024)
+_LEAST_SAMPLE, _WARP_SAMPLE = 1024, (2048, 512)
 # A shorter row is searched in registers at once; its block holds its edges too.
 _SHORT, _SHORT_BLOCK = 2048, 128
 
 
 @triton.jit
 def _weight(z, top):
-    """What logits count for in the nucleus: their probability relative to the largest; -inf for nothing."""
+    """What logits count for in the nucleus: their probability relative to that of a logit top."""
     return elementary.exp(z - top)
+
+
+@triton.jit
+def _finite(top):
+    """The largest logit, or 0 where there is none, or a row has no law."""
+    return tl.where(tl.abs(top) < float("inf"), top, 0.0)
 
 
 @triton.jit
@@ -104,16 +114,17 @@ def _ends(z, weight, base, edges=None, edge_weight=None):
 
 @triton.jit
 def _search(z, weight, base, low, above_low, high, above_high, target, slack, SPACING: tl.constexpr, edges=None,
-            edge_weight=None):  # fmt: skip
+            edge_weight=None, sign=None, ceiling=None, top=None, anchor=None, doubt=None):  # fmt: skip
     """The order of a threshold: base and the weight of what of z is not below it reach the target, and hardly more;
-    and that weight.
+    that weight; and the order above it at which they do not.
 
     It lies in [low, high), the weights of both of which are known. The search ends where the weight is the target or
     no more than ``slack`` lies between the two ends, or where no number of the logits' dtype does. low, where even
-    all of it does not reach the target.
+    all of it does not reach the target. A sign asks for the weight and its error, see ``_error``, at either side;
+    above the ceiling the error no longer grows.
     """
     high = tl.where(above_low < target, low, high)
-    turn = tl.full((), 0, tl.int32)
+    turn = tl.full((), 0 if weight is None else 1, tl.int32)
     while (ordered.distance(low, high) > SPACING) & (above_low - above_high > slack) & (above_low != target):
         # As if the weight fell exponentially between the two ends (a number's bits are about its logarithm); midway;
         # as if it were spread evenly; and half of all numbers on, which bounds the turns. Of 8192 normal logits the
@@ -129,13 +140,59 @@ def _search(z, weight, base, low, above_low, high, above_high, target, slack, SP
         probe = tl.where(turn % 4 == 3, low + (ordered.distance(low, high) // 2).to(tl.int32), probe)
         probe = tl.minimum(tl.maximum(probe, low + 1), high - 1)
         turn += 1
-        above = base + _above(z, weight, edges, edge_weight, ordered.value(probe))
+        z_probe = ordered.value(probe)
+        above = base + _above(z, weight, edges, edge_weight, z_probe)
+        if sign is not None:
+            above += sign * _error(above, tl.minimum(z_probe, ceiling), top, anchor, doubt)
         is_low = above >= target
         low = tl.where(is_low, probe, low)
         above_low = tl.where(is_low, above, above_low)
         high = tl.where(is_low, high, probe)
         above_high = tl.where(is_low, above_high, above)
-    return low, above_low
+    return low, above_low, high
+
+
+@triton.jit
+def _error(above, bound, top, anchor, doubt):
+    """By how much a sample may misjudge the weight above a bound, where that above another, the anchor, is known:
+    2 sqrt(doubt |above - anchor| w) + 2 w, of logits of the bound's weight w.
+
+    What lies between the two varies as a sum of independent logits, each sampled or not. doubt: 1; less where they
+    are a large part of the row.
+    """
+    granule = 1.0 if top is None else _weight(bound, top)
+    return tl.sqrt(tl.abs(above - anchor) * doubt * granule) * _SIGMAS + granule * _GRANULES
+
+
+@triton.jit
+def _bracket(z, weight, top, base, middle, anchor, target, doubt, floor, most, SPACING: tl.constexpr):
+    """Between which orders a row's threshold probably lies; from a sample z of it, in units of its weight.
+
+    anchor: the weight that is known to lie above middle. base: of that, what no logit of the sample stands for.
+    floor, most: the ends where the sample does not tell.
+    """
+    least, above_least, largest, nothing = _ends(z, weight, base)
+    # Less its error the weight still reaches the target at the lower end; with its error no longer at the upper one.
+    above_least -= _error(above_least, ordered.value(least), top, anchor, doubt)
+    middle = tl.minimum(middle, largest)
+    z_middle = ordered.value(middle)
+    above_middle = anchor - _error(anchor, z_middle, top, anchor, doubt)
+    is_low = above_middle >= target
+    low, above, _ = _search(
+        z, weight, base, tl.where(is_low, middle, least), tl.where(is_low, above_middle, above_least),
+        tl.where(is_low, largest, middle), tl.where(is_low, nothing, above_middle), target,
+        0.5 * _error(target, z_middle, top, anchor, doubt), SPACING, None, None, -1.0, float("inf"), top, anchor,
+        doubt,
+    )  # fmt: skip
+    z_low = ordered.value(low)
+    above_low = base + _above(z, weight, None, None, z_low)
+    above_low += _error(above_low, z_low, top, anchor, doubt)
+    _, _, high = _search(
+        z, weight, base, low, above_low, largest, nothing, target, 0.5 * _error(target, z_low, top, anchor, doubt),
+        SPACING, None, None, 1.0, z_low + 2.0, top, anchor, doubt,
+    )  # fmt: skip
+    is_most = base + _error(base, z_low, top, anchor, doubt) >= target
+    return tl.where(above < target, floor, low), tl.where(is_most, most, high)
 
 
 @triton.jit
@@ -143,9 +200,15 @@ def _block(body_ptr, body_column, body_length, offset, mask_id, forbidden_ptr, H
            HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """A block of a row's body [lanes, VECTOR], float32, -inf where it has ended."""
     LANES: tl.constexpr = BLOCK // VECTOR
-    block = offset + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    lane = tl.arange(0, LANES)[:, None]
+    block = offset + lane * VECTOR + tl.arange(0, VECTOR)[None, :]
     in_body = block < body_length
-    z = tl.load(body_ptr + block, mask=in_body, other=-float("inf")).to(tl.float32)
+    if body_ptr.dtype.element_ty == tl.bfloat16:
+        word = offset // 2 + lane * (VECTOR // 2) + tl.arange(0, VECTOR // 2)[None, :]
+        even, odd = logit_rows.load_pairs(body_ptr, word, word < tl.multiple_of(body_length // 2, 4))
+        z = tl.reshape(tl.join(even, odd), (LANES, VECTOR))
+    else:
+        z = tl.load(body_ptr + block, mask=in_body, other=-float("inf")).to(tl.float32)
     first = body_column + offset
     return logit_rows.without_excluded(
         z, body_column + block, in_body, first, first + BLOCK, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
@@ -190,21 +253,16 @@ def _columns(z, VECTOR: tl.constexpr):
 def _pass(body_ptr, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id, forbidden_ptr,
           HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr, VECTOR: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
-    """One pass over a row: each lane lists its candidates in [low, high); how many a lane has, the weight above high,
-    and that of the candidates."""
+    """One pass over a row: each lane lists its candidates in [low, high); how many it has, and the weight above."""
     LANES: tl.constexpr = BLOCK // VECTOR
     z_low, z_high = ordered.value(low), ordered.value(high)
     lane = tl.arange(0, LANES)
     tl.debug_barrier()  # every thread has read the candidates of the pass before
     is_candidate, is_high = _sorted_out(edges, z_low, z_high)
-    tl.store(candidates_ptr + lane * _CAPACITY, tl.where(is_candidate, edges, -float("inf")))
-    edge_weight = _weight(edges, top) if BY_MASS else None
-    edge_above = tl.sum(_counted(is_high, edge_weight)).to(tl.float32)
-    edge_between = tl.sum(_counted(is_candidate, edge_weight)).to(tl.float32)
-    slot = lane * _CAPACITY + 1
+    tl.store(candidates_ptr + lane * _CAPACITY, edges, mask=is_candidate)
+    above_high = _counted(is_high, _weight(edges, top) if BY_MASS else None).to(tl.float32)
+    slot = lane * _CAPACITY + is_candidate.to(tl.int32)
     end = lane * _CAPACITY + _CAPACITY
-    above_high = tl.full((LANES,), 0.0, tl.float32)
-    between = tl.full((LANES,), 0.0, tl.float32)
     for offset in range(0, body_length, BLOCK):
         z = _block(
             body_ptr, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
@@ -215,17 +273,9 @@ def _pass(body_ptr, body_column, body_length, edges, low, high, top, candidates_
             is_inside, is_above = _sorted_out(columns[i], z_low, z_high)
             tl.store(candidates_ptr + slot, columns[i], mask=is_inside & (slot < end))
             slot += is_inside.to(tl.int32)
-            if BY_MASS:
-                weight = _weight(columns[i], top)
-                above_high += tl.where(is_above, weight, 0.0)
-                between += tl.where(is_inside, weight, 0.0)
-            else:
-                above_high += is_above.to(tl.float32)
-    number = slot - lane * _CAPACITY
-    if not BY_MASS:
-        between = (number - 1).to(tl.float32)
+            above_high += _counted(is_above, _weight(columns[i], top) if BY_MASS else None).to(tl.float32)
     tl.debug_barrier()  # every thread sees all candidates
-    return number, tl.sum(above_high) + edge_above, tl.sum(between) + edge_between
+    return slot - lane * _CAPACITY, tl.sum(above_high)
 
 
 @triton.jit
@@ -237,132 +287,153 @@ def _listed(candidates_ptr, number):
 
 
 @triton.jit
-def _select(body_ptr, body_column, body_length, edges, floor, most, low, high, target, top, candidates_ptr,
+def _select(body_ptr, body_column, body_length, edges, least, most, low, high, target, top, candidates_ptr,
             mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr,
             SPACING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The order of the largest threshold below most whose weight reaches the target; floor where none above it does.
-
-    [low, high) is the first guess of where it lies.
-    """
-    LANES: tl.constexpr = BLOCK // VECTOR
-    least = floor  # the threshold lies in [least, most)
-    above_low, above_high = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-    number = tl.full((LANES,), 0, tl.int32)
-    is_listed = tl.full((), 0, tl.int1)
+    """The order of the largest threshold in [least, most) whose weight reaches the target; least where none above it
+    does. [low, high) is the first guess of where it lies."""
+    is_found = tl.full((), 0, tl.int1)
     turn = tl.full((), 0, tl.int32)
-    while (ordered.distance(least, most) > SPACING) & (is_listed == 0):
-        number, above_high, between = _pass(
+    while (ordered.distance(least, most) > SPACING) & (is_found == 0):
+        number, above_high = _pass(
             body_ptr, body_column, body_length, edges, low, high, top, candidates_ptr, mask_id,
             forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, VECTOR, BLOCK,
         )  # fmt: skip
-        above_low = above_high + between
-        is_above = above_high >= target
-        is_below = above_low < target
-        is_inside = (is_above | is_below) == 0
-        most = tl.where(is_below, low, tl.where(is_above, most, high))
-        least = tl.where(is_above, high, tl.where(is_below, least, low))
-        # Next: the neighbouring four times as much, or a third about where the threshold would be of a bracket filled
-        # evenly; or the middle third of all numbers left.
-        z_low, z_high = ordered.value(low), ordered.value(high)
-        width = z_high - z_low
-        middle = z_high - width * ((target - above_high) / between)
-        next_low = tl.where(is_inside, middle - 0.1666667 * width, tl.where(is_above, z_high, z_low - 4.0 * width))
-        next_high = tl.where(is_inside, middle + 0.1666667 * width, tl.where(is_below, z_low, z_high + 4.0 * width))
-        third = (ordered.distance(least, most) // 3).to(tl.int32)
-        is_even = (turn % 2 == 0) & (width < float("inf"))
-        low = tl.where(is_even, ordered.order(next_low), least + third)
-        high = tl.where(is_even, ordered.order(next_high), most - third)
-        turn += 1
-        is_listed = is_inside & (tl.max(number) <= _CAPACITY)
-        if is_inside & (is_listed == 0):
-            z = _listed(candidates_ptr, number)
-            lowest = _least(z)
-            is_tie = lowest == tl.max(z)  # more than have places, probably all
-            low = tl.where(is_tie, ordered.order(lowest), low)
-            high = tl.where(is_tie, low + SPACING, high)
-        low = tl.minimum(tl.maximum(low, least), most - 1)
-        high = tl.minimum(tl.maximum(high, low + SPACING), most)
-    if is_listed:
         z = _listed(candidates_ptr, number)
         weight = _weight(z, top) if BY_MASS else None
-        base = above_high
-        if (least == floor) | (most == _BEYOND):  # too far apart for what is between
-            least, above_low, most, above_high = _ends(z, weight, base)
-        least, _ = _search(z, weight, base, least, above_low, most, above_high, target, 0.0, SPACING)
+        lowest, above_low, highest, above_highest = _ends(z, weight, above_high)
+        # Full lists are a sample of the candidates, which weigh at least above_low then, and probably in proportion.
+        is_full = tl.max(number) > _CAPACITY
+        num_listed = tl.maximum(tl.sum(tl.minimum(number, _CAPACITY)), 1).to(tl.float32)
+        listed = tl.where(is_full, num_listed / tl.sum(number), 1.0)
+        if BY_MASS:
+            all_low = above_high + (above_low - above_high) / listed
+            is_known = (is_full == 0) | (ordered.distance(low, high) <= SPACING)  # that is so of one number, too
+        else:
+            all_low = above_high + tl.sum(number)
+            is_known = tl.full((), 1, tl.int1)
+        is_above = above_high >= target
+        is_short = all_low < target
+        is_below = is_known & is_short
+        is_inside = (above_low >= target) | (is_known & (is_short == 0))
+        is_found = (is_above | is_below | is_full) == 0
+        threshold = lowest
+        if (is_above | is_short) == 0:
+            wanted = tl.where(is_full, above_high + (target - above_high) * listed, target)
+            threshold = _search(
+                z, weight, above_high, lowest, above_low, highest, above_highest, wanted, 0.0, SPACING
+            )[0]  # fmt: skip
+        most = tl.where(is_below, low, tl.where(is_above, most, high))
+        least = tl.where(is_found, threshold, tl.where(is_above, high, tl.where(is_inside, low, least)))
+        # Next: one number, if all of the lists is; every other time the middle third of all numbers left; or else the
+        # neighbour as wide, or a quarter about where the lists have the threshold.
+        width = ordered.value(high) - ordered.value(low)
+        if (ordered.distance(lowest, highest) == 1) & is_full & (turn % 4 < 3):
+            low, high = lowest, highest
+        elif (turn % 2 == 1) | (width == float("inf")):
+            third = (ordered.distance(least, most) // 3).to(tl.int32)
+            low, high = least + third, most - third
+        elif is_above:
+            low, high = high, ordered.order(ordered.value(high) + width)
+        elif is_below:
+            low, high = ordered.order(ordered.value(low) - width), low
+        else:
+            low = ordered.order(ordered.value(threshold) - 0.125 * width)
+            high = ordered.order(ordered.value(threshold) + 0.125 * width)
+        low = tl.minimum(tl.maximum(low, least), most - 1)
+        high = tl.minimum(tl.maximum(high, low + SPACING), most)
+        turn += 1
     return least
 
 
 @triton.jit
-def _bracket(body_ptr, body_column, body_length, V, floor, even, most, share, top, mask_id, forbidden_ptr,
-             HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, BY_MASS: tl.constexpr, SPACING: tl.constexpr,
-             VECTOR: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
-    """Between which orders the threshold of a row probably lies, above which its share of the weight is; from a
-    sample of logits that is spread over the row. It is known to lie in [even, most)."""
+def _sample(body_ptr, body_column, body_length, V, mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr,
+            HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
+    """Logits that are spread over a row [lanes, VECTOR], float32, -inf where excluded."""
     LANES: tl.constexpr = SAMPLE // VECTOR
     lane = tl.arange(0, LANES)[:, None]
     vector = (lane.to(tl.int64) * (body_length // VECTOR) // LANES).to(tl.int32)
     column = vector * VECTOR + tl.arange(0, VECTOR)[None, :]
     z = tl.load(body_ptr + column).to(tl.float32)
-    z = logit_rows.without_excluded(
+    return logit_rows.without_excluded(
         z, body_column + column, column >= 0, 0, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
     )
-    # The error of the share above the threshold, by each weight's own part in it.
-    if BY_MASS:
-        # A peaked row, of whose weight the sample knows little, has but few logits above the even share.
-        num_above_even = tl.sum((z >= ordered.value(even)).to(tl.int32)) * (V.to(tl.float32) / SAMPLE)
-        is_peaked = num_above_even < BLOCK // VECTOR * _CAPACITY // 8
-        weight = tl.where(z >= ordered.value(floor), _weight(z, top), 0.0)
-        least, total, largest, nothing = _ends(z, weight, 0.0)
-        target = share * total
-        middle, above = _search(z, weight, 0.0, least, total, largest, nothing, target, 0.02 * target, SPACING)
-        part = tl.where(z >= ordered.value(middle), 1.0 - share, share) * weight
-        spread = _SIGMAS * tl.sqrt(tl.sum(part * part))
-        # Whichever side of it the lower end is.
-        is_low = above >= target + spread
-        least, total = tl.where(is_low, middle, least), tl.where(is_low, above, total)
-        middle, above = tl.where(is_low, largest, middle), tl.where(is_low, 0.0, above)
-    else:  # the share is that of all V ids: what is excluded or -inf is one of them
-        weight = None
-        least, total, largest, nothing = _ends(z, None, 0.0)
-        middle, above = largest, nothing
-        target = share * SAMPLE
-        spread = _SIGMAS * tl.sqrt(target * (1.0 - share)) + 1.0
-    slack = 0.5 * spread
-    low, above = _search(z, weight, 0.0, least, total, middle, above, target + spread, slack, SPACING)
-    target_high = tl.maximum(target - spread - slack, 0.0)  # the search stops at most a slack above it
-    high, above_high = _search(z, weight, 0.0, low, above, largest, nothing, target_high, slack, SPACING)
-    high = tl.where(above_high > target - spread, high + SPACING, high)  # it stopped at a tie
-    low = tl.where(above < target + spread, floor, low)
-    high = tl.where((above_high < target_high) | (target_high == 0.0), most, high)
-    if BY_MASS:
-        low = tl.where(is_peaked, even, tl.maximum(low, even))
-        high = tl.where(is_peaked, most, tl.minimum(high, most))
-    return low, tl.minimum(tl.maximum(high, low + SPACING), most)
 
 
 @triton.jit
-def _total(body_ptr, body_column, body_length, edges, threshold, mask_id, forbidden_ptr,
-           HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
-    """The largest logit of a row, and the weight relative to it of all that are not below the threshold."""
-    z_threshold = ordered.value(threshold)
-    tops = tl.maximum(edges, ordered.value(tl.full((), _LOWEST, tl.int32)))  # of each lane, finite
-    sums = tl.where(edges >= z_threshold, _weight(edges, tops), 0.0)
-    largest = tops
+def _measure(body_ptr, body_column, body_length, edges, floor, middle, top, mask_id, forbidden_ptr,
+             HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, HAS_FLOOR: tl.constexpr, VECTOR: tl.constexpr,
+             BLOCK: tl.constexpr):  # fmt: skip
+    """The largest logit of a row, and the weight of all that are not below the floor, and not below the middle."""
+    z_floor, z_middle = ordered.value(floor), ordered.value(middle)
+    largest = edges
+    weight = _weight(edges, top)
+    if HAS_FLOOR:
+        weight = tl.where(edges >= z_floor, weight, 0.0)
+    total, above = weight, tl.where(edges >= z_middle, weight, 0.0)
     for offset in range(0, body_length, BLOCK):
         z = _block(
             body_ptr, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
             VECTOR, BLOCK,
         )  # fmt: skip
-        # Relative to a number that is left behind by 4 at most: to change it costs accuracy.
         largest = tl.maximum(largest, tl.max(z, 1))
-        new_tops = tl.where(largest > tops + 4.0, largest, tops)
-        weights = tl.where(z >= z_threshold, _weight(z, new_tops[:, None]), 0.0)
-        sums = sums * _weight(tops, new_tops) + tl.sum(weights, 1)
-        tops = new_tops
-    top = tl.max(largest)
-    total = tl.sum(sums * _weight(tops, top))
-    return tl.where(top < float("inf"), top, 0.0), total  # a row without a law
+        weights = _weight(z, top)
+        if HAS_FLOOR:
+            weights = tl.where(z >= z_floor, weights, 0.0)
+        total += tl.sum(weights, 1)
+        above += tl.sum(tl.where(z >= z_middle, weights, 0.0), 1)
+    return tl.max(largest), tl.sum(total), tl.sum(above)
+
+
+@triton.jit
+def _bracket_of_mass(body_ptr, body_column, body_length, edges, z, floor, num_ids, top_p, mask_id, forbidden_ptr,
+                     HAS_MASK_ID: tl.constexpr, HAS_FORBIDDEN: tl.constexpr, HAS_FLOOR: tl.constexpr,
+                     SPACING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+                     SAMPLE: tl.constexpr):  # fmt: skip
+    """Between which orders the threshold of a nucleus probably lies, by a sample z and a measure of the row; between
+    which certainly; the weight that it needs, and the logit relative to which logits have weights."""
+    if HAS_FLOOR:
+        z = tl.where(z >= ordered.value(floor), z, -float("inf"))
+    top = _finite(tl.max(z))
+    weight = _weight(z, top)
+    low, total, high, nothing = _ends(z, weight, 0.0)
+    target = top_p * total
+    middle, above, _ = _search(z, weight, 0.0, low, total, high, nothing, target, 0.05 * target, SPACING)
+    is_empty = total <= 0.0
+    middle = tl.where(is_empty, floor, middle)
+    # All that is less likely than an even share of 1 - p is together less likely than 1 - p.
+    even_share = (1.0 - top_p) / num_ids
+    sampled = SAMPLE / num_ids
+    largest, anchor, base = top, above, nothing  # for their types
+    turn = tl.full((), 0, tl.int32)
+    while turn < 3:
+        largest, total, above = _measure(
+            body_ptr, body_column, body_length, edges, floor, middle, top, mask_id, forbidden_ptr, HAS_MASK_ID,
+            HAS_FORBIDDEN, HAS_FLOOR, VECTOR, BLOCK,
+        )  # fmt: skip
+        largest = _finite(largest)
+        anchor = above * sampled
+        base = anchor - _above(z, weight, None, None, ordered.value(middle))
+        target = total * top_p * sampled
+        turn += 1
+        if tl.abs(largest - top) > _INEXACT:
+            top = largest
+            weight = _weight(z, top)
+            middle = ordered.order(top + elementary.log(even_share))
+        elif (anchor < target) & (_weight(ordered.value(middle), top) > 0.01 * target):
+            # Few logits have most of the weight, and the sample has too many of them: not so of those below.
+            middle = _search(
+                z, weight, base, low, base + tl.sum(weight), middle, anchor, target, 0.02 * target, SPACING
+            )[0]  # fmt: skip
+        else:
+            turn += 3  # this was the last
+    even = tl.minimum(ordered.order(top + elementary.log(total * even_share)), ordered.order(largest))
+    floor = tl.where(total > 0.0, tl.maximum(even, floor), floor)
+    most = tl.maximum(ordered.order(largest), floor) + 1
+    low, high = _bracket(z, weight, top, base, middle, anchor, target, 1.0, floor, most, SPACING)
+    low, high = tl.where(is_empty, floor, low), tl.where(is_empty, most, high)
+    target = tl.maximum(total * top_p, 1e-30)
+    return low, high, floor, most, target, top
 
 
 @triton.jit
@@ -420,14 +491,13 @@ def _short_thresholds_kernel(
         floor = ordered.order(z_floor)
         z = tl.where(z >= z_floor, z, -float("inf"))
         edges = tl.where(edges >= z_floor, edges, -float("inf"))
-        top = tl.maximum(tl.max(z), tl.max(edges))
-        top = tl.where(tl.abs(top) < float("inf"), top, 0.0)  # a row without a law
+        top = _finite(tl.maximum(tl.max(z), tl.max(edges)))
     weight = _weight(z, top) if BY_MASS else None
     edge_weight = _weight(edges, top) if BY_MASS else None
     if BY_MASS:
         target = tl.maximum((tl.sum(weight) + tl.sum(edge_weight)) * top_p, 1e-30)
     low, above_low, high, above_high = _ends(z, weight, 0.0, edges, edge_weight)
-    threshold, above = _search(
+    threshold, above, _ = _search(
         z, weight, 0.0, low, above_low, high, above_high, target, 0.0, SPACING, edges, edge_weight
     )
     tl.store(thresholds_ptr + row, ordered.value(tl.where(above < target, floor, threshold)))
@@ -451,6 +521,7 @@ def _thresholds_kernel(
     BY_MASS: tl.constexpr,  # the nucleus, of what lies above the thresholds given, rather than the num_kept largest
     HAS_MASK_ID: tl.constexpr,
     HAS_FORBIDDEN: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,  # whether thresholds are given
     SPACING: tl.constexpr,  # least distance in order of two numbers of the logits' dtype
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -470,25 +541,25 @@ def _thresholds_kernel(
                 x_ptr, start, V, body_column, body_length, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
                 BLOCK // VECTOR,
             )  # fmt: skip
-            floor, even = tl.full((), _LOWEST, tl.int32), tl.full((), _LOWEST, tl.int32)
-            most = tl.full((), _BEYOND, tl.int32)
-            top = 0.0
-            target, share = num_kept.to(tl.float32), num_kept / V.to(tl.float32)
-            if BY_MASS:
-                floor = ordered.order(tl.load(thresholds_ptr + row))
-                top, total = _total(
-                    body_ptr, body_column, body_length, edges, floor, mask_id, forbidden_ptr, HAS_MASK_ID,
-                    HAS_FORBIDDEN, VECTOR, BLOCK,
-                )  # fmt: skip
-                # All that is less likely than an even share of 1 - p is together less likely than 1 - p.
-                even = ordered.order(top + elementary.log(total * (1.0 - top_p) / V.to(tl.float32)))
-                even = tl.minimum(tl.maximum(even, floor), _BEYOND - 1)
-                most = tl.maximum(ordered.order(top), even) + 1
-                target, share = tl.maximum(total * top_p, 1e-30), top_p
-            low, high = _bracket(
-                body_ptr, body_column, body_length, V, floor, even, most, share, top, mask_id,
-                forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, BLOCK, SAMPLE,
+            floor, most = tl.full((), _LOWEST, tl.int32), tl.full((), _BEYOND, tl.int32)
+            z = _sample(
+                body_ptr, body_column, body_length, V, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
+                SAMPLE,
             )  # fmt: skip
+            top = 0.0
+            if BY_MASS:
+                if HAS_FLOOR:
+                    floor = ordered.order(tl.load(thresholds_ptr + row))
+                low, high, floor, most, target, top = _bracket_of_mass(
+                    body_ptr, body_column, body_length, edges, z, floor, V.to(tl.float32), top_p, mask_id,
+                    forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, HAS_FLOOR, SPACING, VECTOR, BLOCK, SAMPLE,
+                )  # fmt: skip
+            else:
+                target = num_kept.to(tl.float32)
+                share = target / V.to(tl.float32)  # what is excluded or -inf is an id, too
+                low, high = _bracket(z, None, None, 0.0, most, 0.0, share * SAMPLE, 1.0 - share, floor, most, SPACING)
+            low = tl.maximum(low, floor)
+            high = tl.where(high > low, tl.minimum(tl.maximum(high, low + SPACING), most), most)  # it was misled
             threshold = _select(
                 body_ptr, body_column, body_length, edges, floor, most, low, high, target, top,
                 candidates_ptr, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, BY_MASS, SPACING, VECTOR, BLOCK,
@@ -536,11 +607,12 @@ def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
         num_warps = min(4 * num_warps, _MOST_WARPS)
     lanes = _WARP_BLOCK * num_warps // logits["VECTOR"]
     if not by_mass:
-        sample = _sample(num_ids / lanes, filters["num_kept"] / num_ids, sample)
+        sample = _sample_size(num_ids / lanes, filters["num_kept"] / num_ids, sample)
     programs = min(num_rows, _RESIDENT_WARPS // num_warps)
     _thresholds_kernel[(programs,)](
         **logits,
         **filters,
+        HAS_FLOOR=by_mass and filters["num_kept"] < num_ids,
         candidates_ptr=logits["x_ptr"].new_empty((programs, lanes * _CAPACITY.value), dtype=torch.float32),
         BLOCK=_WARP_BLOCK * num_warps,
         SAMPLE=sample,
@@ -548,7 +620,7 @@ def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
     )
 
 
-def _sample(lane: float, share: float, most: int) -> int:
+def _sample_size(lane: float, share: float, most: int) -> int:
     """The least sample at which a lane of so many logits expects few enough candidates."""
     sample = _LEAST_SAMPLE
     while sample < most and lane * 2.5 * _spread(sample, share) / sample > _EXPECTED:
@@ -557,5 +629,5 @@ def _sample(lane: float, share: float, most: int) -> int:
 
 
 def _spread(sample: int, share: float) -> float:
-    """See ``_bracket``, where the bracket is two of these wide and up to one more."""
-    return _SIGMAS.value * math.sqrt(sample * share * (1.0 - share)) + 1.0
+    """See ``_error``; the bracket is two of these wide and up to one more."""
+    return _SIGMAS.value * math.sqrt(sample * share * (1.0 - share)) + _GRANULES.value

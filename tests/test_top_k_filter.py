@@ -75,12 +75,22 @@ def filter_row(kind, vocabulary, dtype=torch.float32):
         "tied": lambda: normal.round(),
         "mostly -inf": lambda: normal.where(place % 50 == 3, -math.inf),
         "heavy tail": lambda: -1.1 * (1.0 + place * 7919 % vocabulary).log(),
+        "steep": lambda: -1.6 * (1.0 + place * 7919 % vocabulary).log() + 0.3 * normal,
+        # Few of which a sample misses most, and of which it may have one.
+        "few have most": lambda: normal + 8.0 * (place * 7919 % vocabulary < 100),
+        "few have all": lambda: normal + 40.0 * (place * 7919 % vocabulary < 30),
+        "one in the sample": lambda: normal + 9.0 * (place == 1) + 8.0 * (place % (vocabulary // 40 + 1) == 13),
+        "mostly the least number": lambda: normal.where(place % 3 == 1, torch.finfo(dtype).min),
+        "the least number": lambda: torch.full((vocabulary,), torch.finfo(dtype).min),
         "coarse": lambda: (100.0 + normal).bfloat16().float(),  # what bfloat16 leaves of it: some ten values
         "all exponents": lambda: (-1.0) ** place * 2.0 ** (240.0 * (place * 7919 % vocabulary) / vocabulary - 120.0),
         "rising": lambda: place / 1000.0,
         "falling": lambda: -place / 1000.0,
         # Lanes read 4 or 8 columns of each block of 2048, or of 4096, and have room for 16 candidates each.
         "in few lanes": lambda: normal + 9.0 * (place % 2048 < 50),
+        # What lanes list first, and what they list no more, differ in weight.
+        "falling in few lanes": lambda: normal.where(place % 2048 >= 64, 12.0 - 6.0 * place / vocabulary),
+        "rising in few lanes": lambda: normal.where(place % 2048 >= 64, 6.0 + 6.0 * place / vocabulary),
         # Of 40960 columns the sample that brackets the threshold sees every tenth, 20th or 40th vector.
         "above the sample": lambda: normal + 40.0 * (place // (4 if dtype == torch.float32 else 8) % 5 != 0),
         "below the sample": lambda: normal - 40.0 * (place // (4 if dtype == torch.float32 else 8) % 5 != 0),
@@ -149,22 +159,52 @@ def assert_nucleus(backend, row, top_p, filter_thres=None, **excluded):
     return np.array_equal(stays, oracle(top_p))
 
 
-NUCLEUS_ROWS = ["normal", "peaked", "flat", "equal", "tied", "mostly -inf", "heavy tail", "rising"]
+NUCLEUS_ROWS = [
+    "normal", "peaked", "flat", "equal", "tied", "mostly -inf", "heavy tail", "rising", "steep", "few have most",
+    "few have all", "one in the sample", "mostly the least number", "the least number",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", NUCLEUS_ROWS)
 def test_top_p_keeps_what_the_float64_oracle_keeps(backend, kind, dtype):
-    cases = [*itertools.product([37, 1000], [0.0, 0.3, 0.9, 0.999]), (4, 0.5), (8193, 0.0), (8193, 0.8)]
+    cases = [(37, 0.3), (37, 0.999), *itertools.product([1000], [0.0, 0.3, 0.9]), (4, 0.5), (8193, 0.0), (8193, 0.8)]
     exact = [assert_nucleus(backend, filter_row(kind, vocabulary, dtype), p) for vocabulary, p in cases]
     assert np.mean(exact) > 0.8
     assert kept(backend, torch.zeros(1, 1, dtype=dtype), None, 0.5).tolist() == [[True]]
 
 
+@pytest.mark.parametrize("kind", ["falling in few lanes", "rising in few lanes"])
+def test_top_p_of_lists_that_are_full(backend, kind):
+    """Their weight is an estimate, and a wrong one where the lists are no fair sample."""
+    row = filter_row(kind, 40960, torch.bfloat16)
+    for top_p in (0.2, 0.97):
+        assert_nucleus(backend, row, top_p)
+
+
 @pytest.mark.ptx
-@pytest.mark.parametrize(("kind", "dtype"), [("peaked", torch.bfloat16), ("heavy tail", torch.float32)], ids=str)
+@pytest.mark.parametrize("level", [-1000.0, -95.0, 1e10])
+def test_top_p_wherever_the_logits_lie(backend, level):
+    """Even where the sample has none of them; weights are relative to the largest of the row."""
+    row = torch.full((8200,), -math.inf)
+    row[torch.arange(12) * 97 + 300] = level + draw(12)
+    stays = row.isfinite()
+    for others in (-math.inf, torch.finfo(torch.float32).min):
+        for top_p in (0.0, 0.5):
+            assert_nucleus(backend, row.where(stays, others), top_p)
+    assert_nucleus(backend, level + 3.0 * draw(8200), 0.5, 0.999)
+    assert_nucleus(backend, torch.full((2104,), level + 3.3), 0.0)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("peaked", torch.bfloat16), ("few have most", torch.bfloat16), ("heavy tail", torch.float32)],
+    ids=str,
+)
 def test_top_p_of_a_large_vocabulary(backend, kind, dtype):
-    assert_nucleus(backend, filter_row(kind, 50257, dtype), 0.7)
+    for top_p in (0.7, 0.99):
+        assert_nucleus(backend, filter_row(kind, 50257, dtype), top_p)
 
 
 @pytest.mark.parametrize("place", [1, -1])  # of the sample, of an edge
@@ -180,7 +220,7 @@ def test_filters_end_at_rows_without_a_law(backend, reference, content, place):
         assert np.array_equal(stays[1:], kept(reference, lawful[None], thres, top_p))
 
 
-@pytest.mark.parametrize("kind", NUCLEUS_ROWS)
+@pytest.mark.parametrize("kind", [*NUCLEUS_ROWS[:8], "mostly the least number"])
 def test_top_k_then_top_p(backend, kind):
     """The share is one of what the k largest have together; the other order would keep more."""
     for thres, top_p in ((0.5, 0.9), (0.9, 0.5), (0.97, 0.0)):
