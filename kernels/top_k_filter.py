@@ -46,7 +46,7 @@ _FEW_ROWS, _MOST_WARPS = 264, 8
 _RESIDENT_WARPS = 132 * 32  # of all SMs of an H200; the candidates of so many stay in L2
 # A sample for k is so large that a lane expects so many candidates, at which one row in ten has one without a place
 # and is read again; but a warp has registers for so many logits only. For p fewer do.
-_EXPECTED = 6.5
+_EXPECTED = 6.8
 _LEAST_SAMPLE, _WARP_SAMPLE = 1024, (2048, 512)
 # A shorter row is searched in registers at once; its block holds its edges too.
 _SHORT, _SHORT_BLOCK = 2048, 128

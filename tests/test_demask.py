@@ -1366,7 +1366,12 @@ def offline_plans() -> list[dict]:
     # Of float64 logits, which nobody samples for speed, only that the programs compile; of float32 those with most.
     fp64 = {"tiles T fp64", "thresholds k fp64", "choice fp64"}
     fp32 = {f"{name} fp32" for name in variants} - {"tiles T fp32", "tiles T everything fp32"}
-    fp32 |= {"thresholds p fp32", "short thresholds p fp32", "choice plain fp32", "choice small fp32"}
+    fp32 |= {f"{length}thresholds {name} fp32" for length in ("", "short ") for name in ("k", "p", "p forbidden")}
+    fp32 |= {f"short thresholds {name} small fp32" for name in ("k", "p", "p forbidden")} - {
+        "short thresholds k small fp32"
+    }
+    fp32 |= {"choice plain fp32", "choice small fp32"}
+    fp32 -= {"short thresholds p forbidden fp32"}
     plans = [plan for plan in plans if not plan["name"].endswith("fp64") or plan["name"] in fp64]
     plans = [plan for plan in plans if plan["name"] not in fp32]
     noise = {"seed_ptr": "*i64:16", "noise_ptr": "*fp32:16", "BLOCK": demask._NOISE_BLOCK}

@@ -188,7 +188,7 @@ def test_full_label_smoothing_of_nearly_uniform_rows(cross_entropy):
 
 
 # The reference works on 2**19 elements at once: at V = 8192 on 64 rows.
-@pytest.mark.parametrize("rows", [63, 64, 65, 128, 129])
+@pytest.mark.parametrize("rows", [63, 64, 129])
 def test_chunk_edges(cross_entropy, rows):
     logits, targets = draw(rows, 8192).requires_grad_(), draw_targets(rows, vocabulary=8192)
     upstream = torch.linspace(-1.0, 2.0, rows)  # tells rows apart
