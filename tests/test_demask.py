@@ -1363,17 +1363,16 @@ def offline_plans() -> list[dict]:
                 "VECTOR": width,
             }  # fmt: skip
             plans.append(plan(name + suffix, "_choose_kernel", demask._CHOICE_WARPS, **arguments))
-    # Of float64 logits, which nobody samples for speed, only that the programs compile; of float32 those with most.
-    fp64 = {"tiles T fp64", "thresholds k fp64", "choice fp64"}
-    fp32 = {f"{name} fp32" for name in variants} - {"tiles T fp32", "tiles T everything fp32"}
-    fp32 |= {f"{length}thresholds {name} fp32" for length in ("", "short ") for name in ("k", "p", "p forbidden")}
-    fp32 |= {f"short thresholds {name} small fp32" for name in ("k", "p", "p forbidden")} - {
-        "short thresholds k small fp32"
-    }
-    fp32 |= {"choice plain fp32", "choice small fp32"}
-    fp32 -= {"short thresholds p forbidden fp32"}
-    plans = [plan for plan in plans if not plan["name"].endswith("fp64") or plan["name"] in fp64]
-    plans = [plan for plan in plans if plan["name"] not in fp32]
+    # Of float32 logits the programs that hold most; of float64, which nobody samples for speed, that they compile.
+    few = {
+        "fp32": {
+            "tiles T", "tiles T everything", "thresholds k long", "thresholds p forbidden long",
+            "short thresholds p forbidden", "choice", "choice sub-tiles", "choice T 0", "choice misaligned",
+        },
+        "fp64": {"tiles T", "thresholds k", "choice"},
+    }  # fmt: skip
+    named = [(plan["name"].rpartition(" "), plan) for plan in plans]
+    plans = [plan for (name, _, dtype), plan in named if dtype not in few or name in few[dtype]]
     noise = {"seed_ptr": "*i64:16", "noise_ptr": "*fp32:16", "BLOCK": demask._NOISE_BLOCK}
     noise |= dict.fromkeys(("num_elements", "N", "sample_offset", "step"), "i32")
     plans.append(plan("noise", "_noise_kernel", 4, **noise))
