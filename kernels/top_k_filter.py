@@ -398,13 +398,13 @@ def _bracket_of_mass(body_ptr, body_column, body_length, edges, z, floor, num_id
     weight = _weight(z, top)
     low, total, high, nothing = _ends(z, weight, 0.0)
     target = top_p * total
-    middle, above, _ = _search(z, weight, 0.0, low, total, high, nothing, target, 0.05 * target, SPACING)
+    middle = _search(z, weight, 0.0, low, total, high, nothing, target, 0.05 * target, SPACING)[0]
     is_empty = total <= 0.0
     middle = tl.where(is_empty, floor, middle)
     # All that is less likely than an even share of 1 - p is together less likely than 1 - p.
     even_share = (1.0 - top_p) / num_ids
     sampled = SAMPLE / num_ids
-    largest, anchor, base = top, above, nothing  # for their types
+    largest, anchor, base = top, nothing, nothing  # for their types
     turn = tl.full((), 0, tl.int32)
     while turn < 3:
         largest, total, above = _measure(

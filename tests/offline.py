@@ -6,8 +6,8 @@ A plan is what the launcher would ask Triton for:
     {"name": "1024", "module": "fastmask.kernels.x", "kernel": "_x_kernel", "options": {"num_warps": 4},
      "args": {"x_ptr": "*i64:16", "N": "i32", "BLOCK_N": 1024}, "amd": {"options": {"num_warps": 2}}}
 
-"amd", which may be left out, says what differs there; "targets", likewise, which to compile for. A string such as
-"*i64:16" is a type (":16": divisible by 16); any other value is a constant.
+"amd", which may be left out, says what differs there. A string such as "*i64:16" is a type (":16": divisible
+by 16); any other value is a constant.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         plans = json.load(sys.stdin)
-        figures = {
-            plan["name"]: {name: _figures(plan, name) for name in plan.get("targets", TARGETS)} for plan in plans
-        }
+        figures = {plan["name"]: {name: _figures(plan, name) for name in TARGETS} for plan in plans}
     json.dump(figures, sys.stdout)
 
 
