@@ -26,6 +26,19 @@ def exp(x):
 
 
 @triton.jit
+def exp_from(x, origin):
+    """exp(x - origin) in one operation less, times what is the same for all x: 1 +- abs(origin) 2^-24, about.
+
+    From 2^30 on, where that may be anything, another number is no nearer than 64, and any base does.
+    """
+    scale = tl.where(tl.abs(origin) < 2.0**30, _LOG2E, 1.0)
+    if _INTERPRETS:  # which rounds twice
+        return exp2((x.to(tl.float64) * scale - origin * scale).to(tl.float32))
+    else:
+        return exp2(tl.fma(x, scale, -origin * scale))
+
+
+@triton.jit
 def exp_exactly(x):
     """exp of x <= 0 to relative accuracy: a power of two times the exp of less than .35."""
     whole = tl.floor(x * _LOG2E + 0.5)

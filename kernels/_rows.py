@@ -42,13 +42,18 @@ def edges_of_lanes(lane, V, body_column, body_length, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(x_ptr, word, mask):
-    """Both halves of words of two bfloat16, float32; -inf where masked. x_ptr: aligned to 16 bytes.
+def load_words(x_ptr, word, mask):
+    """Words of two bfloat16, int32; -inf and -inf where masked. x_ptr: aligned to 16 bytes."""
+    words_ptr = tl.multiple_of(x_ptr.to(tl.pointer_type(tl.int32), bitcast=True), 16)
+    return tl.load(words_ptr + word, mask=mask, other=_TWO_LEAST)
+
+
+@triton.jit
+def halves(words):
+    """Both halves of words of two bfloat16, float32.
 
     Either half takes one instruction, where a conversion of both takes three.
     """
-    words_ptr = tl.multiple_of(x_ptr.to(tl.pointer_type(tl.int32), bitcast=True), 16)
-    words = tl.load(words_ptr + word, mask=mask, other=_TWO_LEAST)
     return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
 
 

@@ -68,7 +68,8 @@ def _load_body(x_ptr, first, length, SIZE: tl.constexpr):
     if x_ptr.dtype.element_ty == tl.bfloat16:
         word = tl.arange(0, SIZE // 2)
         first = tl.multiple_of(first // 2, 4)
-        even, odd = logit_rows.load_pairs(x_ptr, first + word, word < tl.multiple_of(length // 2, 4))
+        words = logit_rows.load_words(x_ptr, first + word, word < tl.multiple_of(length // 2, 4))
+        even, odd = logit_rows.halves(words)
         return tl.interleave(even, odd)
     else:
         lane = tl.arange(0, SIZE)

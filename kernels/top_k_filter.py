@@ -29,8 +29,8 @@ from fastmask.kernels import _rows as logit_rows
 _LOWEST = tl.constexpr(-2139095040)  # the order of -FLT_MAX
 _BEYOND = tl.constexpr(0x7F800001)  # above the order of infinity
 
-# A lane lists its own candidates, so that a pass needs no communication between threads. Of a block a thread has 16
-# logits, in lanes of a 16-byte vector each.
+# A lane lists its own candidates, so that a pass needs no communication between threads; where there are more than
+# places (a power of two) the last ones stay. Of a block a thread has 16 logits, in lanes of a 16-byte vector each.
 _CAPACITY = tl.constexpr(16)
 _WARP_BLOCK = 512
 # By how much the sample's weight may be wrong at either end of the bracket, which may miss: its standard deviations,
@@ -54,8 +54,8 @@ _SHORT, _SHORT_BLOCK = 2048, 128
 
 @triton.jit
 def _weight(z, top):
-    """What logits count for in the nucleus: their probability relative to that of a logit top."""
-    return elementary.exp(z - top)
+    """What logits count for in the nucleus: their probability relative to that of a logit top, about."""
+    return elementary.exp_from(z, top)
 
 
 @triton.jit
@@ -196,23 +196,33 @@ def _bracket(z, weight, top, base, middle, anchor, target, doubt, floor, most, S
 
 
 @triton.jit
-def _block(body_ptr, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr,
-           HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A block of a row's body [lanes, VECTOR], float32, -inf where it has ended."""
-    LANES: tl.constexpr = BLOCK // VECTOR
-    lane = tl.arange(0, LANES)[:, None]
-    block = offset + lane * VECTOR + tl.arange(0, VECTOR)[None, :]
-    in_body = block < body_length
+def _fetched(body_ptr, body_length, offset, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of a row's body [lanes, VECTOR], or of its words of two bfloat16; -inf where it has ended."""
+    lane = tl.arange(0, BLOCK // VECTOR)[:, None]
     if body_ptr.dtype.element_ty == tl.bfloat16:
         word = offset // 2 + lane * (VECTOR // 2) + tl.arange(0, VECTOR // 2)[None, :]
-        even, odd = logit_rows.load_pairs(body_ptr, word, word < tl.multiple_of(body_length // 2, 4))
+        return logit_rows.load_words(body_ptr, word, word < tl.multiple_of(body_length // 2, 4))
+    else:
+        block = offset + lane * VECTOR + tl.arange(0, VECTOR)[None, :]
+        return tl.load(body_ptr + block, mask=block < body_length, other=-float("inf"))
+
+
+@triton.jit
+def _block(fetched, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID: tl.constexpr,
+           HAS_FORBIDDEN: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """The logits of a block that was fetched [lanes, VECTOR], float32."""
+    LANES: tl.constexpr = fetched.shape[0]
+    block = offset + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    if fetched.dtype == tl.int32:
+        even, odd = logit_rows.halves(fetched)
         z = tl.reshape(tl.join(even, odd), (LANES, VECTOR))
     else:
-        z = tl.load(body_ptr + block, mask=in_body, other=-float("inf")).to(tl.float32)
+        z = fetched.to(tl.float32)
     first = body_column + offset
     return logit_rows.without_excluded(
-        z, body_column + block, in_body, first, first + BLOCK, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN
-    )
+        z, body_column + block, block < body_length, first, first + LANES * VECTOR, mask_id, forbidden_ptr,
+        HAS_MASK_ID, HAS_FORBIDDEN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -257,25 +267,27 @@ def _pass(body_ptr, body_column, body_length, edges, low, high, top, candidates_
     LANES: tl.constexpr = BLOCK // VECTOR
     z_low, z_high = ordered.value(low), ordered.value(high)
     lane = tl.arange(0, LANES)
+    list_address = (candidates_ptr + lane * _CAPACITY).to(tl.int64)  # divisible by a list's size
     tl.debug_barrier()  # every thread has read the candidates of the pass before
     is_candidate, is_high = _sorted_out(edges, z_low, z_high)
     tl.store(candidates_ptr + lane * _CAPACITY, edges, mask=is_candidate)
     above_high = _counted(is_high, _weight(edges, top) if BY_MASS else None).to(tl.float32)
-    slot = lane * _CAPACITY + is_candidate.to(tl.int32)
-    end = lane * _CAPACITY + _CAPACITY
+    size = tl.where(is_candidate, 4, 0)  # of the lane's candidates, in bytes
+    fetched = _fetched(body_ptr, body_length, 0, VECTOR, BLOCK)
     for offset in range(0, body_length, BLOCK):
         z = _block(
-            body_ptr, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
-            VECTOR, BLOCK,
-        )  # fmt: skip
+            fetched, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR
+        )
+        fetched = _fetched(body_ptr, body_length, offset + BLOCK, VECTOR, BLOCK)  # few warps hide little latency
         columns = _columns(z, VECTOR)
         for i in tl.static_range(VECTOR):
             is_inside, is_above = _sorted_out(columns[i], z_low, z_high)
-            tl.store(candidates_ptr + slot, columns[i], mask=is_inside & (slot < end))
-            slot += is_inside.to(tl.int32)
+            place = list_address | (size & (4 * _CAPACITY - 4)).to(tl.int64)  # an addition of 64 bits takes two
+            tl.store(place.to(tl.pointer_type(tl.float32)), columns[i], mask=is_inside)
+            size += tl.where(is_inside, 4, 0)
             above_high += _counted(is_above, _weight(columns[i], top) if BY_MASS else None).to(tl.float32)
     tl.debug_barrier()  # every thread sees all candidates
-    return slot - lane * _CAPACITY, tl.sum(above_high)
+    return size // 4, tl.sum(above_high)
 
 
 @triton.jit
@@ -371,17 +383,18 @@ def _measure(body_ptr, body_column, body_length, edges, floor, middle, top, mask
     if HAS_FLOOR:
         weight = tl.where(edges >= z_floor, weight, 0.0)
     total, above = weight, tl.where(edges >= z_middle, weight, 0.0)
+    fetched = _fetched(body_ptr, body_length, 0, VECTOR, BLOCK)
     for offset in range(0, body_length, BLOCK):
         z = _block(
-            body_ptr, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN,
-            VECTOR, BLOCK,
-        )  # fmt: skip
+            fetched, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR
+        )
+        fetched = _fetched(body_ptr, body_length, offset + BLOCK, VECTOR, BLOCK)  # few warps hide little latency
         largest = tl.maximum(largest, tl.max(z, 1))
         weights = _weight(z, top)
         if HAS_FLOOR:
             weights = tl.where(z >= z_floor, weights, 0.0)
         total += tl.sum(weights, 1)
-        above += tl.sum(tl.where(z >= z_middle, weights, 0.0), 1)
+        above += tl.sum((z >= z_middle).to(tl.float32) * weights, 1)
     return tl.max(largest), tl.sum(total), tl.sum(above)
 
 
@@ -427,7 +440,8 @@ def _bracket_of_mass(body_ptr, body_column, body_length, edges, z, floor, num_id
             )[0]  # fmt: skip
         else:
             turn += 3  # this was the last
-    even = tl.minimum(ordered.order(top + elementary.log(total * even_share)), ordered.order(largest))
+    even = top + elementary.log(total / _weight(top, top) * even_share)
+    even = tl.minimum(ordered.order(even), ordered.order(largest))
     floor = tl.where(total > 0.0, tl.maximum(even, floor), floor)
     most = tl.maximum(ordered.order(largest), floor) + 1
     low, high = _bracket(z, weight, top, base, middle, anchor, target, 1.0, floor, most, SPACING)
@@ -476,8 +490,8 @@ def _short_thresholds_kernel(
     body_column, body_start, body_length = logit_rows.body(start, V, VECTOR)
     body_ptr = tl.multiple_of(x_ptr + body_start, 16)
     z = _block(
-        body_ptr, body_column, body_length, 0, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
-        BLOCK,
+        _fetched(body_ptr, body_length, 0, VECTOR, BLOCK), body_column, body_length, 0, mask_id, forbidden_ptr,
+        HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,
     )  # fmt: skip
     edges = _edges(
         x_ptr, start, V, body_column, body_length, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR,

@@ -1264,13 +1264,13 @@ MOST_INSTRUCTIONS_A_LOGIT = {
     "tiles T margin entropy": 28.5,
     "tiles T forbidden": 28.0,
 }
-# Of the loops over a row, 16 logits a thread, by their place among all loops: of the pass for k 16, of p 19.7,
-# of its measure before 13.5, of which the mask's column (3) is mostly jumped over. At 25 % of 4.3 TB/s a bf16 logit
+# Of the loops over a row, 16 logits a thread, by their place among all loops: of the pass for k 14.7, of p 17.3,
+# of its measure before 11.5, of which the mask's column (3) is mostly jumped over. At 25 % of 4.3 TB/s a bf16 logit
 # leaves 55: for these passes, the tiles and the searches.
 MOST_INSTRUCTIONS_A_PASS = {
-    ("thresholds k of 50257", 2): 17.0,
-    ("thresholds p of 50257", 3): 21.0,
-    ("thresholds p of 50257", 4): 14.5,
+    ("thresholds k of 50257", 2): 15.5,
+    ("thresholds p of 50257", 3): 18.5,
+    ("thresholds p of 50257", 4): 12.5,
 }
 
 
