@@ -86,7 +86,7 @@ def _load(name: str) -> ModuleType:
 def describe(operation: str, plan: Plan, target: str, figures: dict[str, Any]) -> Row:
     """A row of the table, from what tests/offline.py tells of a compiled program."""
     gpu, (_, bytes_of) = GPUS[target], OPERATIONS[operation]
-    changed = plan.get("amd", {}) if target.startswith("gfx") else {}
+    changed = plan.get(target, {})
     args = plan["args"] | changed.get("args", {})
     warps = (plan["options"] | changed.get("options", {}))["num_warps"]
     block = next((args[name] for name in ("BLOCK_V", "BLOCK_N", "BLOCK") if name in args), None)

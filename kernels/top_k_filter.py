@@ -48,6 +48,9 @@ _RESIDENT_WARPS = 132 * 32  # of all SMs of an H200; the candidates of so many s
 # and is read again; but a warp has registers for so many logits only. For p fewer do.
 _EXPECTED = 6.8
 _LEAST_SAMPLE, _WARP_SAMPLE = 1024, (2048, 512)
+# So many registers for each thread of a nucleus's program do on Hopper, without a spill, for logits of 16 bits: 16
+# warps find room in a multiprocessor, where of its own accord the compiler leaves it to 8.
+_REGISTERS, _HOPPER = 128, (9, 0)
 # A shorter row is searched in registers at once; its block holds its edges too.
 _SHORT, _SHORT_BLOCK = 2048, 128
 
@@ -426,12 +429,12 @@ def _bracket_of_mass(body_ptr, body_column, body_length, edges, z, floor, num_id
         )  # fmt: skip
         largest = _finite(largest)
         anchor = above * sampled
+        weight = _weight(z, top)  # again: kept, it would take registers of the measure
         base = anchor - _above(z, weight, None, None, ordered.value(middle))
         target = total * top_p * sampled
         turn += 1
         if tl.abs(largest - top) > _INEXACT:
             top = largest
-            weight = _weight(z, top)
             middle = ordered.order(top + elementary.log(even_share))
         elif (anchor < target) & (_weight(ordered.value(middle), top) > 0.01 * target):
             # Few logits have most of the weight, and the sample has too many of them: not so of those below.
@@ -444,7 +447,7 @@ def _bracket_of_mass(body_ptr, body_column, body_length, edges, z, floor, num_id
     even = tl.minimum(ordered.order(even), ordered.order(largest))
     floor = tl.where(total > 0.0, tl.maximum(even, floor), floor)
     most = tl.maximum(ordered.order(largest), floor) + 1
-    low, high = _bracket(z, weight, top, base, middle, anchor, target, 1.0, floor, most, SPACING)
+    low, high = _bracket(z, _weight(z, top), top, base, middle, anchor, target, 1.0, floor, most, SPACING)
     low, high = tl.where(is_empty, floor, low), tl.where(is_empty, most, high)
     target = tl.maximum(total * top_p, 1e-30)
     return low, high, floor, most, target, top
@@ -623,6 +626,7 @@ def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
     if not by_mass:
         sample = _sample_size(num_ids / lanes, filters["num_kept"] / num_ids, sample)
     programs = min(num_rows, _RESIDENT_WARPS // num_warps)
+    options = {"maxnreg": _REGISTERS} if by_mass and _is_held_to_registers(logits["x_ptr"]) else {}
     _thresholds_kernel[(programs,)](
         **logits,
         **filters,
@@ -631,7 +635,15 @@ def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
         BLOCK=_WARP_BLOCK * num_warps,
         SAMPLE=sample,
         num_warps=num_warps,
+        **options,
     )
+
+
+def _is_held_to_registers(x: Tensor) -> bool:
+    """See ``_REGISTERS``."""
+    if x.element_size() != 2 or not x.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= _HOPPER
 
 
 def _sample_size(lane: float, share: float, most: int) -> int:

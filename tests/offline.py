@@ -4,10 +4,10 @@ Run as a script, without TRITON_INTERPRET: launch plans come as JSON on stdin, f
 A plan is what the launcher would ask Triton for:
 
     {"name": "1024", "module": "fastmask.kernels.x", "kernel": "_x_kernel", "options": {"num_warps": 4},
-     "args": {"x_ptr": "*i64:16", "N": "i32", "BLOCK_N": 1024}, "amd": {"options": {"num_warps": 2}}}
+     "args": {"x_ptr": "*i64:16", "N": "i32", "BLOCK_N": 1024}, "gfx942": {"options": {"num_warps": 2}}}
 
-"amd", which may be left out, says what differs there. A string such as "*i64:16" is a type (":16": divisible
-by 16); any other value is a constant.
+A target's name, which may be left out, says what differs there. A string such as "*i64:16" is a type (":16":
+divisible by 16); any other value is a constant.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def _compile(plan: dict, target_name: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if not target_name.startswith("sm_"):
-        plan = plan | {part: plan[part] | changes for part, changes in plan.get("amd", {}).items()}
+    plan = plan | {part: plan[part] | changes for part, changes in plan.get(target_name, {}).items()}
     kernel = getattr(importlib.import_module(plan["module"]), plan["kernel"])
     missing = set(kernel.arg_names) ^ set(plan["args"])
     assert not missing, f"plan {plan['name']}: arguments that differ from the kernel's: {sorted(missing)}"

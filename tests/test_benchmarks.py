@@ -778,7 +778,7 @@ def test_the_suite_has_every_operation(monkeypatch):
 
 def test_the_static_table_implies_a_bandwidth():
     plan = {"name": "tiles T", "kernel": "_tiles", "options": {"num_warps": 4}, "args": {"BLOCK": 4096}}
-    plan["amd"] = {"options": {"num_warps": 2}}
+    plan["gfx942"] = {"options": {"num_warps": 2}}
     figures = {"registers": 40, "spills": 0, "shared": 16, "load_bits": 128, "instructions": 640, "loops": []}
     row = static.describe("demask", plan, "sm_90", figures)
     assert row["per_element"] == 640 / 32  # 4096 logits over 128 threads

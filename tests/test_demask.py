@@ -1264,13 +1264,13 @@ MOST_INSTRUCTIONS_A_LOGIT = {
     "tiles T margin entropy": 28.5,
     "tiles T forbidden": 28.0,
 }
-# Of the loops over a row, 16 logits a thread, by their place among all loops: of the pass for k 14.7, of p 17.3,
-# of its measure before 11.5, of which the mask's column (3) is mostly jumped over. At 25 % of 4.3 TB/s a bf16 logit
+# Of the loops over a row, 16 logits a thread, by their place among all loops: of the pass for k 14.7, of p 17.4,
+# of its measure before 12.4, of which the mask's column (3) is mostly jumped over. At 25 % of 4.3 TB/s a bf16 logit
 # leaves 55: for these passes, the tiles and the searches.
 MOST_INSTRUCTIONS_A_PASS = {
     ("thresholds k of 50257", 2): 15.5,
     ("thresholds p of 50257", 3): 18.5,
-    ("thresholds p of 50257", 4): 12.5,
+    ("thresholds p of 50257", 4): 13.0,
 }
 
 
@@ -1335,6 +1335,8 @@ def offline_plans() -> list[dict]:
                          candidates_ptr="*fp32:16", BLOCK=top_k_filter._WARP_BLOCK * warps, HAS_FLOOR=forbidden,
                          SAMPLE=sample, **filters)
                 )  # fmt: skip
+                if by_mass and dtype == "bf16":
+                    plans[-1]["sm_90"] = {"options": {"maxnreg": top_k_filter._REGISTERS}}
             for size, block in (("", top_k_filter._SHORT), (" small", top_k_filter._SHORT_BLOCK)):
                 plans.append(
                     plan(f"short thresholds {name}{size}{suffix}", "_short_thresholds_kernel", 1, "top_k_filter",

@@ -1089,7 +1089,7 @@ def launch_plan(name: str, column: str, dtype: str, kernel: str = "_rows_kernel"
         "kernel": kernel,
         "options": {"num_warps": plan.num_warps},
         "args": {name: args[name] for name in kernel_args},
-        "amd": {"options": {"num_warps": amd.num_warps}, "args": {"BLOCK_V": amd.block_v}},
+        "gfx942": {"options": {"num_warps": amd.num_warps}, "args": {"BLOCK_V": amd.block_v}},
     }
     return {"name": json.dumps(what), "module": "fastmask.kernels.masked_cross_entropy", **what}
 
