@@ -57,7 +57,7 @@ def _masking(tests: ModuleType) -> list[Plan]:
 
 
 def _demasking(tests: ModuleType) -> list[Plan]:
-    return [plan for plan in tests.offline_plans() if plan["name"].split()[-1] not in ("fp32", "fp64")]
+    return [plan for plan in tests.offline_plans() if plan["name"].split()[-1] not in ("fp16", "fp32", "fp64")]
 
 
 # Of each operation: its plans; and by how a program's name begins, the bytes that it moves an element, where its

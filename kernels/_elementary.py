@@ -27,12 +27,12 @@ def exp(x):
 
 @triton.jit
 def exp_from(x, origin):
-    """exp(x - origin) in one operation less, times what is the same for all x: 1 +- abs(origin) 2^-24, about.
+    """exp(x - origin) in one operation less, times what is the same for all x: exp(+-r), r below abs(origin) 2^-24.
 
-    From 2^30 on, where that may be anything, another number is no nearer than 64, and any base does.
+    From 2^30 on, where that would overflow, the next number is 64 or more away: any base does, and 2 leaves r at 0.
     """
     scale = tl.where(tl.abs(origin) < 2.0**30, _LOG2E, 1.0)
-    if _INTERPRETS:  # which rounds twice
+    if _INTERPRETS:  # its tl.fma rounds the product too
         return exp2((x.to(tl.float64) * scale - origin * scale).to(tl.float32))
     else:
         return exp2(tl.fma(x, scale, -origin * scale))

@@ -36,7 +36,7 @@ _WARP_BLOCK = 512
 # By how much the sample's weight may be wrong at either end of the bracket, which may miss: its standard deviations,
 # and logits of it, which count where few have most of the weight.
 _SIGMAS, _GRANULES = tl.constexpr(2.0), tl.constexpr(2.0)
-_INEXACT = tl.constexpr(16.0)  # weights relative to a logit so far from the largest are; at 88 they overflow
+_INEXACT = tl.constexpr(16.0)  # weights relative to a logit so far from the largest are; from 44 on they may overflow
 
 # A turn of a search costs a warp a hundred instructions, and three for each of a thread's logits: few warps with many
 # logits do it for less. Longest row, warps. Where rows are few, up to four times as many finish sooner: not for p, of
@@ -49,7 +49,7 @@ _RESIDENT_WARPS = 132 * 32  # of all SMs of an H200; the candidates of so many s
 _EXPECTED = 6.8
 _LEAST_SAMPLE, _WARP_SAMPLE = 1024, (2048, 512)
 # So many registers for each thread of a nucleus's program do on Hopper, without a spill, for logits of 16 bits: 16
-# warps find room in a multiprocessor, where of its own accord the compiler leaves it to 8.
+# warps find room in a multiprocessor, where of its own accord the compiler leaves it to 12 of one warp, or to 8.
 _REGISTERS, _HOPPER = 128, (9, 0)
 # A shorter row is searched in registers at once; its block holds its edges too.
 _SHORT, _SHORT_BLOCK = 2048, 128
@@ -57,7 +57,8 @@ _SHORT, _SHORT_BLOCK = 2048, 128
 
 @triton.jit
 def _weight(z, top):
-    """What logits count for in the nucleus: their probability relative to that of a logit top, about."""
+    """What logits count for in the nucleus: their probability relative to that of a logit top, or for all of them so
+    many times as much, see ``exp_from``."""
     return elementary.exp_from(z, top)
 
 
@@ -281,7 +282,7 @@ def _pass(body_ptr, body_column, body_length, edges, low, high, top, candidates_
         z = _block(
             fetched, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR
         )
-        fetched = _fetched(body_ptr, body_length, offset + BLOCK, VECTOR, BLOCK)  # few warps hide little latency
+        fetched = _fetched(body_ptr, body_length, offset + BLOCK, VECTOR, BLOCK)  # while this one is sorted
         columns = _columns(z, VECTOR)
         for i in tl.static_range(VECTOR):
             is_inside, is_above = _sorted_out(columns[i], z_low, z_high)
@@ -391,7 +392,7 @@ def _measure(body_ptr, body_column, body_length, edges, floor, middle, top, mask
         z = _block(
             fetched, body_column, body_length, offset, mask_id, forbidden_ptr, HAS_MASK_ID, HAS_FORBIDDEN, VECTOR
         )
-        fetched = _fetched(body_ptr, body_length, offset + BLOCK, VECTOR, BLOCK)  # few warps hide little latency
+        fetched = _fetched(body_ptr, body_length, offset + BLOCK, VECTOR, BLOCK)  # while this one is summed
         largest = tl.maximum(largest, tl.max(z, 1))
         weights = _weight(z, top)
         if HAS_FLOOR:
@@ -626,12 +627,15 @@ def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
     if not by_mass:
         sample = _sample_size(num_ids / lanes, filters["num_kept"] / num_ids, sample)
     programs = min(num_rows, _RESIDENT_WARPS // num_warps)
-    options = {"maxnreg": _REGISTERS} if by_mass and _is_held_to_registers(logits["x_ptr"]) else {}
+    x = logits["x_ptr"]
+    options = {"maxnreg": _REGISTERS} if by_mass and x.element_size() == 2 and _is_hopper(x.device) else {}
+    candidates = x.new_empty((programs, lanes, _CAPACITY.value), dtype=torch.float32)
+    assert candidates.data_ptr() % (4 * _CAPACITY.value) == 0, "the last bits of a list's address tell its places"
     _thresholds_kernel[(programs,)](
         **logits,
         **filters,
         HAS_FLOOR=by_mass and filters["num_kept"] < num_ids,
-        candidates_ptr=logits["x_ptr"].new_empty((programs, lanes * _CAPACITY.value), dtype=torch.float32),
+        candidates_ptr=candidates,
         BLOCK=_WARP_BLOCK * num_warps,
         SAMPLE=sample,
         num_warps=num_warps,
@@ -639,11 +643,9 @@ def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
     )
 
 
-def _is_held_to_registers(x: Tensor) -> bool:
-    """See ``_REGISTERS``."""
-    if x.element_size() != 2 or not x.is_cuda or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(x.device) >= _HOPPER
+def _is_hopper(device: torch.device) -> bool:
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) == _HOPPER
 
 
 def _sample_size(lane: float, share: float, most: int) -> int:

@@ -1,6 +1,7 @@
 """Compile kernels for GPUs that are not there, and tell what the compilers made of them.
 
 Run as a script, without TRITON_INTERPRET: launch plans come as JSON on stdin, figures go as JSON to stdout.
+Loops are told by their instructions, largest first; passes are those with no loop inside that load 16 bytes at once.
 A plan is what the launcher would ask Triton for:
 
     {"name": "1024", "module": "fastmask.kernels.x", "kernel": "_x_kernel", "options": {"num_warps": 4},
@@ -81,26 +82,28 @@ def _nvidia_figures(cubin: bytes) -> dict:
         for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
         if not text.startswith("NOP")
     ]
+    loops = _loops(code)
     # "No spill" is STACK 0 and no local loads or stores: LOCAL stays 0 even with thousands of spills.
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "spills": sum(bool(re.search(r"\b(STL|LDL)\b", text)) for _, text in code),
         "instructions": len(code),
-        "loops": _loops(code),
+        "loops": [len(loop) for loop in loops],
+        "passes": [len(loop) for loop in loops if len(_loops(loop)) == 1 and any("LDG.E.128" in t for _, t in loop)],
         "load_bits": _widest(sass, "LDG"),
         "store_bits": _widest(sass, "STG"),
     }
 
 
-def _loops(code: list[tuple[int, str]]) -> list[int]:
-    """Instructions in each loop, outermost first where they nest: what a backward branch jumps over."""
-    sizes = []
+def _loops(code: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
+    """The code of each loop, largest first: what a backward branch jumps over."""
+    loops = []
     for address, text in code:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < address:
-            sizes.append(sum(int(target[1], 16) <= other <= address for other, _ in code))
-    return sorted(sizes, reverse=True)
+            loops.append([line for line in code if int(target[1], 16) <= line[0] <= address])
+    return sorted(loops, key=len, reverse=True)
 
 
 def _widest(sass: str, operation: str) -> int:

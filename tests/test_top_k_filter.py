@@ -88,7 +88,7 @@ def filter_row(kind, vocabulary, dtype=torch.float32):
         "falling": lambda: -place / 1000.0,
         # Lanes read 4 or 8 columns of each block of 2048, or of 4096, and have room for 16 candidates each.
         "in few lanes": lambda: normal + 9.0 * (place % 2048 < 50),
-        # What lanes list first, and what they list no more, differ in weight.
+        # What full lists have lost and what they still have differ in weight.
         "falling in few lanes": lambda: normal.where(place % 2048 >= 64, 12.0 - 6.0 * place / vocabulary),
         "rising in few lanes": lambda: normal.where(place % 2048 >= 64, 6.0 + 6.0 * place / vocabulary),
         # Of 40960 columns the sample that brackets the threshold sees every tenth, 20th or 40th vector.
@@ -186,7 +186,8 @@ def test_top_p_of_lists_that_are_full(backend, kind):
 
 
 @pytest.mark.parametrize(
-    "level", [-1000.0, pytest.param(-95.0, marks=pytest.mark.ptx), pytest.param(1e10, marks=pytest.mark.ptx)]
+    "level",
+    [-1000.0, -1e6, 3e7, *(pytest.param(level, marks=pytest.mark.ptx) for level in (-95.0, 1e10))],
 )
 def test_top_p_wherever_the_logits_lie(backend, level):
     """Even where the sample has none of them; weights are relative to the largest of the row."""
@@ -198,6 +199,14 @@ def test_top_p_wherever_the_logits_lie(backend, level):
             assert_nucleus(backend, row.where(stays, others), top_p)
     assert_nucleus(backend, level + 3.0 * draw(8200), 0.5, 0.999)
     assert_nucleus(backend, torch.full((2104,), level + 3.3), 0.0)
+
+
+@pytest.mark.ptx
+def test_all_but_one_have_an_even_share(backend):
+    """Where they lie so far from 0 that the largest does not weigh 1, their share must be known all the same."""
+    row = torch.full((2600,), 96017064.0)
+    row[2] += 8.0
+    assert_nucleus(backend, row, 0.6)
 
 
 @pytest.mark.parametrize(
