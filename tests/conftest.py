@@ -7,6 +7,7 @@ imported, so it is set here, before any test module is.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -57,6 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         runs = [isinstance(item, pytest.Function) and "ptx" in re.split(r"[\[\]-]", item.name) for item in items]
         config.hook.pytest_deselected(items=[item for item, is_run in zip(items, runs, strict=True) if not is_run])
         items[:] = [item for item, is_run in zip(items, runs, strict=True) if is_run]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: the garbage collector need not look through it again and again."""
+    gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -594,13 +594,10 @@ class Memory(TorchDispatchMode):
         self.bytes -= nbytes
 
     def __enter__(self):
-        gc.collect()
-        gc.freeze()  # what there was need not be looked through each time
-        return super().__enter__()
-
-    def __exit__(self, *exception):
         gc.unfreeze()
-        return super().__exit__(*exception)
+        gc.collect()
+        gc.freeze()  # what there is need not be looked through each time
+        return super().__enter__()
 
 
 def extra_bytes(function: Callable, device: torch.device) -> Callable:
