@@ -564,6 +564,7 @@ def recorded(tiny_suite, monkeypatch) -> list[int]:
         return {name: [float(visits[-1])] * 3 for name in runs}
 
     monkeypatch.setattr(harness, "time_rounds", time_rounds)
+    monkeypatch.setattr(harness, "peak_mib", lambda *_: None)
     return visits
 
 
