@@ -398,7 +398,7 @@ def _measure(body_ptr, body_column, body_length, edges, floor, middle, top, mask
         if HAS_FLOOR:
             weights = tl.where(z >= z_floor, weights, 0.0)
         total += tl.sum(weights, 1)
-        above += tl.sum((z >= z_middle).to(tl.float32) * weights, 1)
+        above += tl.sum((z >= z_middle).to(tl.float32) * weights, 1)  # fused: one less than to choose and add
     return tl.max(largest), tl.sum(total), tl.sum(above)
 
 

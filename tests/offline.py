@@ -90,9 +90,9 @@ def _nvidia_figures(cubin: bytes) -> dict:
         "spills": sum(bool(re.search(r"\b(STL|LDL)\b", text)) for _, text in code),
         "instructions": len(code),
         "loops": [len(loop) for loop in loops],
-        "passes": [len(loop) for loop in loops if len(_loops(loop)) == 1 and any("LDG.E.128" in t for _, t in loop)],
-        "load_bits": _widest(sass, "LDG"),
-        "store_bits": _widest(sass, "STG"),
+        "passes": [len(loop) for loop in loops if len(_loops(loop)) == 1 and _widest(loop, "LDG") == 128],
+        "load_bits": _widest(code, "LDG"),
+        "store_bits": _widest(code, "STG"),
     }
 
 
@@ -106,8 +106,9 @@ def _loops(code: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
     return sorted(loops, key=len, reverse=True)
 
 
-def _widest(sass: str, operation: str) -> int:
-    found = re.findall(rf"\b{operation}\S*", sass)
+def _widest(code: list[tuple[int, str]], operation: str) -> int:
+    """The most bits that a thread moves in one such operation."""
+    found = [name for _, text in code for name in re.findall(rf"\b{operation}\S*", text)]
     narrow = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
     return max((max([narrow.get(part, 0) for part in text.split(".")]) or 32 for text in found), default=0)
 

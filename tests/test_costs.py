@@ -91,7 +91,7 @@ def test_a_filter_reads_a_short_row_once_and_a_long_one_a_few_times(
 
 @pytest.mark.parametrize(
     ("kind", "most_read", "most_instructions"),
-    [("heavy tail", 3.4, 49), ("few have most", 3.6, 54)],
+    [("heavy tail", 3.4, 49), ("few have most", 3.6, 54), ("few have all", 3.2, 53)],
 )
 def test_peaked_rows_cost_a_nucleus_little_more(costs, many_rows, kind, most_read, most_instructions):
     """As a trained network's, of which a sample misses most of the weight, or has too much."""
@@ -100,6 +100,7 @@ def test_peaked_rows_cost_a_nucleus_little_more(costs, many_rows, kind, most_rea
     logits = {
         "heavy tail": -1.1 * rank.log() + 0.3 * normal,
         "few have most": normal + 8.0 * (rank <= 100),
+        "few have all": normal + 40.0 * (rank <= 30),
     }[kind].bfloat16()
     filter, _, _ = costs(F.sample_tokens, logits.view(2, MASKED // 2, -1), top_p=0.9, mask_id=7, seed=0).values()
     assert filter.read <= most_read * logits.nbytes

@@ -1437,7 +1437,7 @@ def test_16_warps_of_a_nucleus_fit_into_a_multiprocessor(figures):
 
 
 @pytest.mark.parametrize("is_hopper", [True, False])
-def test_that_is_asked_for_of_16_bit_logits_on_hopper(kernel, monkeypatch, is_hopper):
+def test_a_launch_of_16_bit_logits_asks_for_few_registers_on_hopper(kernel, monkeypatch, is_hopper):
     """Of a nucleus, not of k; launches are recorded, nothing runs."""
     module, asked = kernel.module("top_k_filter"), []
     monkeypatch.setattr(module, "_is_hopper", lambda device: is_hopper)

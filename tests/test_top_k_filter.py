@@ -116,7 +116,7 @@ TOP_K = [
     [pytest.param(*case, marks=[pytest.mark.ptx] * (case in TOP_K_OF_CI)) for case in TOP_K],
 )
 def test_top_k_keeps_what_sorting_keeps(backend, kind, vocabulary, thres, dtype):
-    if vocabulary > 40000 and dtype == torch.bfloat16 and backend.name == "interpreter":
+    if vocabulary > 100000 and dtype == torch.bfloat16 and backend.name == "interpreter":
         pytest.skip("one dtype of the largest is enough for the interpreter")
     row = filter_row(kind, vocabulary, dtype)
     expected = kept_by(row.double().numpy(), thres) & np.isfinite(row.double().numpy())
@@ -185,10 +185,8 @@ def test_top_p_of_lists_that_are_full(backend, kind):
         assert_nucleus(backend, row, top_p)
 
 
-@pytest.mark.parametrize(
-    "level",
-    [-1000.0, -1e6, 3e7, *(pytest.param(level, marks=pytest.mark.ptx) for level in (-95.0, 1e10))],
-)
+@pytest.mark.ptx
+@pytest.mark.parametrize("level", [-1000.0, -95.0, -1e6, 3e7, 1e10])
 def test_top_p_wherever_the_logits_lie(backend, level):
     """Even where the sample has none of them; weights are relative to the largest of the row."""
     row = torch.full((8200,), -math.inf)
@@ -209,20 +207,18 @@ def test_all_but_one_have_an_even_share(backend):
     assert_nucleus(backend, row, 0.6)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize(
     ("kind", "top_p", "dtype"),
-    [("peaked", 0.7, torch.bfloat16), ("heavy tail", 0.7, torch.float32),
-     pytest.param("few have most", 0.97, torch.bfloat16, marks=pytest.mark.ptx)],
+    [("peaked", 0.7, torch.bfloat16), ("few have most", 0.97, torch.bfloat16), ("heavy tail", 0.7, torch.float32)],
     ids=str,
-)  # fmt: skip
+)
 def test_top_p_of_a_large_vocabulary(backend, kind, top_p, dtype):
     assert_nucleus(backend, filter_row(kind, 50257, dtype), top_p)
 
 
-@pytest.mark.parametrize(
-    ("content", "place"),  # of the sample, of an edge
-    [pytest.param(math.inf, 1, marks=pytest.mark.ptx), (math.inf, -1), (-math.inf, 1), (math.nan, 1), (math.nan, -1)],
-)
+@pytest.mark.parametrize("place", [1, -1])  # of the sample, of an edge
+@pytest.mark.parametrize("content", [pytest.param(math.inf, marks=pytest.mark.ptx), -math.inf, math.nan])
 def test_filters_end_at_rows_without_a_law(backend, reference, content, place):
     """What stays of such a row nobody looks at, but its neighbour is as ever."""
     lawless, lawful = draw(8201), draw(8201, seed=1)
