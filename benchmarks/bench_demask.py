@@ -1,12 +1,11 @@
 """Sampling and scoring of logit rows, against x-transformers' own step (the baseline) and every peer.
 
-``pytest benchmarks`` or ``python -m benchmarks.bench_demask [--quick]``.
+``pytest benchmarks`` or ``python -m benchmarks --only demask``.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,7 +171,3 @@ BENCHMARK = Benchmark("demask", cases, contenders, problem, floors)
 @pytest.mark.parametrize("case", cases(quick=False), ids=str)
 def test_demask(benchmark: Any, case: Case, contender: Contender) -> None:
     BENCHMARK.run_pytest(benchmark, case, contender)
-
-
-if __name__ == "__main__":
-    sys.exit(BENCHMARK.main(__doc__))

@@ -1,11 +1,10 @@
 """A whole generation, against x-transformers' own (the baseline), the network's own time shown apart.
 
-``pytest benchmarks`` or ``python -m benchmarks.bench_generate [--quick]``.
+``pytest benchmarks`` or ``python -m benchmarks --only generate``.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -20,7 +19,3 @@ BENCHMARK = end_to_end.benchmark("generate")
 @pytest.mark.parametrize("case", BENCHMARK.cases(False), ids=str)
 def test_generate(benchmark: Any, case: end_to_end.Case, contender: Contender) -> None:
     BENCHMARK.run_pytest(benchmark, case, contender)
-
-
-if __name__ == "__main__":
-    sys.exit(BENCHMARK.main(__doc__))

@@ -1,12 +1,11 @@
 """Head and loss with gradients, against eager PyTorch (the baseline), every peer, and three bare products.
 
-``pytest benchmarks`` or ``python -m benchmarks.bench_linear_masked_cross_entropy [--quick]``.
+``pytest benchmarks`` or ``python -m benchmarks --only linear_masked_cross_entropy``.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +134,3 @@ BENCHMARK = Benchmark(
 @pytest.mark.parametrize("case", cases(quick=False), ids=str)
 def test_linear_masked_cross_entropy(benchmark: Any, case: Case, contender: Contender) -> None:
     BENCHMARK.run_pytest(benchmark, case, contender)
-
-
-if __name__ == "__main__":
-    sys.exit(BENCHMARK.main(__doc__))

@@ -1,12 +1,11 @@
 """Mask sampling with BERT gating, against x-transformers' own lines (five argsorts).
 
-``pytest benchmarks`` or ``python -m benchmarks.bench_mask_sampling [--quick]``.
+``pytest benchmarks`` or ``python -m benchmarks --only mask_sampling``.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,7 +168,3 @@ BENCHMARK = Benchmark("mask_sampling", cases, contenders, problem, floors)
 @pytest.mark.parametrize("case", cases(quick=False), ids=str)
 def test_mask_sampling(benchmark: Any, case: Case, contender: Contender) -> None:
     BENCHMARK.run_pytest(benchmark, case, contender)
-
-
-if __name__ == "__main__":
-    sys.exit(BENCHMARK.main(__doc__))

@@ -1,11 +1,10 @@
 """Loss and gradient from logits, against eager PyTorch (the baseline) and every peer.
 
-``pytest benchmarks`` or ``python -m benchmarks.bench_masked_cross_entropy [--quick]``.
+``pytest benchmarks`` or ``python -m benchmarks --only masked_cross_entropy``.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +94,3 @@ BENCHMARK = Benchmark(
 @pytest.mark.parametrize("case", cases(quick=False), ids=str)
 def test_masked_cross_entropy(benchmark: Any, case: Case, contender: Contender) -> None:
     BENCHMARK.run_pytest(benchmark, case, contender)
-
-
-if __name__ == "__main__":
-    sys.exit(BENCHMARK.main(__doc__))

@@ -269,17 +269,18 @@ def _runs(case: Case, contender: Contender) -> bool:
     return True
 
 
-def show_largest_batches() -> list[Row]:
-    """Prints and returns the largest batch of each contender whose network is not compiled, at each network's
-    largest vocabulary and length (CUDA only)."""
+def memory_cases() -> list[Case]:
+    """At which the largest batch is told (CUDA only): each network at its largest vocabulary and length."""
+    found = [case for task in TASKS for case in cases(task, False)]
+    return [case for case in found if (case.seq_len, case.num_tokens) == (1024, 50257)]
+
+
+def show_largest_batches(case: Case) -> list[Row]:
+    """Prints and returns the largest batch of each contender whose network is not compiled."""
     rows: list[Row] = []
-    for case in [
-        case for task in TASKS for case in cases(task, False) if (case.seq_len, case.num_tokens) == (1024, 50257)
-    ]:
-        for contender in contenders():
-            if not contender.needs_cuda:
-                network = str(case).partition(", ")[2]
-                rows.append({"task": case.task, "case": network, "contender": contender.name})
-                rows[-1]["batch"] = largest_batch(case, contender)
-                print("{task}, {case}: {contender} fits {batch} sequences".format(**rows[-1]), flush=True)
+    for contender in contenders():
+        if not contender.needs_cuda:
+            rows.append({"operation": case.task, "case": str(case), "contender": contender.name})
+            rows[-1]["batch"] = largest_batch(case, contender)
+            print("{operation}, {case}: {contender} fits {batch} sequences".format(**rows[-1]), flush=True)
     return rows

@@ -7,7 +7,6 @@ reference; one that cannot be timed gets a row that says why.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import gc
@@ -17,7 +16,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -318,8 +317,13 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> None:
     least = {name: min(times) for name, times in time_rounds(runs, {}, device, QUICK).items()}
     copied = Floor(2 * numel * source.element_size(), None, "GB/s").achieved(least["copy"])
     multiplied = Floor(2 * size**3, None, "TFLOP/s").achieved(least["product"])
+    remember_ceilings(device, dtype, Ceilings(copied, multiplied))
+
+
+def remember_ceilings(device: torch.device, dtype: torch.dtype, found: Ceilings) -> None:
+    """What was measured now, or in an earlier part of this run."""
     before = _best.get((device, dtype), Ceilings(0.0, 0.0))
-    _best[device, dtype] = Ceilings(max(before.copy, copied), max(before.product, multiplied))
+    _best[device, dtype] = Ceilings(max(before.copy, found.copy), max(before.product, found.product))
 
 
 def compare(
@@ -393,12 +397,17 @@ def _floor(row: Row, floors: Mapping[str, Floor]) -> Floor:
 
 
 def _timing(times: Sequence[float], floor: Floor) -> Row:
-    median, least = statistics.median(times), floor.milliseconds
+    median = statistics.median(times)
     row: Row = {"ms": median, "spread": [min(times), max(times)], "rounds": len(times), "times": times}
-    row |= {"rate": floor.achieved(median), "unit": floor.unit, "floor_ms": least}
-    row["percent_of_floor"] = None if least is None else 100 * least / median
+    return row | _against(floor, median)
+
+
+def _against(floor: Floor, milliseconds: float) -> Row:
+    least = floor.milliseconds
+    row: Row = {"rate": floor.achieved(milliseconds), "unit": floor.unit, "floor_ms": least}
+    row["percent_of_floor"] = None if least is None else 100 * least / milliseconds
     if floor.logits and floor.rate is not None:
-        row["bytes_per_logit"] = floor.rate * UNITS[floor.unit] * median * 1e-3 / floor.logits
+        row["bytes_per_logit"] = floor.rate * UNITS[floor.unit] * milliseconds * 1e-3 / floor.logits
     return row
 
 
@@ -540,6 +549,12 @@ class Benchmark:
         self.finish(rows)
         return rows
 
+    def hold(self, case: Any, row: Row) -> None:
+        """Holds a row of the case, if it was timed, to the best ceilings so far."""
+        if "ms" in row:
+            floors = self.floors(case, ceilings(case.device, default_dtype(case.device)))
+            row |= _against(_floor(row, floors), row["ms"])
+
     def run_pytest(self, benchmark: Any, case: Any, contender: Contender) -> None:
         """The same gate and step under pytest-benchmark."""
         fresh_compilers()
@@ -559,39 +574,27 @@ class Benchmark:
         benchmark.group = f"{self.name}, {case}"
         benchmark.pedantic(run, setup=step.restore, rounds=CPU_VISITS * FULL.min_rounds, warmup_rounds=1)
 
-    def main(self, doc: str | None) -> int:
-        """The command line of one operation: prints its tables; 1 if fastmask was refused anywhere."""
-        parser = argparse.ArgumentParser(description=doc)
-        parser.add_argument("--quick", action="store_true", help="a large and a small shape, fewer rounds")
-        return int(any_of_ours_refused(show([self], parser.parse_args().quick)))
 
+def show(cases: Sequence[tuple[Benchmark, Any]], quick: bool) -> Iterator[list[Row]]:
+    """Measures cases, prints a table of each visit, and yields a case's rows after the last one.
 
-def show(benchmarks: Sequence[Benchmark], quick: bool) -> list[Row]:
-    """Measures every case of some benchmarks, and prints a table of each visit.
-
-    A CPU's ceilings are measured again before each visit, since its speed drifts: a table printed early is held to
-    the best so far, the rows returned to the best of the run.
+    A CPU's ceilings are measured again before each visit, since its speed drifts.
     """
     device, start = default_device(), time.monotonic()
     print(machine(device), flush=True)
-    cases = [(benchmark, case) for benchmark in benchmarks for case in benchmark.cases(quick)]
     found: list[list[Row]] = [[] for _ in cases]
-    visits = list(range(len(cases))) * (CPU_VISITS if device.type == "cpu" and not quick else 1)
-    for number, place in enumerate(visits, 1):
+    num_visits = CPU_VISITS if device.type == "cpu" and not quick else 1
+    for number, place in enumerate(list(range(len(cases))) * num_visits, 1):
         benchmark, case = cases[place]
-        print(f"\n[{number}/{len(visits)}, {time.monotonic() - start:.0f} s] {benchmark.name}, {case}", flush=True)
+        told = f"\n[{number}/{num_visits * len(cases)}, {time.monotonic() - start:.0f} s] {benchmark.name}, {case}"
+        print(told, flush=True)
         if device.type == "cpu":
             measure_ceilings(device, default_dtype(device))
         found[place] = benchmark.measure(case, QUICK if quick else FULL, earlier=found[place])
         print(table(found[place], benchmark.published if case.device.type == "cuda" else None), flush=True)
-    limits = ceilings(device, default_dtype(device))
-    for (benchmark, case), rows in zip(cases, found, strict=True):
-        floors = benchmark.floors(case, limits)
-        for row in rows:
-            if "times" in row:
-                row |= _timing(row["times"], _floor(row, floors))
+        if number > (num_visits - 1) * len(cases):
+            yield [{key: value for key, value in row.items() if key != "times"} for row in found[place]]
     print(f"\nin all: {machine(device)}", flush=True)
-    return [{key: value for key, value in row.items() if key != "times"} for rows in found for row in rows]
 
 
 @functools.lru_cache(maxsize=1)

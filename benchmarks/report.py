@@ -20,8 +20,13 @@ NOT_MEASURED = "**On a GPU nothing has been measured yet.**"
 # --- README -----------------------------------------------------------------------------------------------------
 
 
-def rewrite_readme(directory: pathlib.Path) -> int:
+def main(directory: pathlib.Path) -> int:
+    """README's tables, and the plots of what they tell."""
     README.write_text(readme(README.read_text(), directory))
+    for is_cuda in (True, False):
+        found = results_file.newest(is_cuda, directory)
+        if found is not None:
+            plot(found, results_file.path(found, directory))
     return 0
 
 
@@ -124,7 +129,10 @@ def _ends(row: Row) -> str:
 
 
 def _largest_batches(found: Results) -> str:
-    lines = [[row["case"], row["task"], row["contender"], str(row["batch"])] for row in found["largest_batches"]]
+    lines = [
+        [row["case"].partition(", ")[2], row["operation"], row["contender"], str(row["batch"])]
+        for row in found["largest_batches"]
+    ]
     return _table(["largest batch that fits", "", "", "sequences"], lines)
 
 

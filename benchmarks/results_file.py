@@ -9,20 +9,23 @@ import pathlib
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from benchmarks import harness
+from benchmarks.harness import Row
 
 Results = dict[str, Any]
+
+SECTIONS = ("rows", "scaling", "largest_batches")
 
 DIRECTORY = pathlib.Path(__file__).parent / "results"
 
 
 def about(device: torch.device, quick: bool) -> Results:
     """Where, when and with what: the head of a results file."""
-    limits = harness.ceilings(device, harness.default_dtype(device))
     return {
         "device": device.type,
         "name": harness.device_name(device),
@@ -33,9 +36,42 @@ def about(device: torch.device, quick: bool) -> Results:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "clocks": _clocks() if device.type == "cuda" else None,
-        "ceilings": dataclasses.asdict(limits),
+        **state(device),
     }
+
+
+def state(device: torch.device) -> Results:
+    """What changes during a run."""
+    limits = harness.ceilings(device, harness.default_dtype(device))
+    return {"clocks": _clocks() if device.type == "cuda" else None, "ceilings": dataclasses.asdict(limits)}
+
+
+def begin(device: torch.device, quick: bool, directory: pathlib.Path) -> Results:
+    """The results of a run that has measured nothing yet; what today's file has, where machine and versions are the
+    same and the commit is, too, without changes."""
+    results = about(device, quick) | {section: [] for section in SECTIONS} | {"seconds": 0.0}
+    file = path(results, directory)
+    if not file.exists() or not results["commit"] or results["commit"].endswith("-dirty"):
+        return results
+    earlier = json.loads(file.read_text())
+    if any(earlier[key] != results[key] for key in ("name", "threads", "versions", "commit")):
+        return results
+    dtype = harness.default_dtype(device)
+    harness.remember_ceilings(device, dtype, harness.Ceilings(**earlier["ceilings"]))
+    return results | {key: earlier[key] for key in (*SECTIONS, "seconds")} | state(device)
+
+
+def part(row: Row) -> tuple[str, ...]:
+    """What is measured as one: a case, or a sweep of a case."""
+    return row["operation"], row["case"], row.get("field", "")
+
+
+def put(rows: list[Row], found: Sequence[Row]) -> None:
+    """Rows of some parts in place of what there was of them."""
+    parts = {part(row) for row in found}
+    place = next((place for place, row in enumerate(rows) if part(row) in parts), len(rows))
+    after = [row for row in rows[place:] if part(row) not in parts]
+    rows[place:] = [*found, *after]
 
 
 def _clocks() -> dict[str, str] | None:
@@ -52,7 +88,7 @@ def _output(*command: str) -> str:
         return ""
 
 
-def path(results: Results, directory: pathlib.Path = DIRECTORY) -> pathlib.Path:
+def path(results: Results, directory: pathlib.Path) -> pathlib.Path:
     name = "cpu" if results["device"] == "cpu" else re.sub(r"\W+", "-", results["name"].lower())
     return directory / f"{name}-{results['date']}{'-quick' * results['quick']}.json"
 

@@ -79,14 +79,14 @@ def measure(sweep: Sweep) -> list[Row]:
     ]
 
 
-def show(device: torch.device) -> list[Row]:
-    """Measures every sweep and prints a line for each contender."""
-    rows = []
-    for sweep in sweeps(device):
-        for row in measure(sweep):
-            told = ", ".join(f"{value}: {ms:.3g} ms" for value, ms in row["points"])
-            print("{operation} against {field}, {contender}: exponent {exponent:.2f}".format(**row), f"({told})")
-            rows.append(row)
+def show(sweep: Sweep) -> list[Row]:
+    """Measures a sweep and prints a line for each contender."""
+    rows = measure(sweep)
+    for row in rows:
+        told = ", ".join(f"{value}: {ms:.3g} ms" for value, ms in row["points"])
+        print(
+            "{operation} against {field}, {contender}: exponent {exponent:.2f}".format(**row), f"({told})", flush=True
+        )
     return rows
 
 

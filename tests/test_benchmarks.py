@@ -8,7 +8,6 @@ import pathlib
 import subprocess
 import sys
 import time
-import types
 from dataclasses import replace
 
 import pytest
@@ -191,8 +190,8 @@ def test_a_published_figure_is_told_apart_from_ours(problem):
     assert "published, not measured here: 3000 GB/s" in last
 
 
-def test_the_script_runs_as_a_module():
-    command = [sys.executable, "-m", "benchmarks.bench_masked_cross_entropy", "--help"]
+def test_the_suite_runs_as_a_module():
+    command = [sys.executable, "-m", "benchmarks", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--quick" in done.stdout
@@ -247,11 +246,7 @@ def test_a_row_is_the_median_of_its_times_against_its_own_floor(problem, monkeyp
 
 
 @pytest.mark.parametrize("refused", [[7], [8], []], ids=str)
-def test_the_script_fails_if_ours_was_refused_anywhere(refused, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--quick"])
-    monkeypatch.setattr(harness, "QUICK", ONCE)
-    monkeypatch.setattr(harness, "ceilings", lambda *_: Ceilings(1.0, 1.0))
-    monkeypatch.setattr(harness, "measure_ceilings", lambda *_: None)
+def test_the_suite_fails_if_ours_was_refused_anywhere(refused, tiny_suite, monkeypatch, tmp_path, capsys):
 
     def loss(logits, targets, is_masked):
         return right(logits, targets, is_masked) * (2.0 if logits.shape[1] in refused else 1.0)
@@ -261,7 +256,8 @@ def test_the_script_fails_if_ours_was_refused_anywhere(refused, monkeypatch, cap
         cases=lambda quick: [dense.Case(4, num_tokens, 0.5, CPU) for num_tokens in (7, 8)],
         contenders=lambda: [contender(loss, is_ours=True), contender(wrong_row)],
     )
-    assert benchmark.main(None) == int(bool(refused))
+    monkeypatch.setattr(suite, "BENCHMARKS", [benchmark])
+    assert suite.main(["--quick", "--output", str(tmp_path)]) == int(bool(refused))
     assert capsys.readouterr().out.count("not timed, wrong") == 2 + len(refused)
 
 
@@ -535,7 +531,7 @@ def tiny_suite(monkeypatch) -> harness.Benchmark:
     monkeypatch.setattr(harness, "QUICK", THRICE)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     benchmark = replace(demask.BENCHMARK, cases=lambda quick: [demask.Case(64, 500, None, CPU)])
-    monkeypatch.setattr(suite, "MODULES", [types.SimpleNamespace(BENCHMARK=benchmark)])
+    monkeypatch.setattr(suite, "BENCHMARKS", [benchmark])
     return benchmark
 
 
@@ -555,8 +551,8 @@ def test_a_kernel_made_wrong_is_refused_by_the_suite(tiny_suite, monkeypatch, tm
 def recorded(tiny_suite, monkeypatch) -> list[int]:
     """Two cases of which every run is said to take 1 ms at the first visit of any, 2 ms at the second, and so on."""
     benchmark = replace(tiny_suite, cases=lambda quick: [demask.Case(rows, 500, None, CPU) for rows in (32, 64)])
-    monkeypatch.setattr(suite, "MODULES", [types.SimpleNamespace(BENCHMARK=benchmark)])
-    monkeypatch.setattr(scaling, "show", lambda device: [])
+    monkeypatch.setattr(suite, "BENCHMARKS", [benchmark])
+    monkeypatch.setattr(scaling, "sweeps", lambda device: [])
     visits: list[int] = []
 
     def time_rounds(runs, *_):
@@ -609,6 +605,64 @@ def test_a_run_is_held_to_the_best_ceiling_of_all_its_visits(recorded, monkeypat
 def test_a_quick_run_comes_to_each_case_once(recorded, tmp_path):
     assert suite.main(["--quick", "--output", str(tmp_path)]) == 0
     assert recorded == [1, 2]
+
+
+class CutShort(BaseException):
+    """As Ctrl-C or a time limit would."""
+
+
+@pytest.fixture
+def cut_short(recorded, monkeypatch, tmp_path) -> list[int]:
+    """A quick run of a clean commit that was cut short at the second of its two cases."""
+    monkeypatch.setattr(results_file, "_output", lambda *command: "abc1234")
+    time_rounds = harness.time_rounds
+
+    def cut_at_the_second(*given):
+        if len(recorded) == 1:
+            raise CutShort
+        return time_rounds(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(harness, "time_rounds", cut_at_the_second)
+        with pytest.raises(CutShort):
+            suite.main(["--quick", "--output", str(tmp_path)])
+    return recorded
+
+
+def cases_and_times(directory) -> list[tuple[str, float]]:
+    rows = results_file.newest(False, directory)["rows"]
+    return [(row["case"].partition("x")[0], row["ms"]) for row in rows if row["name"] == "fastmask"]
+
+
+def test_a_run_that_is_cut_short_leaves_what_it_has_and_is_resumed(cut_short, monkeypatch, tmp_path):
+    assert cases_and_times(tmp_path) == [("32", 1.0)]
+    monkeypatch.setattr(harness, "_best", {(CPU, torch.float32): Ceilings(50.0, 0.5)})  # of another process
+    assert suite.main(["--quick", "--resume", "--output", str(tmp_path)]) == 0
+    assert cases_and_times(tmp_path) == [("32", 1.0), ("64", 2.0)]
+    found = results_file.newest(False, tmp_path)
+    assert found["ceilings"] == {"copy": 50.0, "product": 1.0}
+    for row in found["rows"]:
+        if "ms" in row:
+            assert row["floor_ms"] == pytest.approx(row["shape"]["num_rows"] * 500 * 4 / 50e9 * 1e3, rel=1e-3)
+    assert suite.main(["--quick", "--resume", "--output", str(tmp_path)]) == 0
+    assert cut_short == [1, 2]  # nothing was left to do
+
+
+def test_a_run_of_some_operations_keeps_the_others_where_they_were(recorded, monkeypatch, tmp_path):
+    monkeypatch.setattr(results_file, "_output", lambda *command: "abc1234")
+    monkeypatch.setattr(suite, "BENCHMARKS", [suite.BENCHMARKS[0], replace(suite.BENCHMARKS[0], name="twin")])
+    assert suite.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert suite.main(["--quick", "--only", "demask", "--output", str(tmp_path)]) == 0
+    assert cases_and_times(tmp_path) == [("32", 5.0), ("64", 6.0), ("32", 3.0), ("64", 4.0)]
+
+
+@pytest.mark.parametrize("commit", ["", "abc1234-dirty", "def5678"])
+def test_only_results_of_the_same_commit_are_resumed(cut_short, monkeypatch, tmp_path, commit):
+    monkeypatch.setattr(results_file, "_output", lambda *command: commit)
+    for _ in range(2):
+        assert suite.main(["--quick", "--resume", "--output", str(tmp_path)]) == 0
+    first = 2 if commit == "def5678" else 4  # of another commit: measured anew, and resumed; unknown: anew each time
+    assert cases_and_times(tmp_path) == [("32", first), ("64", first + 1)]
 
 
 @pytest.mark.parametrize("wrong_visit", [0, 1])
@@ -697,6 +751,17 @@ def test_readme_is_rebuilt_between_its_markers(tmp_path):
     assert told.index("**NVIDIA H200** (bfloat16; torch 2, clocks.sm 1980 MHz;") < told.index("**A CPU** (2 threads")
 
 
+def test_report_rebuilds_readme_and_plots(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    report.README.write_text(f"{report.BEGIN}{report.END}")
+    results_file.write(some_results(), tmp_path)
+    drawn = []
+    monkeypatch.setattr(report, "plot", lambda found, file: drawn.append(file.name))
+    assert suite.main(["report", "--output", str(tmp_path)]) == 0
+    assert report.README.read_text() == report.readme(f"{report.BEGIN}{report.END}", tmp_path)
+    assert drawn == [next(tmp_path.glob("*.json")).name]
+
+
 @pytest.mark.parametrize("text", ["", report.BEGIN, report.END + report.BEGIN, (report.BEGIN + report.END) * 2])
 def test_readme_without_its_markers_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match="expected <!-- benchmarks:begin --> and then <!-- benchmarks:end -->"):
@@ -755,6 +820,28 @@ def test_a_sweep_fits_the_upper_half_of_each_contender(monkeypatch):
     assert all(row["exponent"] == pytest.approx(1.0) for row in rows)
 
 
+def test_sweeps_are_resumed_too(recorded, monkeypatch, tmp_path):
+    monkeypatch.setattr(results_file, "_output", lambda *command: "abc1234")
+    sweeps = [scaling.Sweep(demask.BENCHMARK, "rows", field, (1, 2)) for field in ("num_rows", "num_tokens")]
+    monkeypatch.setattr(scaling, "sweeps", lambda device: sweeps)
+    monkeypatch.setattr(suite, "BENCHMARKS", [replace(suite.BENCHMARKS[0], cases=lambda quick: [])])
+    shown = []
+
+    def show(sweep):
+        shown.append(sweep.field)
+        if len(shown) == 2:
+            raise CutShort
+        return [{"operation": "demask", "case": "rows", "field": sweep.field, "contender": name} for name in "ab"]
+
+    monkeypatch.setattr(scaling, "show", show)
+    with pytest.raises(CutShort):
+        suite.main(["--output", str(tmp_path)])
+    assert suite.main(["--resume", "--output", str(tmp_path)]) == 0
+    assert shown == ["num_rows", "num_tokens", "num_tokens"]
+    found = results_file.newest(False, tmp_path)["scaling"]
+    assert [row["field"] for row in found] == ["num_rows", "num_rows", "num_tokens", "num_tokens"]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_sweeps_reach_what_they_promise(device):
     found = scaling.sweeps(torch.device(device))
@@ -766,13 +853,13 @@ def test_sweeps_reach_what_they_promise(device):
 def test_the_suite_has_every_operation(monkeypatch):
     from fastmask import _dispatch
 
-    names = {module.BENCHMARK.name for module in suite.MODULES}
+    names = {benchmark.name for benchmark in suite.BENCHMARKS}
     assert names == {*_dispatch.OPERATIONS, *end_to_end.TASKS}
     for is_cuda in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda is_cuda=is_cuda: is_cuda)
-        for module in suite.MODULES:
-            quick, everything = module.BENCHMARK.cases(True), module.BENCHMARK.cases(False)
-            assert set(quick) <= set(everything), module
+        for benchmark in suite.BENCHMARKS:
+            quick, everything = benchmark.cases(True), benchmark.cases(False)
+            assert set(quick) <= set(everything), benchmark.name
             assert len({replace(case, device=CPU) for case in quick}) >= 2
             assert {case.device.type for case in everything} == {"cuda" if is_cuda else "cpu"}
 
