@@ -77,6 +77,6 @@ def plan(
     sizes = zip(before.sum(dim=-1).tolist(), places.sum(dim=-1).tolist(), runs.tolist(), strict=True)
     return Plan(
         tuple(Step(number, (steps - 1 - number) / steps, *size) for number, size in enumerate(sizes)),
-        counts.to(device),
-        starts.to(device),
+        counts.to(device, non_blocking=True),
+        starts.to(device, non_blocking=True),
     )

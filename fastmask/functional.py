@@ -479,8 +479,8 @@ def linear_masked_cross_entropy(
         row_indices: [K] int64, in place of is_masked: the flat indices of the masked positions, each once,
             then -1; as ``mask_sampling`` returns them. Looked at under check=True only.
         num_masked: how many positions are masked, if the host knows, or a number that they do not exceed:
-            then nothing waits for the device to count them (a captured graph needs it). Loss and gradients
-            are NaN where there are more.
+            then nothing waits for the device to count them. Loss and gradients are NaN where there are more.
+            In a CUDA graph's capture, where nothing can wait, every position is computed without it.
         targets, is_masked, weights, reduction, denominator, label_smoothing, z_loss, softcap, exclude_id,
             with_correct, check, backend: as in :func:`masked_cross_entropy`.
 
@@ -768,10 +768,10 @@ def as_forbidden(
                     f"expected forbidden on {device}, received {forbidden.device}; move it with .to(device)"
                 )
         return forbidden
-    is_forbidden = torch.zeros(num_tokens, dtype=torch.bool)
+    is_forbidden = torch.zeros(num_tokens, dtype=torch.bool, device="cpu")
     for id in forbidden:
         is_forbidden[_check.integer("forbidden ids", id, 0, num_tokens)] = True
-    return is_forbidden.to(device)
+    return is_forbidden.to(device, non_blocking=True)
 
 
 def _check_canvas(

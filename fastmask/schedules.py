@@ -112,7 +112,7 @@ def step_counts(schedule: Schedule, steps: int, num_maskable: Tensor) -> Tensor:
         [[7, 2], [5, 1], [2, 0], [0, 0]]
     """
     times = torch.linspace(0.0, 1.0, steps + 1, device="cpu")[1:]
-    ratio = torch.as_tensor(schedule(times), dtype=torch.float32).expand(steps)
+    ratio = torch.as_tensor(schedule(times), dtype=torch.float32, device="cpu").expand(steps)
     counts = (ratio[:, None] * num_maskable).long()
     counts = counts.clamp(min=0).minimum(num_maskable)
     counts[-1:] = 0

@@ -497,7 +497,7 @@ class NonAutoregressiveWrapper(nn.Module):
         )
         canvas = self._start(ids, given, plan, functional.draw_seed(device, generator))
         with _evaluating(self):
-            if cuda_graph:
+            if cuda_graph and any(step.runs for step in plan.steps):
                 ids = self._replay(canvas, plan, options, forbidden, kwargs)
                 return ids[0] if sample_one else ids
             run = self._loop(canvas, plan, options, forbidden, generator, kwargs)
@@ -551,7 +551,7 @@ class NonAutoregressiveWrapper(nn.Module):
             prompt, prompt_mask = prompt.expand(rows, -1), prompt_mask.expand(rows, -1)
         expected = [len(prompt) if batch_size is None else batch_size, self.max_seq_len]
         _check.shape("prompt", prompt, expected, "B, max_seq_len")
-        prompt, prompt_mask = prompt.to(device), prompt_mask.to(device)
+        prompt, prompt_mask = (x.to(device, non_blocking=True) for x in (prompt, prompt_mask))
         return prompt.long().where(prompt_mask, self.mask_id), prompt_mask, sample_one
 
     def _plan(
@@ -719,7 +719,7 @@ def _host_uniform(generator: torch.Generator | None) -> float:
     """U(0, 1) on the host, where a Python branch needs it: never from a GPU, which would be waited for."""
     if generator is not None and generator.device.type != "cpu":
         generator = None
-    return torch.rand((), generator=generator).item()
+    return torch.rand((), generator=generator, device="cpu").item()
 
 
 @contextmanager

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import inspect
 import itertools
 import math
 import pickle
+import threading
+import traceback
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -67,6 +70,15 @@ class Branching(Net):
         return super().forward(ids, **options) * (2.0 if (ids == MASK).any() else 1.0)
 
 
+class Flipping(Net):
+    """Waits for nothing, and cannot be captured."""
+
+    def forward(self, ids, **options):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return super().forward(ids.flip(-1), **options)
+
+
 def wrap(net=None, device="cpu", **options) -> NonAutoregressiveWrapper:
     torch.manual_seed(0)
     options = {"steps": 4, **options}
@@ -91,15 +103,24 @@ def drawn(wrapper, seed: int, **options) -> torch.Tensor:
 # ---- without a GPU ----
 
 
+WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+
+
 class Recorder(TorchDispatchMode):
     """A torch.cuda.CUDAGraph's likeness, and a torch.cuda.graph's."""
 
-    REFUSED = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+    REFUSED = (*WAITS, torch.ops.aten.flip)  # the last stands for what only a capture refuses
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple] = []
         self.num_replays = 0
+
+    def capture_begin(self, **options) -> None:
+        self.__enter__()
+
+    def capture_end(self) -> None:
+        self.__exit__(None, None, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in self.REFUSED:
@@ -115,6 +136,29 @@ class Recorder(TorchDispatchMode):
                 is_view = old is not None and old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
                 if old is not None and not is_view:
                     old.copy_(new.reshape(old.shape))  # squeeze_ may have changed it since
+
+
+class SyncDebugMode(TorchDispatchMode):
+    """torch.cuda.set_sync_debug_mode's likeness: warns, and gives values all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode = 0
+
+    def set(self, mode) -> None:
+        if bool(mode) != bool(self.mode):
+            self.__enter__() if mode else self.__exit__(None, None, None)
+        self.mode = mode
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in WAITS:
+            if self.mode == "error":
+                raise RuntimeError("called a synchronizing CUDA operation")
+            frame = next(frame for frame in traceback.extract_stack()[-2::-1] if frame.filename == __file__)
+            message = "called a synchronizing CUDA operation (Triggered internally)"
+            warnings.warn_explicit(message, UserWarning, frame.filename, frame.lineno)
+        return func(*args, **(kwargs or {}))
 
 
 class OnCuda(torch.Tensor):
@@ -142,8 +186,16 @@ def graphs(monkeypatch) -> list[Recorder]:
     for name in ("stream", "device"):
         monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())
-    for name in ("Stream", "current_stream", "set_stream"):
+    for name in ("Event", "current_stream", "set_stream", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    stream = mock.MagicMock(device=torch.device("cpu"))
+    monkeypatch.setattr(_cuda_graph, "_streams", lambda device: (stream, stream))
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool", "_cuda_clearCublasWorkspaces"):
+        monkeypatch.setattr(torch._C, name, mock.MagicMock(), raising=False)
+    monkeypatch.setattr(_cuda_graph, "_failed", [])
+    sync_debug = SyncDebugMode()
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", sync_debug.set)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: sync_debug.mode)
     # What the reference does by numpy on a CPU only.
     monkeypatch.setattr(top_k_filter, "np", None)
     monkeypatch.setenv("FASTMASK_BACKEND", "reference")
@@ -377,22 +429,86 @@ def test_at_most_eight_graphs_are_kept(graphs):
     assert len(_cuda_graph._graphs[wrapper]) == 8
 
 
-def test_a_network_that_cannot_be_captured_runs_step_by_step(graphs):
-    wrapper = wrap(Branching())
+def assert_not_captured(wrapper, message) -> None:
+    """Step by step instead, and the warning comes once."""
     message = (
-        r"cuda_graph=True has no effect: the network cannot be captured \(RuntimeError: operation not permitted "
+        rf"cuda_graph=True has no effect: the network cannot be captured \({message}\); the steps run one by one"
     )
-    with pytest.warns(UserWarning, match=message + r"when stream is capturing\); the steps run one by one") as record:
+    with pytest.warns(UserWarning, match=message) as record:
         ids = drawn(wrapper, 0, batch_size=2, cuda_graph=True)
     assert len(record) == 1
     assert torch.equal(ids, drawn(wrapper, 0, batch_size=2))
-    assert len(graphs) == 1
     for seed in range(2):  # and is not tried again, nor spoken of
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             ids = drawn(wrapper, seed, batch_size=2, cuda_graph=True)
         assert torch.equal(ids, drawn(wrapper, seed, batch_size=2))
+
+
+def test_a_network_that_waits_for_the_gpu_runs_step_by_step(graphs):
+    """It is not captured at all, and is told where it waits."""
+    line = inspect.getsourcelines(Branching.forward)[1] + 1
+    assert_not_captured(wrap(Branching()), rf"RuntimeError: it waits for the GPU at .*test_cuda_graph.py:{line}")
+    assert graphs == []
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+@pytest.mark.parametrize(("mode", "told"), [("warn", "it waits for the GPU at"), ("error", "called a synchronizing")])
+def test_the_users_own_look_for_waits_stays(mode, told, graphs):
+    given = [torch.ones(1).as_subclass(OnCuda)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
+    try:
+        with (
+            pytest.warns(UserWarning, match=rf"cannot be captured \(RuntimeError: {told}"),
+            contextlib.suppress(RuntimeError),
+        ):
+            _cuda_graph.replay(wrap(), None, lambda inputs: [inputs[0] * bool(inputs[0])], given)
+    finally:
+        now = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode(0)
+    assert now == mode
+
+
+def test_another_thread_may_wait_for_the_gpu(graphs):
+    def function(inputs):
+        thread = threading.Thread(target=warnings.warn, args=("called a synchronizing CUDA operation",))
+        thread.start()
+        thread.join()
+        return [2.0 * inputs[0]]
+
+    with pytest.warns(UserWarning, match="synchronizing") as record:
+        (out,) = _cuda_graph.replay(wrap(), None, function, [torch.ones(2).as_subclass(OnCuda)])
+    assert out.tolist() == [2.0, 2.0]
     assert len(graphs) == 1
+    assert not any("no effect" in str(warning.message) for warning in record)
+
+
+def test_nothing_to_do_is_no_graph(graphs):
+    assert wrap().generate(0, cuda_graph=True).shape == (0, N)
+    given = prompts([0, 0])
+    assert torch.equal(wrap().generate(2, cuda_graph=True, **given), given["prompt"])
+    assert graphs == []
+
+
+def test_a_replay_waits_for_what_another_stream_reads(graphs):
+    wrapper, stream, event = wrap(), torch.cuda.current_stream(), torch.cuda.Event()
+    for number in range(1, 3):
+        drawn(wrapper, 0, batch_size=2, cuda_graph=True)
+        assert stream.wait_event.mock_calls == [mock.call(event)] * number
+        assert event.record.mock_calls == [mock.call(stream)] * number
+
+
+def test_a_network_that_no_capture_permits_runs_step_by_step(graphs):
+    """What PyTorch leaves in the midst of the capture is ended, and the graph that it still asks is kept."""
+    wrapper = wrap(Flipping())
+    assert_not_captured(wrapper, "RuntimeError: operation not permitted when stream is capturing")
+    assert graphs == _cuda_graph._failed
+    assert len(graphs) == 1
+    torch._C._cuda_endAllocateToPool.assert_called_once_with(None, torch.cuda.graph_pool_handle())
+    torch._C._cuda_releasePool.assert_called_once_with(None, torch.cuda.graph_pool_handle())
+    torch._C._cuda_clearCublasWorkspaces.assert_called_once_with()
 
 
 @pytest.mark.parametrize("error", [AssertionError(), NotImplementedError(""), ValueError("one\ntwo")], ids=repr)
@@ -452,7 +568,7 @@ def test_the_modes_are_restored(graphs):
         wrapper.generate(1, cuda_graph=True)
         assert wrapper.training
         assert wrapper.net.training
-    assert seen == [False] * 8  # the first round and the capture
+    assert seen == [False] * 12  # two rounds to warm up and the capture
 
 
 def test_on_a_cpu_the_steps_run_one_by_one():
@@ -540,12 +656,17 @@ def test_a_real_graph_waits_for_nothing_but_the_prompt():
 
 
 @needs_gpu
-def test_a_real_capture_that_fails_leaves_the_gpu_usable():
-    wrapper = wrap(Branching(), "cuda")
+@pytest.mark.parametrize("net", [Branching, Flipping])
+def test_a_real_capture_that_fails_leaves_the_gpu_usable(net):
+    good, wrapper = wrap(device="cuda"), wrap(net(), "cuda")
+    expected = drawn(good, 0, batch_size=2, cuda_graph=True)
     with pytest.warns(UserWarning, match="cannot be captured"):
         ids = drawn(wrapper, 0, batch_size=2, cuda_graph=True)
     assert torch.equal(ids, drawn(wrapper, 0, batch_size=2, cuda_graph=True))
     assert torch.equal(ids, drawn(wrapper, 0, batch_size=2))
+    torch.rand(2, device="cuda")
+    torch.cuda.empty_cache()
+    assert torch.equal(drawn(good, 0, batch_size=2, cuda_graph=True), expected)
     assert_randomness_is_fresh(wrap(device="cuda"))
 
 

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from x_transformers import Encoder, TransformerWrapper
 
 from fastmask import NonAutoregressiveWrapper, Schedule, Trajectory, functional
@@ -1236,6 +1237,63 @@ def test_what_waits_is_seen(device, monkeypatch):
         patch.setattr(Small, "forward", lambda net, ids: torch.zeros(*ids.shape, V) + bool((ids == MASK).any()))
         wrap_small("cpu").generate(1, steps=2)
     assert len(mode.seen) == 2
+
+
+class Copies(TorchDispatchMode):
+    """Names the operations that move data between devices and wait until it is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1 and not (kwargs or {}).get("non_blocking"):
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_copied_while_the_host_waits(way, monkeypatch):
+    """From the first line of generate on; meta tensors have a device of their own, as those of a GPU."""
+    mode, generate = Copies(), NonAutoregressiveWrapper.generate
+
+    def watched(*arguments, **options):
+        with mode:
+            return generate(*arguments, **options)
+
+    monkeypatch.setattr(NonAutoregressiveWrapper, "generate", watched)
+    assert generate_some_way(way, torch.device("meta"), False) == [1, 2, 3, 4]
+    assert mode.seen == []
+
+
+def test_a_step_of_ones_own_copies_nothing_while_the_host_waits():
+    logits = torch.zeros(2, N, V, device="meta")
+    is_masked, mode = torch.zeros(2, N, dtype=torch.bool, device="meta"), Copies()
+    with mode:
+        for options in ({"counts": 3}, {"threshold": 0.5}, {"counts": 3, "forbidden": [1, 2], "top_p": 0.9}):
+            functional.demask_step(
+                logits, is_masked.long(), is_masked, mask_id=MASK, choice_temperature=1.0, **options
+            )
+    assert mode.seen == []
+
+
+def test_ids_of_a_sequence_are_forbidden_whatever_the_default_device():
+    with torch.device("meta"):
+        assert functional.as_forbidden([1], 3, torch.device("cpu")).tolist() == [False, True, False]
+
+
+def test_a_copy_that_waits_is_seen():
+    mode, x = Copies(), torch.zeros(3, device="meta")
+    with mode:
+        torch.ones(3).to("meta", non_blocking=True)
+        x[0:1] = 1
+        x.where(x > 0, 2.0), x + 1, x.masked_fill(x > 0, 1)
+        assert mode.seen == []
+        torch.ones(3).to("meta")
+        x.copy_(torch.ones(3))
+    assert mode.seen == ["aten._to_copy.default", "aten.copy_.default"]
 
 
 @contextmanager

@@ -521,6 +521,22 @@ def test_a_seed_reproduces_the_step(how, device, monkeypatch):
     assert len({float(loss.detach()) for loss in step(1) + step(2)}) == 6
 
 
+def test_the_default_device_has_no_say():
+    """As after torch.set_default_device; meta tensors have no values to give."""
+    wrapper, tokens = build("cpu", critic="self", self_cond=True), clean("cpu")
+
+    def step() -> list[torch.Tensor]:
+        generator = torch.Generator("cpu").manual_seed(0)
+        loss = wrapper(tokens, maskable=tokens != 3, generator=generator).loss
+        loss.backward()
+        return [loss, wrapper.nelbo(tokens, generator=generator), wrapper.generate(2, generator=generator)]
+
+    expected = step()
+    with torch.device("meta"):
+        torch.testing.assert_close(step(), expected, rtol=0.0, atol=0.0)
+        wrapper(tokens)
+
+
 def test_a_generator_leaves_torchs_own_alone(device):
     wrapper = build(device, critic="own", self_cond=True)
     before = torch.get_rng_state()

@@ -231,7 +231,9 @@ def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
         return int(sampling.mask_id == 0 and num_tokens > 1)
     excluded = sampling.forbidden.int()
     if sampling.mask_id is not None and excludes(sampling.mask_id, num_tokens):
-        excluded[sampling.mask_id] = 1
+        excluded[sampling.mask_id : sampling.mask_id + 1] = (
+            1  # a slice is filled; a single element waits for a copy of the 1
+        )
     return excluded.argmin()
 
 
