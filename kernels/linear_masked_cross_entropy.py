@@ -64,20 +64,26 @@ def chunk_sizes(num_rows: int) -> list[int]:
 def _masked_rows(arguments: Arguments, num_masked: int | None) -> tuple[Tensor, Tensor | None]:
     """The rows that count, [M], with -1 where ``num_masked`` exceeds them, and whether it falls short, [] bool.
 
-    Without ``num_masked`` the host waits for the device to count.
+    Without ``num_masked`` the host waits for the device to count; in a capture, where it cannot, no row is left out.
     """
-    row_indices = arguments.row_indices
+    targets, row_indices = arguments.targets, arguments.row_indices
+    if num_masked is None and _is_captured(targets):
+        num_masked = len(targets)
     if row_indices is not None:
         if num_masked is None:
             return row_indices[: int((row_indices >= 0).sum())], None
         return row_indices[:num_masked], (row_indices[num_masked:] >= 0).any()
     if num_masked is None and arguments.is_masked is None and arguments.weights is None:
-        return torch.arange(len(arguments.targets), device=arguments.targets.device), None
-    counts = rows_that_count(arguments.targets, arguments.is_masked, arguments.weights)
+        return torch.arange(len(targets), device=targets.device), None
+    counts = rows_that_count(targets, arguments.is_masked, arguments.weights)
     if num_masked is None:
         return counts.nonzero().squeeze(-1), None
     num_masked = min(num_masked, len(counts))
     return torch.nonzero_static(counts, size=num_masked, fill_value=-1).squeeze(-1), counts.sum() > num_masked
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -140,7 +146,7 @@ def _chunked(
 
     for index, part in enumerate(rows.split(sizes)):
         source, slot, counts = part, part, None
-        if num_masked is not None:
+        if falls_short is not None:
             counts, source, slot = part >= 0, part.clamp(min=0), part.where(part >= 0, num_rows)
         part_weights = None if weights is None else weights.index_select(0, source)
         if row_indices is not None and part_weights is not None:

@@ -784,12 +784,14 @@ def test_wrong_rows_are_refused(error, message, options):
         functional.linear_masked_cross_entropy(x, w, targets, **options)
 
 
-@pytest.mark.parametrize("knows", ["nothing", "a bound"])
+@pytest.mark.parametrize("knows", ["nothing", "a bound", "a capture"])
 @pytest.mark.parametrize("is_list", [True, False])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_the_host_waits_for_the_count_only(kernel, monkeypatch, reduction, is_list, knows):
-    """Once in a forward that has no bound, and never in one that has; a recomputing backward likewise."""
+    """Once in a forward without a bound, never in one that has it or is captured; a recomputing backward likewise."""
     recorder, module = Recorder(), kernel.module(OPERATION)
+    if knows == "a capture":
+        monkeypatch.setattr(module, "_is_captured", lambda x: True)
     monkeypatch.setattr(module, "_chunked", under(recorder, module._chunked))
     leaves, targets, is_masked = draw_case(2, 3)
     leaves = [leaf.detach().to(kernel.device).requires_grad_() for leaf in leaves]
@@ -804,7 +806,26 @@ def test_the_host_waits_for_the_count_only(kernel, monkeypatch, reduction, is_li
         ).loss.sum().backward()  # fmt: skip
     passes = 2 if reduction == "none" else 1
     assert recorder.count(PRODUCTS) == passes + 2
-    assert recorder.count(WAITS) == (0 if knows == "a bound" else passes)
+    assert recorder.count(WAITS) == (passes if knows == "nothing" else 0)
+
+
+@pytest.mark.parametrize("form", ["mask", "list", "all"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_capture_gives_the_same(kernel, monkeypatch, reduction, form):
+    leaves, targets, is_masked = draw_case(2, 3)
+    rows = F.pad(is_masked.flatten().nonzero().squeeze(-1), (0, 2), value=-1)
+    options = {"mask": {"is_masked": is_masked}, "list": {"row_indices": rows}, "all": {}}[form]
+
+    def run():
+        x, w, b = (leaf.detach().requires_grad_() for leaf in leaves)
+        out = kernel.run(
+            functional.linear_masked_cross_entropy, x, w, targets, bias=b, reduction=reduction, **options
+        )
+        return *out, *torch.autograd.grad(out.loss.sum(), (x, w, b))
+
+    expected = run()
+    monkeypatch.setattr(kernel.module(OPERATION), "_is_captured", lambda x: True)
+    torch.testing.assert_close(run(), expected)
 
 
 # ---- the graph ----
