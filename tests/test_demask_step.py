@@ -183,7 +183,7 @@ def test_the_least_score_keeps_its_equals_and_nan(door):
 
 
 def test_sequences_without_positions_list_nothing(door):
-    rows = torch.tensor([7, 7])
+    rows = torch.tensor([7, 7], device=door.backend.device)  # else a copy on the device is written
     ids, is_masked, starts = torch.zeros(2, 0).long(), torch.zeros(2, 0).bool(), torch.tensor([0, 1, 2])
     door.remask_(ids, is_masked, rows, starts, torch.zeros(2, 0), 1, mask_id=5)
     assert rows.tolist() == [-1, -1]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fastmask import functional
@@ -627,12 +628,24 @@ def assert_is_the_equation(
     with_correct=False, **options,
 ):  # fmt: skip
     """Loss, nll and gradient of logits [R, V] by the error-ratio rule, 0 at the rows that do not count."""
+    upstream = torch.tensor(1.0) if upstream is None else upstream
+    only_nll = {name: options.get(name) for name in ("exclude_id", "softcap")}
+    given = logits.detach().clone()
+    logits.requires_grad_()
+    out = run(
+        logits, targets, is_masked, weights, reduction=reduction, denominator=denominator,
+        inplace_grad=inplace_grad, with_correct=with_correct, **options,
+    )  # fmt: skip
+    (ours,) = gradient(out.loss, logits, upstream=upstream.to(out.loss.device))
+
+    # Judged on the CPU, wherever it ran.
+    out, ours, given, targets, is_masked, weights, upstream = tree_map_only(
+        torch.Tensor, torch.Tensor.cpu, (out, ours, given, targets, is_masked, weights, upstream)
+    )
     rows = is_masked if weights is None else is_masked & (weights != 0)
     weight = torch.ones(len(targets)) if weights is None else weights
-    upstream = torch.tensor(1.0) if upstream is None else upstream
     divisor = 1.0 if reduction != "mean" else denominator or max(1, int(rows.sum()))
-    only_nll = {name: options.get(name) for name in ("exclude_id", "softcap")}
-    given = logits.detach()[rows].clone()
+    given = given[rows]
 
     def pytorch(precision):
         z = given.to(precision).requires_grad_()
@@ -642,12 +655,6 @@ def assert_is_the_equation(
                            upstream=torch.ones_like(loss))  # fmt: skip
         return loss.detach(), equation(z.detach(), targets[rows], **only_nll), grad
 
-    logits.requires_grad_()
-    out = run(
-        logits, targets, is_masked, weights, reduction=reduction, denominator=denominator,
-        inplace_grad=inplace_grad, with_correct=with_correct, **options,
-    )  # fmt: skip
-    (ours,) = gradient(out.loss, logits, upstream=upstream)
     (loss, nll, grad), (exact_loss, exact_nll, exact_grad) = pytorch(torch.float32), pytorch(torch.float64)
     unit = UNIT[torch.float32]
     # A capped logit is itself rounded to float32: where the row is nearly certain, that of the margin shows.
@@ -768,7 +775,7 @@ def test_every_launch_plan(kernel, reference, monkeypatch, name, column):
     # Targets, and rivals that tie: in either edge, at either side of a tile's end, in the last tile, and none.
     targets = torch.tensor([0, vocabulary - 1, head + block - 1, vocabulary - 20, head + block])
     rivals = torch.tensor([vocabulary - 1, 0, head + block, head + block - 1, head + block])
-    top = logits[:5].float().amax(-1) + torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0])
+    top = logits[:5].float().amax(-1) + torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0], device=logits.device)
     for columns in (targets, rivals):
         logits[:5].scatter_(-1, columns[:, None].to(kernel.device), top[:, None].to(logits))
     if chosen.exclude_id >= 0:
@@ -776,7 +783,7 @@ def test_every_launch_plan(kernel, reference, monkeypatch, name, column):
     is_masked = torch.arange(rows) < 5
     targets = torch.cat([targets, torch.full((rows - 5,), 10**9)])
     expected = reference.operation(OPERATION)(
-        logits.clone(), targets, is_masked,
+        logits.cpu().clone(), targets, is_masked,
         **{"denominator": None, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "exclude_id": None}
         | options | {"with_correct": True, "inplace_grad": False},
     )  # fmt: skip
