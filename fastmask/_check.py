@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -62,9 +62,9 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, belo
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """``value`` as an int; low <= value, and < high if given."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"expected {name} to be an int, received {type(value).__name__}")
-    value = value.__index__()
+    value = operator.index(value)
     if value < low or (high is not None and value >= high):
         upper = "" if high is None else f" and below {high}"
         raise ValueError(f"expected {name} of at least {low}{upper}, received {value}")

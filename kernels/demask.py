@@ -25,6 +25,7 @@ from fastmask.kernels import _elementary as elementary
 from fastmask.kernels import _order as ordered
 from fastmask.kernels import _rows as logit_rows
 from fastmask.kernels import philox, top_k_filter
+from fastmask.kernels._operator import operator
 
 _TILE = tl.constexpr(streams.TILE)
 _SUB_TILE = tl.constexpr(streams.SUB_TILE)
@@ -537,7 +538,11 @@ _NOISE_BLOCK = 1024
 HEAD_CHUNK_ROWS = 4096
 
 
-@torch.library.custom_op("fastmask::sample_tokens_", mutates_args=("ids", "log_probs", "margins", "entropies"))
+def _nothing(*args: Any) -> None:
+    """What an operator returns that only writes."""
+
+
+@operator("sample_tokens_", _nothing, mutates=("ids", "log_probs", "margins", "entropies"))
 def _sample_tokens_(
     ids: Tensor,
     log_probs: Tensor,
@@ -641,16 +646,11 @@ def _holds_whole_vectors(logits: Tensor, vector: int) -> bool:
     return logits.stride(0) % vector == 0 and end * logits.element_size() <= logits.untyped_storage().nbytes()
 
 
-@_sample_tokens_.register_fake
-def _(*args: Any) -> None:
-    return None
-
-
 @torch.no_grad()
 def sample_tokens(logits: Tensor, rows: Any, kept_ids: Tensor | None, sampling: Any, out: Any = None) -> Any:
     """See the twin, ``fastmask.reference.demask``: same arguments, ids, log_probs, margins and entropies."""
     results = _empty_samples(rows.row_indices, sampling) if out is None else out
-    torch.ops.fastmask.sample_tokens_(
+    _sample_tokens_(
         *results,
         logits,
         rows.row_indices.contiguous(),
@@ -721,9 +721,13 @@ def _head_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
             torch.addmm(bias, x, weight, out=out)
 
 
-@torch.library.custom_op("fastmask::score_noise", mutates_args=())
+def _empty_noise(seed: Tensor, batch: int, length: int, *args: Any) -> Tensor:
+    return torch.empty((batch, length), dtype=torch.float32, device=seed.device)
+
+
+@operator("score_noise", _empty_noise)
 def _score_noise(seed: Tensor, batch: int, length: int, sample_offset: int, step: int) -> Tensor:
-    noise = torch.empty((batch, length), dtype=torch.float32, device=seed.device)
+    noise = _empty_noise(seed, batch, length)
     if noise.numel():
         with torch.cuda.device_of(noise):
             _noise_kernel[(triton.cdiv(noise.numel(), _NOISE_BLOCK),)](
@@ -732,31 +736,25 @@ def _score_noise(seed: Tensor, batch: int, length: int, sample_offset: int, step
     return noise
 
 
-@_score_noise.register_fake
-def _(seed: Tensor, batch: int, length: int, sample_offset: int, step: int) -> Tensor:
-    return torch.empty((batch, length), dtype=torch.float32, device=seed.device)
-
-
 def score_noise(seed: Tensor, shape: torch.Size, sample_offset: int, step: int) -> Tensor:
     """See the twin: Gumbel(0, 1) noise of the score of each position [B, N], float32."""
-    noise: Tensor = torch.ops.fastmask.score_noise(seed, *shape, sample_offset, step)
+    noise: Tensor = _score_noise(seed, *shape, sample_offset, step)
     return noise
 
 
-@torch.library.custom_op("fastmask::select_to_remask", mutates_args=())
+def _empty_selection(scores: Tensor, eligible: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(eligible, memory_format=torch.contiguous_format)
+
+
+@operator("select_to_remask", _empty_selection)
 def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor, min_score: float | None) -> Tensor:
     """See the twin: the ``counts`` eligible positions of highest score in each row of [B, N], bool."""
-    chosen = torch.empty_like(eligible, memory_format=torch.contiguous_format)
+    chosen = _empty_selection(scores, eligible)
     _select(scores.contiguous(), eligible.contiguous(), counts.contiguous(), min_score, is_masked_ptr=chosen)
     return chosen
 
 
-@select_to_remask.register_fake
-def _(scores: Tensor, eligible: Tensor, counts: Tensor, min_score: float | None) -> Tensor:
-    return torch.empty_like(eligible, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("fastmask::remask_", mutates_args=("ids", "is_masked", "row_indices"))
+@operator("remask_", _nothing, mutates=("ids", "is_masked", "row_indices"))
 def _remask_(
     ids: Tensor,
     is_masked: Tensor,
@@ -794,11 +792,6 @@ def _remask_(
     )
 
 
-@_remask_.register_fake
-def _(*args: Any) -> None:
-    return None
-
-
 def remask_(
     ids: Tensor,
     is_masked: Tensor,
@@ -811,7 +804,7 @@ def remask_(
     remasking: Any,
 ) -> None:
     """See the twin: scores, selection and all that it changes, in one launch."""
-    torch.ops.fastmask.remask_(ids, is_masked, row_indices, row_starts, values, eligible, counts, seed, *remasking)
+    _remask_(ids, is_masked, row_indices, row_starts, values, eligible, counts, seed, *remasking)
 
 
 def _fits(length: int) -> bool:

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from fastmask._autograd import first_order_only
+from fastmask.kernels._operator import differentiable, operator
 from fastmask.kernels.masked_cross_entropy import (
     Options,
     as_denominator,
@@ -192,7 +193,21 @@ def _chunked(
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("fastmask::linear_masked_cross_entropy", mutates_args=())
+def _fake(embeddings: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *args: Any) -> Outputs:
+    with_correct, reduction, *_, wants_embeddings, wants_weight, wants_bias = args[9:]
+    num_rows = targets.shape[0]  # symbolic, as len() is not
+    losses = embeddings.new_empty(num_rows, dtype=torch.float32)
+    return (
+        losses if reduction == "none" else losses.new_empty(()),
+        torch.empty_like(losses),
+        losses.new_empty(num_rows if with_correct else 0, dtype=torch.bool),
+        embeddings.new_empty(embeddings.shape if wants_embeddings else (0, embeddings.shape[1])),
+        torch.empty_like(weight) if wants_weight else weight.new_empty(0),
+        torch.empty_like(bias) if bias is not None and wants_bias else weight.new_empty(0),
+    )
+
+
+@operator("linear_masked_cross_entropy", _fake)
 def _operation(
     embeddings: Tensor,
     weight: Tensor,
@@ -226,21 +241,6 @@ def _operation(
     return loss if denominator is None else loss / denominator, nll, correct, *gradients
 
 
-@_operation.register_fake
-def _(embeddings: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *args: Any) -> Outputs:
-    with_correct, reduction, *_, wants_embeddings, wants_weight, wants_bias = args[9:]
-    num_rows = targets.shape[0]  # symbolic, as len() is not
-    losses = embeddings.new_empty(num_rows, dtype=torch.float32)
-    return (
-        losses if reduction == "none" else losses.new_empty(()),
-        torch.empty_like(losses),
-        losses.new_empty(num_rows if with_correct else 0, dtype=torch.bool),
-        embeddings.new_empty(embeddings.shape if wants_embeddings else (0, embeddings.shape[1])),
-        torch.empty_like(weight) if wants_weight else weight.new_empty(0),
-        torch.empty_like(bias) if bias is not None and wants_bias else weight.new_empty(0),
-    )
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     *tensors, _, label_smoothing, z_loss, softcap, exclude_id, _, reduction, dtype, num_masked = inputs[:17]
     _, nll, correct, *gradients = output
@@ -265,12 +265,12 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     elif has_gradients:
         gradients = [gradient * grad_loss for gradient in gradients]
     else:
-        gradients = torch.ops.fastmask.linear_masked_cross_entropy(*arguments, grad_loss, *ctx.options, *wants)[3:]
+        gradients = _operation(*arguments, grad_loss, *ctx.options, *wants)[3:]
     wanted = [gradient if wants[i] else None for i, gradient in enumerate(gradients)]
     return *wanted, *[None] * (ctx.num_inputs - 3)
 
 
-_operation.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_operation, _backward, _setup_context)
 
 
 def linear_masked_cross_entropy(
@@ -306,7 +306,7 @@ def linear_masked_cross_entropy(
     # A float16 gradient formed before the loss scale arrives would underflow, and that of single losses needs
     # what comes from above.
     in_forward = torch.is_grad_enabled() and reduction != "none" and dtype != torch.float16
-    loss, nll, correct, *_ = torch.ops.fastmask.linear_masked_cross_entropy(
+    loss, nll, correct, *_ = _operation(
         embeddings.flatten(0, -2),
         weight,
         bias,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastmask import _streams as streams
 from fastmask.kernels import philox
+from fastmask.kernels._operator import operator
 
 _TIMES = tl.constexpr(streams.TIMES)
 _STRATUM = tl.constexpr(streams.STRATUM)
@@ -412,7 +413,11 @@ def _allocate(tokens: Tensor) -> Outputs:
     )
 
 
-@torch.library.custom_op("fastmask::mask_sampling", mutates_args=())
+def _fake(tokens: Tensor, *args: object, **kwargs: object) -> Outputs:
+    return _allocate(tokens)
+
+
+@operator("mask_sampling", _fake)
 def mask_sampling(
     tokens: Tensor,
     seed: Tensor,
@@ -506,8 +511,3 @@ def mask_sampling(
                 num_warps=num_warps,
             )
     return outputs
-
-
-@mask_sampling.register_fake
-def _(tokens: Tensor, *args: object, **kwargs: object) -> Outputs:
-    return _allocate(tokens)

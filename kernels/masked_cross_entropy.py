@@ -26,6 +26,7 @@ from torch import Tensor
 from fastmask._autograd import first_order_only
 from fastmask.kernels import _elementary as elementary
 from fastmask.kernels import _rows as rows
+from fastmask.kernels._operator import differentiable, operator
 
 # What a piece of a row is reduced to: the maximum of the others than the target, their sum of exponentials and
 # (for label smoothing) the sum of gaps, both relative to that maximum, how many columns the gaps are of, 1 where
@@ -752,7 +753,14 @@ def _forward(
     return loss if denominator is None else loss / denominator, *others
 
 
-@torch.library.custom_op("fastmask::masked_cross_entropy", mutates_args=())
+def _fake(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, reduction, with_gradient, _ = args
+    losses, nll, correct, records = _allocate(logits, targets.numel(), Options(*args[3:8]))
+    loss = losses if reduction == "none" else losses.new_empty(())
+    return loss, nll, correct, records, _new_gradient(logits) if with_gradient else logits.new_empty(0)
+
+
+@operator("masked_cross_entropy", _fake)
 def _operation(
     logits: Tensor,
     targets: Tensor,
@@ -774,15 +782,7 @@ def _operation(
     return *outputs, logits.new_empty(0) if gradient is None else gradient
 
 
-@_operation.register_fake
-def _(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, reduction, with_gradient, _ = args
-    losses, nll, correct, records = _allocate(logits, targets.numel(), Options(*args[3:8]))
-    loss = losses if reduction == "none" else losses.new_empty(())
-    return loss, nll, correct, records, _new_gradient(logits) if with_gradient else logits.new_empty(0)
-
-
-@torch.library.custom_op("fastmask::masked_cross_entropy_gradient_", mutates_args=("gradient",))
+@operator("masked_cross_entropy_gradient_", lambda *_: None, mutates=("gradient",))
 def _gradient_operation(
     gradient: Tensor,
     logits: Tensor | None,
@@ -836,16 +836,21 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
         gradient, logits = logits.detach(), None
     else:
         gradient = _new_gradient(logits)
-    torch.ops.fastmask.masked_cross_entropy_gradient_(
+    _gradient_operation(
         gradient, logits, targets, is_masked, weights, denominator, records, grad_loss, *ctx.options, holds_unit
     )
     return gradient, *[None] * 12
 
 
-_operation.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_operation, _backward, _setup_context)
 
 
-@torch.library.custom_op("fastmask::masked_cross_entropy_", mutates_args=("logits",))
+def _inplace_fake(logits: Tensor, targets: Tensor, *args: Any) -> Outputs:
+    losses, nll, correct, records = _allocate(logits, targets.numel(), Options(*args[3:8]))
+    return losses.new_empty(()), nll, correct, records
+
+
+@operator("masked_cross_entropy_", _inplace_fake, mutates=("logits",))
 def _inplace_operation(
     logits: Tensor,
     targets: Tensor,
@@ -863,18 +868,12 @@ def _inplace_operation(
     return _forward(logits, targets, is_masked, weights, denominator, options, "sum", logits)
 
 
-@_inplace_operation.register_fake
-def _(logits: Tensor, targets: Tensor, *args: Any) -> Outputs:
-    losses, nll, correct, records = _allocate(logits, targets.numel(), Options(*args[3:8]))
-    return losses.new_empty(()), nll, correct, records
-
-
 class _InPlace(torch.autograd.Function):
     """An operation that writes to its input cannot register a derivative of its own."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, nll, correct, _ = torch.ops.fastmask.masked_cross_entropy_(logits, *arguments)
+        loss, nll, correct, _ = _inplace_operation(logits, *arguments)
         ctx.save_for_backward(logits)
         ctx.mark_non_differentiable(nll, correct)
         ctx.num_arguments = len(arguments)
@@ -930,7 +929,7 @@ def masked_cross_entropy(
     if in_forward and inplace_grad:
         loss, nll, correct = _InPlace.apply(logits, *flat, denominator, *options)
     else:
-        loss, nll, correct, _, _ = torch.ops.fastmask.masked_cross_entropy(
+        loss, nll, correct, _, _ = _operation(
             logits, *flat, denominator, *options, reduction, in_forward, inplace_grad
         )
     loss = loss.view(targets.shape) if reduction == "none" else loss

@@ -501,6 +501,24 @@ def test_memory_of_a_cpu_is_the_growth_of_the_resident_set():
     assert 64 <= peak < 160
 
 
+def test_the_hosts_time_is_told_of_a_gpu_only(monkeypatch):
+    """The median of a tenth of a second's runs, of one that takes longer."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    runs: list[int] = []
+
+    def run(seconds):
+        runs.append(len(runs))
+        time.sleep(seconds)
+
+    assert harness.host_ms(lambda: run(0.0), CPU) is None
+    assert not runs
+    assert 10 <= harness.host_ms(lambda: run(0.01), torch.device("cuda")) < 100
+    assert 3 <= len(runs) <= 10
+    runs.clear()
+    assert harness.host_ms(lambda: run(0.1), torch.device("cuda")) >= 100
+    assert len(runs) == 1
+
+
 def test_a_case_that_does_not_fit_is_told_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(harness, "ceilings", lambda *_: Ceilings(1.0, 1.0))
 
