@@ -480,6 +480,7 @@ def _short_thresholds_kernel(
     BY_MASS: tl.constexpr,
     HAS_MASK_ID: tl.constexpr,
     HAS_FORBIDDEN: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
     SPACING: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -504,11 +505,12 @@ def _short_thresholds_kernel(
     floor = tl.full((), _LOWEST, tl.int32)
     top = 0.0
     target = num_kept.to(tl.float32)
-    if BY_MASS:
+    if HAS_FLOOR:
         z_floor = tl.load(thresholds_ptr + row)
         floor = ordered.order(z_floor)
         z = tl.where(z >= z_floor, z, -float("inf"))
         edges = tl.where(edges >= z_floor, edges, -float("inf"))
+    if BY_MASS:
         top = _finite(tl.maximum(tl.max(z), tl.max(edges)))
     weight = _weight(z, top) if BY_MASS else None
     edge_weight = _weight(edges, top) if BY_MASS else None
@@ -600,15 +602,14 @@ def thresholds(logits: dict[str, Any], filter_thres: float | None, top_p: float 
     num_kept = num_ids if filter_thres is None else math.ceil((1.0 - filter_thres) * num_ids)
     if num_kept == num_ids and top_p is None:
         return None
-    lowest = torch.finfo(torch.float32).min
-    out = torch.full((num_rows,), lowest, dtype=torch.float32, device=x.device)
+    out = x.new_empty(num_rows, dtype=torch.float32)
     logits = logits | {"SPACING": _SPACING.get(x.dtype, 1)}
     filters = {"thresholds_ptr": out, "num_kept": num_kept, "top_p": top_p or 0.0}
     launch = _launch_short if num_ids <= _SHORT else _launch_long
     if num_kept < num_ids:
-        launch(logits, filters | {"BY_MASS": False})
+        launch(logits, filters | {"BY_MASS": False, "HAS_FLOOR": False})
     if top_p is not None:
-        launch(logits, filters | {"BY_MASS": True})
+        launch(logits, filters | {"BY_MASS": True, "HAS_FLOOR": num_kept < num_ids})
     return out
 
 
@@ -634,7 +635,6 @@ def _launch_long(logits: dict[str, Any], filters: dict[str, Any]) -> None:
     _thresholds_kernel[(programs,)](
         **logits,
         **filters,
-        HAS_FLOOR=by_mass and filters["num_kept"] < num_ids,
         candidates_ptr=candidates,
         BLOCK=_WARP_BLOCK * num_warps,
         SAMPLE=sample,

@@ -1320,7 +1320,7 @@ def offline_plans() -> list[dict]:
         for name, by_mass, forbidden in (("k", False, False), ("p", True, False), ("p forbidden", True, True)):
             filters = {
                 "thresholds_ptr": "*fp32:16", "num_kept": "i32", "top_p": "fp32", "BY_MASS": by_mass,
-                "SPACING": {"bf16": 65536, "fp16": 8192}.get(dtype, 1),
+                "HAS_FLOOR": forbidden, "SPACING": {"bf16": 65536, "fp16": 8192}.get(dtype, 1),
             } | rows(dtype, forbidden) | aligned  # fmt: skip
             warp_sample, most = top_k_filter._WARP_SAMPLE[by_mass], top_k_filter._MOST_WARPS
             sizes = [("", 1, warp_sample), (" long", most, most * warp_sample)]
@@ -1329,8 +1329,7 @@ def offline_plans() -> list[dict]:
             for size, warps, sample in sizes:
                 plans.append(
                     plan(f"thresholds {name}{size}{suffix}", "_thresholds_kernel", warps, "top_k_filter",
-                         candidates_ptr="*fp32:16", BLOCK=top_k_filter._WARP_BLOCK * warps, HAS_FLOOR=forbidden,
-                         SAMPLE=sample, **filters)
+                         candidates_ptr="*fp32:16", BLOCK=top_k_filter._WARP_BLOCK * warps, SAMPLE=sample, **filters)
                 )  # fmt: skip
                 if by_mass and vector == 8:
                     plans[-1]["sm_90"] = {"options": {"maxnreg": top_k_filter._REGISTERS}}
