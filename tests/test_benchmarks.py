@@ -487,9 +487,17 @@ def test_gate_refuses_a_wrapper_that_is_wrong():
 def test_a_training_step_leaves_the_network_as_it_was():
     problem = end_to_end.WrapperProblem(end_to_end.Case("train", **TINY))
     before = [p.detach().clone() for p in problem.net.parameters()]
-    rows = compare(end_to_end.contenders(), problem, effort=ONCE)
+    rows = compare(end_to_end.contenders("train"), problem, effort=ONCE)
     assert [row["status"] for row in rows[:2]] == ["ok", "ok"]
     assert all(torch.equal(*pair) for pair in zip(before, problem.net.parameters(), strict=True))
+
+
+def test_a_generation_that_is_no_graph_is_not_timed_as_one():
+    problem = end_to_end.WrapperProblem(end_to_end.Case("generate", **TINY))
+    (contender,) = [c for c in end_to_end.contenders("generate") if c.name == end_to_end.GRAPH]
+    (row,) = compare([replace(contender, needs_cuda=False)], problem, effort=ONCE)
+    assert row["status"] == "raises"
+    assert "cuda_graph=True has no effect: the network is on cpu" in row["reason"]
 
 
 def test_memory_of_a_cpu_is_the_growth_of_the_resident_set():
@@ -792,13 +800,15 @@ def test_what_a_machine_has_not_measured_has_no_column(tmp_path):
         row["peak_mib"] = None
     results_file.write(found, tmp_path)
     assert "both compiled" not in report.markdown(tmp_path)
+    assert end_to_end.GRAPH.removeprefix("fastmask, ") not in report.markdown(tmp_path)
     found["rows"] += [
         a_row("train", "small", "fastmask, network compiled", 1.0),
         a_row("train", "small", "x-transformers, network compiled", 4.0),
+        a_row("train", "small", end_to_end.GRAPH, 1.0),
     ]
     results_file.write(found, tmp_path)
-    assert "both compiled" in report.markdown(tmp_path)
-    assert "| 2.50x | 4.00x |" in report.markdown(tmp_path)
+    assert "| faster | both compiled | as a CUDA graph |" in report.markdown(tmp_path)
+    assert "| 2.50x | 4.00x | 5.00x |" in report.markdown(tmp_path)
 
 
 def test_plots(tmp_path, monkeypatch, capsys):
