@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmask._copies import moved
 from fastmask.schedules import Schedule, step_counts
 
 
@@ -77,6 +78,6 @@ def plan(
     sizes = zip(before.sum(dim=-1).tolist(), places.sum(dim=-1).tolist(), runs.tolist(), strict=True)
     return Plan(
         tuple(Step(number, (steps - 1 - number) / steps, *size) for number, size in enumerate(sizes)),
-        counts.to(device, non_blocking=True),
-        starts.to(device, non_blocking=True),
+        moved(counts, device),
+        moved(starts, device),
     )

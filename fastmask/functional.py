@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastmask import _check, _dispatch
+from fastmask._copies import moved
 from fastmask.reference.demask import Remasking, Rows, Sampled, Sampling
 from fastmask.reference.mask_sampling import MaskedTokens, draw_times
 from fastmask.reference.masked_cross_entropy import CrossEntropy
@@ -69,7 +70,7 @@ def draw_seed(device: torch.device | str, generator: torch.Generator | None = No
     # Four words of 16 bits: not every backend draws 64 bits at once.
     words = torch.randint(2**16, (4,), device=home, generator=generator)
     seed = (words << torch.arange(0, 64, 16, device=home)).sum()
-    return seed.to(device, non_blocking=True)
+    return moved(seed, device)
 
 
 def _as_seed(seed: int | Tensor | None, device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -77,7 +78,7 @@ def _as_seed(seed: int | Tensor | None, device: torch.device, generator: torch.G
         return draw_seed(device, generator)
     if isinstance(seed, Tensor):
         _check.tensor("seed", seed, [torch.int64], ndim=0)
-        return seed.to(device, non_blocking=True)
+        return moved(seed, device)
     seed = _check.integer("seed", seed, -(2**63), 2**64)
     seed = seed - 2**64 if seed >= 2**63 else seed
     return torch.full((), seed, dtype=torch.int64, device=device)
@@ -262,7 +263,7 @@ def _check_loss_rows(
         if denominator.numel() != 1:
             raise ValueError(f"expected denominator to be one number, received shape {list(denominator.shape)}")
         _check_constant("denominator", denominator)
-        denominator = denominator.reshape(()).to(logits.device, dtype, non_blocking=True)
+        denominator = moved(denominator.reshape(()), logits.device, dtype)
     elif denominator is not None:
         _check.number("denominator", denominator, 0.0)
     if weights is None:
@@ -771,7 +772,7 @@ def as_forbidden(
     is_forbidden = torch.zeros(num_tokens, dtype=torch.bool, device="cpu")
     for id in forbidden:
         is_forbidden[_check.integer("forbidden ids", id, 0, num_tokens)] = True
-    return is_forbidden.to(device, non_blocking=True)
+    return moved(is_forbidden, device)
 
 
 def _check_canvas(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmask import _check, _cuda_graph, backbone, compat, functional
+from fastmask._copies import moved
 from fastmask._generation import Plan, Step
 from fastmask._generation import plan as make_plan
 from fastmask._host_count import HostCount
@@ -480,11 +481,7 @@ class NonAutoregressiveWrapper(nn.Module):
         self._check_combination(top_p, forbidden, threshold, progress, return_trajectory, cuda_graph)
         device = backbone.device_of(self.net)
         forbidden = functional.as_forbidden(forbidden, self.num_tokens, device)
-        ids, given, sample_one = self._canvas(batch_size, prompt, prompt_mask, device)
-        # The one look at the device, before the loop: how many positions each prompt leaves open.
-        num_maskable = (
-            torch.full((len(ids),), ids.shape[1], device="cpu") if prompt is None else (~given).sum(dim=-1).cpu()
-        )
+        ids, given, num_maskable, sample_one = self._canvas(batch_size, prompt, prompt_mask, device)
         plan = self._plan(steps, num_maskable, device, threshold is not None, cuda_graph and prompt is not None)
         options = _Options(
             start_temperature,
@@ -532,8 +529,9 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _canvas(
         self, batch_size: int | None, prompt: Tensor | None, prompt_mask: Tensor | None, device: torch.device
-    ) -> tuple[Tensor, Tensor, bool]:
-        """The ids to start from, [B, N] int64, where they are given, and whether one sequence is wanted."""
+    ) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The ids to start from, [B, N] int64, where they are given, how many of each are not, [B] on the host, and
+        whether one sequence is wanted."""
         if batch_size is not None:
             batch_size = _check.integer("batch_size", batch_size, 0)
         if (prompt is None) != (prompt_mask is None):
@@ -541,7 +539,8 @@ class NonAutoregressiveWrapper(nn.Module):
         if prompt is None or prompt_mask is None:
             shape = (1 if batch_size is None else batch_size, self.max_seq_len)
             ids = torch.full(shape, self.mask_id, dtype=torch.int64, device=device)
-            return ids, torch.zeros_like(ids, dtype=torch.bool), batch_size is None
+            num_maskable = torch.full(shape[:1], self.max_seq_len, device="cpu")
+            return ids, torch.zeros_like(ids, dtype=torch.bool), num_maskable, batch_size is None
         _check.tensor("prompt", prompt, _check.INTEGER)
         _check.tensor("prompt_mask", prompt_mask, [torch.bool])
         _check.shape("prompt_mask", prompt_mask, prompt.shape, "as prompt")
@@ -551,8 +550,9 @@ class NonAutoregressiveWrapper(nn.Module):
             prompt, prompt_mask = prompt.expand(rows, -1), prompt_mask.expand(rows, -1)
         expected = [len(prompt) if batch_size is None else batch_size, self.max_seq_len]
         _check.shape("prompt", prompt, expected, "B, max_seq_len")
-        prompt, prompt_mask = (x.to(device, non_blocking=True) for x in (prompt, prompt_mask))
-        return prompt.long().where(prompt_mask, self.mask_id), prompt_mask, sample_one
+        num_maskable = (~prompt_mask).sum(dim=-1).cpu()  # the one wait for a device, if the prompt is on one
+        prompt, prompt_mask = (moved(x, device) for x in (prompt, prompt_mask))
+        return prompt.long().where(prompt_mask, self.mask_id), prompt_mask, num_maskable, sample_one
 
     def _plan(
         self, steps: int, num_maskable: Tensor, device: torch.device, by_threshold: bool, for_any_prompt: bool

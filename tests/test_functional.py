@@ -618,6 +618,41 @@ def test_a_seed_lies_where_it_is_wanted():
     assert seed.item() == functional.draw_seed("cpu", torch.Generator().manual_seed(0)).item()
 
 
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("meta", False)])
+def test_what_the_host_is_to_read_is_there(device, waits, monkeypatch):
+    """Of a copy from a GPU that nobody waits for it would read what stood there before."""
+    to, seen = torch.Tensor.to, []
+
+    def watched(x, *arguments, non_blocking=None, **options):
+        seen.extend([] if non_blocking is None else [not non_blocking])
+        return to(x, *arguments, non_blocking=bool(non_blocking), **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    logits = torch.zeros(1, 2, 5, device=device)
+    functional.draw_seed(device, torch.Generator())
+    functional.sample_tokens(logits, seed=torch.tensor(3), forbidden=[1])
+    targets = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
+        functional.masked_cross_entropy(logits, targets, targets == 0, denominator=torch.tensor(2.0))
+    wrapper = fastmask.NonAutoregressiveWrapper(Table(device), mask_id=4, steps=2)
+    wrapper.generate(prompt=torch.zeros(1, 2).long(), prompt_mask=torch.tensor([[True, False]]))
+    assert len(seen) >= 8
+    assert set(seen) == {waits}
+
+
+class Table(torch.nn.Module):
+    """The same logits everywhere."""
+
+    max_seq_len, num_tokens = 2, 5
+
+    def __init__(self, device):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(2, 5, device=device))
+
+    def forward(self, ids):
+        return self.logits.expand(*ids.shape, 5)
+
+
 def test_what_is_exported_is_documented():
     for name in functional.__all__:
         assert getattr(functional, name).__doc__
