@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TensorFn = Callable[[Tensor], Tensor]
 
@@ -112,6 +112,8 @@ def step_counts(schedule: Schedule, steps: int, num_maskable: Tensor) -> Tensor:
         [[7, 2], [5, 1], [2, 0], [0, 0]]
     """
     times = torch.linspace(0.0, 1.0, steps + 1, device="cpu")[1:]
+    if isinstance(schedule.ratio, nn.Module):  # one that is learned may lie on a GPU
+        times = next((times.to(x.device) for x in (*schedule.ratio.parameters(), *schedule.ratio.buffers())), times)
     ratio = torch.as_tensor(schedule(times), dtype=torch.float32, device="cpu").expand(steps)
     counts = (ratio[:, None] * num_maskable).long()
     counts = counts.clamp(min=0).minimum(num_maskable)

@@ -119,6 +119,25 @@ def test_counts_stay_within_the_sequence_and_end_at_zero(ratio, expected):
     assert step_counts(Schedule(ratio), 4, torch.tensor([10, 3])).tolist() == expected
 
 
+@pytest.mark.parametrize("holds", ["parameter", "buffer", "nothing"])
+def test_a_module_gets_times_where_it_lies(holds):
+    """On a GPU, say; meta tensors have a device of their own, too."""
+
+    class Halved(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            if holds == "parameter":
+                self.scale = torch.nn.Parameter(torch.ones(1, device="meta"))
+            elif holds == "buffer":
+                self.register_buffer("scale", torch.ones(1, device="meta"))
+
+        def forward(self, t):
+            assert t.device.type == ("cpu" if holds == "nothing" else "meta")
+            return 0.5 if holds == "nothing" else (t * self.scale).new_full((len(t),), 0.5, device="cpu")
+
+    assert step_counts(as_schedule(Halved()), 3, torch.tensor([10])).tolist() == [[5], [5], [0]]
+
+
 @given(
     steps=st.integers(1, 40),
     sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=4),
