@@ -1,7 +1,7 @@
 """Kernels as operators of PyTorch, which torch.compile takes as they are.
 
-Registered with the dispatcher itself: what torch.library.custom_op does in Python besides takes the host longer, at
-every call, than most of these kernels take the GPU.
+Registered with the dispatcher itself: what torch.library's custom_op and register_autograd do in Python besides takes
+the host longer, at every call, than most of these kernels take the GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("fastmask", "FRAGMENT")
 
@@ -37,10 +38,30 @@ def operator(
 
 
 def differentiable(
-    overload: torch._ops.OpOverload[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
+    overload: torch._ops.OpOverload[..., Any], gradients: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> None:
-    """Gives an operator its derivative."""
-    torch.library.register_autograd(overload, backward, setup_context=setup_context, lib=_LIBRARY)
+    """Gives an operator its derivative: ``backward`` and ``setup_context`` of a torch.autograd.Function."""
+
+    def below(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*arguments)
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            outputs = below(*arguments)
+            setup_context(ctx, arguments, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *incoming: Any) -> Any:
+            return gradients(ctx, *incoming)
+
+    def run(*arguments: Any) -> Any:
+        needs = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+        return Derivative.apply(*arguments) if needs else below(*arguments)
+
+    _LIBRARY.impl(overload, run, "Autograd")
 
 
 def _counting_versions(function: Callable[..., Any], mutates: Sequence[str]) -> Callable[..., Any]:
