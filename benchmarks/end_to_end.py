@@ -202,7 +202,7 @@ def contenders(task: str) -> list[Contender]:
             )
     if task == "generate":
         load = functools.partial(Wrapping, wrappers["fastmask"], has_graph=True)
-        found.append(Contender(GRAPH, "", load, is_ours=True, needs_cuda=True))
+        found.append(Contender(GRAPH, "", load, is_ours=True, needs_cuda=True, keeps_memory=True))
     return found
 
 

@@ -82,6 +82,7 @@ class Contender:
     is_baseline: bool = False
     overwrites: bool = False  # its input, which is put back before each run, not timed
     needs_cuda: bool = False
+    keeps_memory: bool = False  # from run to run, so that what one allocates besides tells nothing
     timed_if_wrong: bool = False  # what people run today: its time is told all the same, beside its errors
 
     def __str__(self) -> str:
@@ -284,16 +285,17 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
     return _resident_mib("VmHWM") - resident
 
 
-def host_ms(run: Callable[[], object], device: torch.device) -> float | None:
+def host_ms(step: Step) -> float | None:
     """Milliseconds until the host is free again, None on a CPU: what it takes to queue a run, and where a run waits
     for the GPU, that too."""
-    if device.type != "cuda":
+    if step.problem.device.type != "cuda":
         return None
     times: list[float] = []
     while not times or (sum(times) < 100.0 and len(times) < 10):
+        step.restore()
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        run()
+        step.run()
         times.append((time.perf_counter() - begin) * 1e3)
     return statistics.median(times)
 
@@ -387,9 +389,9 @@ def compare(
         if row["contender"] in steps:
             step = steps[row["contender"]]
             row |= _timing(times[row["contender"]], _floor(row, floors))
+            row |= {"host_ms": host_ms(step), "of_limit": _of_limit(row, problem.limits)}
             step.restore()
-            row |= {"host_ms": host_ms(step.run, problem.device), "peak_mib": peak_mib(step.run, problem.device)}
-            row["of_limit"] = _of_limit(row, problem.limits)
+            row["peak_mib"] = None if step.contender.keeps_memory else peak_mib(step.run, problem.device)
     for name in bounds:
         row = {"contender": name, "name": name, "given": "", "status": "bound", "reason": "", "errors": {}}
         row |= {"is_ours": False, "is_baseline": False, "host_ms": None, "peak_mib": None, "of_limit": None}

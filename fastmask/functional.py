@@ -205,6 +205,7 @@ def mask_sampling(
             global_batch_size=global_batch_size,
         )
     if times is not None:
+        times = times.detach()  # masks are no function of them that has a derivative
         ratios, slopes = _evaluate(schedule, times)
     run = _dispatch.module("mask_sampling", tokens.device, backend).mask_sampling
     return MaskedTokens(

@@ -7,38 +7,57 @@ the host longer, at every call, than most of these kernels take the GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("fastmask", "FRAGMENT")
+Overload = torch._ops.OpOverload
+_libraries: dict[str, torch.library.Library] = {}  # an operator lives as long as its own
 
 
 def operator(
     name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], torch._ops.OpOverload[..., Any]]:
+) -> Callable[[Callable[..., Any]], Overload[..., Any]]:
     """Makes a function, by its type hints, the operator ``torch.ops.fastmask.<name>``.
+
+    It has no derivative, and is not to be given what requires one; see :func:`differentiable`.
 
     Args:
         fake: gives outputs like the function's, with nothing in them, for tracing.
         mutates: names of positional arguments that the function writes to.
     """
 
-    def register(function: Callable[..., Any]) -> torch._ops.OpOverload[..., Any]:
+    def register(function: Callable[..., Any]) -> Overload[..., Any]:
+        if name in _libraries:  # its module is loaded anew
+            _libraries[name]._destroy()
+        library = _libraries[name] = torch.library.Library("fastmask", "FRAGMENT")
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, _counting_versions(function, mutates), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastmask::{name}", fake, lib=_LIBRARY)
-        overload: torch._ops.OpOverload[..., Any] = getattr(torch.ops.fastmask, name).default
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastmask::{name}", fake, lib=library)
+        overload: Overload[..., Any] = getattr(torch.ops.fastmask, name).default
+        if mutates:
+            library.impl(name, _counting_versions(overload, mutates), "ADInplaceOrView", with_keyset=True)
         return overload
 
     return register
 
 
+def _counting_versions(overload: Overload[..., Any], mutates: Sequence[str]) -> Callable[..., Any]:
+    """Tells autograd what an operator writes to: a tensor saved for backward must not change unseen."""
+    names = [argument.name for argument in overload._schema.arguments]
+    places = [names.index(name) for name in mutates]
+
+    def counting(keys: Any, *arguments: Any) -> Any:
+        torch.autograd.graph.increment_version([arguments[i] for i in places if arguments[i] is not None])
+        return overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    return counting
+
+
 def differentiable(
-    overload: torch._ops.OpOverload[..., Any], gradients: Callable[..., Any], setup_context: Callable[..., Any]
+    overload: Overload[..., Any], gradients: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> None:
     """Gives an operator its derivative: ``backward`` and ``setup_context`` of a torch.autograd.Function."""
 
@@ -61,19 +80,4 @@ def differentiable(
         needs = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
         return Derivative.apply(*arguments) if needs else below(*arguments)
 
-    _LIBRARY.impl(overload, run, "Autograd")
-
-
-def _counting_versions(function: Callable[..., Any], mutates: Sequence[str]) -> Callable[..., Any]:
-    """The function, telling autograd what it writes to: a tensor saved for backward must not change unseen."""
-    if not mutates:
-        return function
-    names = function.__code__.co_varnames
-    places = [names.index(name) for name in mutates]
-
-    @wraps(function)
-    def counting(*arguments: Any) -> Any:
-        torch.autograd.graph.increment_version([arguments[i] for i in places if arguments[i] is not None])
-        return function(*arguments)
-
-    return counting
+    _libraries[overload._schema.name.removeprefix("fastmask::")].impl(overload, run, "Autograd")

@@ -510,21 +510,39 @@ def test_memory_of_a_cpu_is_the_growth_of_the_resident_set():
 
 
 def test_the_hosts_time_is_told_of_a_gpu_only(monkeypatch):
-    """The median of a tenth of a second's runs, of one that takes longer."""
+    """The median of a tenth of a second's runs, of one that takes longer; each is given back what it overwrites."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    runs: list[int] = []
 
-    def run(seconds):
-        runs.append(len(runs))
-        time.sleep(seconds)
+    class Sleep:
+        def __init__(self, device, seconds):
+            self.device, self.seconds, self.done = torch.device(device), seconds, []
 
-    assert harness.host_ms(lambda: run(0.0), CPU) is None
-    assert not runs
-    assert 10 <= harness.host_ms(lambda: run(0.01), torch.device("cuda")) < 100
-    assert 3 <= len(runs) <= 10
-    runs.clear()
-    assert harness.host_ms(lambda: run(0.1), torch.device("cuda")) >= 100
-    assert len(runs) == 1
+        def restore(self, contender):
+            self.done.append("restored")
+
+        def run(self, contender, function):
+            self.done.append("run")
+            time.sleep(self.seconds)
+
+    def told(device, seconds):
+        problem = Sleep(device, seconds)
+        return harness.host_ms(harness.Step(contender(right), None, problem)), problem.done
+
+    assert told("cpu", 0.0) == (None, [])
+    milliseconds, done = told("cuda", 0.01)
+    assert 10 <= milliseconds < 100
+    assert 3 <= len(done) // 2 <= 10
+    assert done == ["restored", "run"] * (len(done) // 2)
+    milliseconds, done = told("cuda", 0.1)
+    assert milliseconds >= 100
+    assert done == ["restored", "run"]
+
+
+def test_a_contender_that_keeps_memory_has_no_peak_of_a_run(problem):
+    rows = compare([contender(right), contender(slow, keeps_memory=True)], problem, effort=ONCE)
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert rows[1]["peak_mib"] is None
+    assert rows[0]["peak_mib"] is not None or harness.peak_mib(lambda: None, CPU) is None
 
 
 def test_a_case_that_does_not_fit_is_told_and_the_others_go_on(monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 from fastmask import _streams as streams
+from fastmask import functional
 from fastmask.reference import philox
 from fastmask.reference.mask_sampling import MaskedTokens, draw_times, gate_counts
 
@@ -88,6 +89,13 @@ def test_times_of_a_batch_are_independent(reference):
     times = sample(reference, foreign(20000, 1)).times
     assert stats.kstest(times.double().numpy(), "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(times[1:], times[:-1])[0, 1]) < 4 / math.sqrt(20000)
+
+
+def test_masks_of_times_that_require_a_gradient_carry_none(backend):
+    times = torch.tensor([0.2, 0.7], requires_grad=True)
+    out = backend.run(functional.mask_sampling, foreign(2, 9), mask_id=3, num_tokens=7, times=times, seed=1)
+    assert not any(x.requires_grad for x in out)
+    assert torch.equal(out.times, times)
 
 
 @pytest.mark.parametrize("world", [1, 3])
