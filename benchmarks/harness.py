@@ -34,8 +34,8 @@ ALL_ROWS = "all rows"
 COMPACTED = "compacted rows"
 RIVALS = {WITH_MASK: "best on all rows", ALL_ROWS: "best on all rows", COMPACTED: "best on compacted"}
 
-# Written so often between runs: empties the L2 cache, and keeps the GPU busy (an H200 for about a millisecond) while
-# the host queues the run, as in training.
+# Written so often between runs: empties the L2 cache, and keeps the GPU busy (by its bandwidth an H200 for about
+# a millisecond) while the host queues the run, as in training.
 FLUSH_BYTES, FLUSHES = 2**30, 4
 
 UNITS = {"GB/s": 1e9, "TFLOP/s": 1e12, "tokens/s": 1.0}

@@ -1,7 +1,7 @@
 """Kernels as operators of PyTorch, which torch.compile takes as they are.
 
 Registered with the dispatcher itself: what torch.library's custom_op and register_autograd do in Python besides takes
-the host longer, at every call, than most of these kernels take the GPU.
+the host longer, at every call, than most of these kernels should take a GPU.
 """
 
 from __future__ import annotations
