@@ -1,9 +1,19 @@
-"""Copies between devices."""
+"""Where tensors lie, and copies between devices."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def device_of(module: Any, default: torch.device) -> torch.device:
+    """The device of a module's first parameter or buffer; the default where it has none, or is no module."""
+    if isinstance(module, nn.Module):
+        for value in (*module.parameters(), *module.buffers()):
+            return value.device
+    return default
 
 
 def moved(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:

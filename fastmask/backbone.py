@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastmask import functional
+from fastmask import _copies, functional
 from fastmask.functional import MaskedTokens, Sampled
 
 
@@ -124,10 +124,7 @@ def _of_each_token(name: str, letter: str, output: object, ids: Tensor) -> Tenso
 
 def device_of(net: Any) -> torch.device:
     """The device of the network's first parameter or buffer; torch's default where it has none."""
-    if isinstance(net, nn.Module):
-        for value in (*net.parameters(), *net.buffers()):
-            return value.device
-    return torch.get_default_device()
+    return _copies.device_of(net, torch.get_default_device())
 
 
 def linear_head(net: Any) -> Head | None:

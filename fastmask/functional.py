@@ -120,7 +120,7 @@ def mask_sampling(
         mode: "exact" masks exactly k_b of the n_b maskable positions, a uniformly random subset;
             "bernoulli" masks each with probability schedule(t_b), and w_b = |schedule'| / schedule.
         stratified: t_b = (u + b / B) mod 1 over the global batch, one u for all.
-        times: [B] float32, t_b in place of drawn ones.
+        times: [B] float32, t_b in place of drawn ones; no gradient reaches them.
         counts: [B] int32|int64, k_b in place of the schedule's ("exact" only); clamped to [0, n_b].
         maskable: [B, N] bool, False where a token is never masked (padding, prompts); None for all.
         no_replace_prob: with probability 1/2 per call, ceil(k_b no_replace_prob) of the masked

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastmask._copies import device_of
 
 TensorFn = Callable[[Tensor], Tensor]
 
@@ -112,8 +114,7 @@ def step_counts(schedule: Schedule, steps: int, num_maskable: Tensor) -> Tensor:
         [[7, 2], [5, 1], [2, 0], [0, 0]]
     """
     times = torch.linspace(0.0, 1.0, steps + 1, device="cpu")[1:]
-    if isinstance(schedule.ratio, nn.Module):  # one that is learned may lie on a GPU
-        times = next((times.to(x.device) for x in (*schedule.ratio.parameters(), *schedule.ratio.buffers())), times)
+    times = times.to(device_of(schedule.ratio, times.device))  # a schedule that is learned may lie on a GPU
     ratio = torch.as_tensor(schedule(times), dtype=torch.float32, device="cpu").expand(steps)
     counts = (ratio[:, None] * num_maskable).long()
     counts = counts.clamp(min=0).minimum(num_maskable)

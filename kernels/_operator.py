@@ -16,12 +16,16 @@ Overload = torch._ops.OpOverload
 _libraries: dict[str, torch.library.Library] = {}  # an operator lives as long as its own
 
 
+def _nothing(*args: Any) -> None:
+    """What an operator returns that only writes."""
+
+
 def operator(
-    name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()
+    name: str, fake: Callable[..., Any] = _nothing, mutates: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Overload[..., Any]]:
     """Makes a function, by its type hints, the operator ``torch.ops.fastmask.<name>``.
 
-    It has no derivative, and is not to be given what requires one; see :func:`differentiable`.
+    It has no derivative; see :func:`differentiable`.
 
     Args:
         fake: gives outputs like the function's, with nothing in them, for tracing.

@@ -538,11 +538,7 @@ _NOISE_BLOCK = 1024
 HEAD_CHUNK_ROWS = 4096
 
 
-def _nothing(*args: Any) -> None:
-    """What an operator returns that only writes."""
-
-
-@operator("sample_tokens_", _nothing, mutates=("ids", "log_probs", "margins", "entropies"))
+@operator("sample_tokens_", mutates=("ids", "log_probs", "margins", "entropies"))
 def _sample_tokens_(
     ids: Tensor,
     log_probs: Tensor,
@@ -754,7 +750,7 @@ def select_to_remask(scores: Tensor, eligible: Tensor, counts: Tensor, min_score
     return chosen
 
 
-@operator("remask_", _nothing, mutates=("ids", "is_masked", "row_indices"))
+@operator("remask_", mutates=("ids", "is_masked", "row_indices"))
 def _remask_(
     ids: Tensor,
     is_masked: Tensor,

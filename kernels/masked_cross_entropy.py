@@ -782,7 +782,7 @@ def _operation(
     return *outputs, logits.new_empty(0) if gradient is None else gradient
 
 
-@operator("masked_cross_entropy_gradient_", lambda *_: None, mutates=("gradient",))
+@operator("masked_cross_entropy_gradient_", mutates=("gradient",))
 def _gradient_operation(
     gradient: Tensor,
     logits: Tensor | None,
