@@ -1,0 +1,260 @@
+"""The nouns of fastmask: what travels together between doors, reference and kernels.
+
+Letters: B batch, N positions, V vocabulary, D width, M rows of logits, R places of a list of rows. None means absent;
+a number that changes nothing (label_smoothing 0) is a number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Random numbers
+
+
+class Draws(NamedTuple):
+    """Which random numbers an operation draws: its seed and where its Philox counters begin.
+
+    seed: [] int64. sample_offset: global index of the first sequence. step: index of the demasking step.
+    """
+
+    seed: Tensor
+    sample_offset: int = 0
+    step: int = 0
+
+
+# Masks
+
+
+class ScheduleValues(NamedTuple):
+    """Times, and the schedule at them, [B] float32 each: all three, or none where the operation finds them itself.
+
+    times: t. ratios: schedule(t). slopes: d schedule / dt.
+    """
+
+    times: Tensor | None = None
+    ratios: Tensor | None = None
+    slopes: Tensor | None = None
+
+
+class Masking(NamedTuple):
+    """How masks are chosen, and what the network sees there; see ``fastmask.functional.mask_sampling``.
+
+    schedule: "linear" or "cosine", evaluated by the operation; None where its values are given.
+    """
+
+    mask_id: int
+    num_tokens: int
+    global_batch_size: int
+    schedule: str | None = "linear"
+    bernoulli: bool = False
+    stratified: bool = False
+    no_replace_prob: float = 0.0
+    random_token_prob: float = 0.0
+    random_may_be_mask: bool = False
+
+
+class MaskedTokens(NamedTuple):
+    """What :func:`fastmask.functional.mask_sampling` returns; fields documented there."""
+
+    masked_ids: Tensor
+    is_masked: Tensor
+    times: Tensor
+    counts: Tensor
+    loss_weights: Tensor
+    row_indices: Tensor
+    num_masked: Tensor
+
+
+# Losses
+
+
+class LossRows(NamedTuple):
+    """The rows of a loss, of one shape [...].
+
+    targets: int32|int64, read at masked rows only. is_masked: bool, None for all. weights: in the loss's dtype, None
+    for 1; 0 is as good as unmasked.
+    """
+
+    targets: Tensor
+    is_masked: Tensor | None = None
+    weights: Tensor | None = None
+
+    def flat(self) -> LossRows:
+        """The same rows in one dimension."""
+        return LossRows(*(None if x is None else x.flatten() for x in self))  # type: ignore[arg-type]
+
+    def counted(self) -> Tensor:
+        """Which rows are in the loss: masked, and of a weight other than 0; bool, of the targets' shape."""
+        if self.weights is None:
+            return torch.ones_like(self.targets, dtype=torch.bool) if self.is_masked is None else self.is_masked
+        return self.weights != 0 if self.is_masked is None else self.is_masked & (self.weights != 0)
+
+
+class LossOptions(NamedTuple):
+    """What a row's loss is besides its cross-entropy; see ``fastmask.functional.masked_cross_entropy``."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    exclude_id: int | None = None
+    with_correct: bool = False
+
+
+class Reduction(NamedTuple):
+    """How the losses of rows become one: kind is "none", "sum" or "mean".
+
+    denominator: [] in the loss's dtype, what "mean" divides by; None for the number of rows that count.
+    """
+
+    kind: str = "mean"
+    denominator: Tensor | None = None
+
+
+class CrossEntropy(NamedTuple):
+    """The loss by the reduction asked for, and of every row: its unweighted nll, and whether the argmax
+    (ties to the lower id) is the target, or None where not asked for; 0 and False where unmasked."""
+
+    loss: Tensor
+    nll: Tensor
+    correct: Tensor | None
+
+
+# Logits
+
+
+class LinearLogits(NamedTuple):
+    """Logits that nobody has computed yet: ``F.linear(scale * embeddings, weight, bias)``.
+
+    Samplers take it wherever they take logits, and compute those of the rows they sample.
+
+    embeddings: [B, N, D] or, of compact rows, [M, D]. weight: [V, D]. bias: [V] or None. Of one dtype, unless under
+    autocast.
+    """
+
+    embeddings: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+
+    def scaled(self, embeddings: Tensor) -> Tensor:
+        """Some rows of the embeddings, times the scale."""
+        return embeddings if self.scale == 1.0 else embeddings * self.scale
+
+    def of_rows(self, embeddings: Tensor) -> Tensor:
+        """The logits of some rows of the embeddings."""
+        return torch.nn.functional.linear(self.scaled(embeddings), self.weight, self.bias)
+
+
+# Demasking
+
+
+class SampledRows(NamedTuple):
+    """Which M rows are sampled.
+
+    row_indices: [M] int64, flat positions b N + i; -1 for no row. seq_len: N. is_compact: whether there are logits of
+    these rows only, [M, V], or of every position, [B N, V].
+    """
+
+    row_indices: Tensor
+    seq_len: int
+    is_compact: bool
+
+    def part(self, part: slice) -> SampledRows:
+        """Some of the rows, to go with logits of these only."""
+        return SampledRows(self.row_indices[part], self.seq_len, True)
+
+    def of(self, values: Tensor, part: slice) -> Tensor:
+        """What belongs to some of the rows; some other's where there is no row."""
+        return values[part] if self.is_compact else values[self.row_indices[part].clamp(min=0)]
+
+
+class Sampling(NamedTuple):
+    """How ids are sampled; see ``fastmask.functional.sample_tokens``.
+
+    top_k: in [1, V), None to keep all. mask_id: in [0, V). forbidden: [V] bool.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    mask_id: int | None = None
+    forbidden: Tensor | None = None
+    with_margin: bool = False
+    with_entropy: bool = False
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the largest logit is taken, and no random number drawn."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+class Sampled(NamedTuple):
+    """One id for each row, int64, and figures of the filtered, unheated softmax, float32, None where not asked for.
+
+    log_probs: nats, of ``ids``. margins: how much more likely the likeliest id is than the next. entropies: nats.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    margins: Tensor | None = None
+    entropies: Tensor | None = None
+
+
+class Remasking(NamedTuple):
+    """How positions are judged, and which are masked again: those of the highest remask keys.
+
+    A remask key is minus the value where that is a confidence, else the value (a critic's logit), noise added first.
+
+    noise_scale: of Gumbel noise on the value. min_remask_key: a position of a lower key is not masked again.
+    """
+
+    mask_id: int
+    is_confidence: bool = True
+    noise_scale: float = 0.0
+    min_remask_key: float | None = None
+
+
+class RowList(NamedTuple):
+    """A list of rows, written in place: each sequence's flat positions in places of its own.
+
+    row_indices: [R] int64, -1 where a place is free. row_starts: [B + 1] int64: those of sequence b lie in
+    row_indices[row_starts[b] : row_starts[b + 1]]; what does not fit is left out.
+    """
+
+    row_indices: Tensor
+    row_starts: Tensor
+
+
+class Demasked(NamedTuple):
+    """Between two steps of a generation; see :func:`fastmask.functional.demask_step`."""
+
+    ids: Tensor
+    is_masked: Tensor
+    log_probs: Tensor
+    row_indices: Tensor
+
+
+# The wrapper's results
+
+
+class Losses(NamedTuple):
+    """Scalars, float32, nats: what to call backward on, and its two parts (None where not computed)."""
+
+    loss: Tensor
+    generator_loss: Tensor | None
+    critic_loss: Tensor | None
+
+
+class Trajectory(NamedTuple):
+    """A generation, step by step; a step that was not run repeats the one before.
+
+    ids: [steps, B, N] int64, mask_id where masked; is_masked: [steps, B, N] bool; log_probs: [steps, B, N]
+    float32, nats, of the id last proposed at each position (0 where it was given).
+    """
+
+    ids: Tensor
+    is_masked: Tensor
+    log_probs: Tensor
