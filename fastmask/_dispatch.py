@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
-OPERATIONS = ("mask_sampling", "masked_cross_entropy", "linear_masked_cross_entropy", "demask")
+Function = TypeVar("Function", bound=Callable[..., Any])
+OPERATIONS = ("mask_sampling", "masked_cross_entropy", "linear_masked_cross_entropy", "sample_tokens", "remask")
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT_VARIABLE = "FASTMASK_BACKEND"
 
@@ -58,16 +60,19 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def module(
-    operation: str, device: torch.device, backend: str = "auto", dtype: torch.dtype | None = None
-) -> ModuleType:
-    """The module that runs an operation: ``fastmask.kernels.X`` or ``fastmask.reference.X``; see ``choose``."""
+def implementation(
+    reference: Function, device: torch.device, backend: str = "auto", dtype: torch.dtype | None = None
+) -> Function:
+    """A function of the reference, or the kernels' of the same name and signature; see ``choose``."""
+    package, _, operation = reference.__module__.rpartition(".")
     chosen, _ = choose(operation, device, backend, dtype)
-    package = "kernels" if chosen == "triton" else "reference"
-    name = f"fastmask.{package}.{operation}"
+    if chosen == "reference":
+        return reference
+    name = f"{package.removesuffix('reference')}kernels.{operation}"
     if name not in sys.modules:
         importlib.import_module(name)
-    return sys.modules[name]
+    found: Function = getattr(sys.modules[name], reference.__name__)
+    return found
 
 
 def _no_kernel(operation: str, dtype: torch.dtype | None) -> str | None:

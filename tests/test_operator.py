@@ -52,7 +52,7 @@ def test_ids_that_backward_needs_must_not_change(kernel, compiled):
 
 def test_kernels_are_not_traced(kernel):
     """Where torch.compile leaves a frame to Python it still looks at what that calls."""
-    kernel.module("demask")
+    kernel.module("remask")
 
     def noise(seed):
         with contextlib.suppress(ValueError):
