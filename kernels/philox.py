@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastmask import _streams as streams
-from fastmask.kernels import _elementary as elementary
+from fastmask.kernels import _math
 
 _STEPS = tl.constexpr(1 << streams.STEP_BITS)  # of one stream
 
@@ -19,7 +19,7 @@ def draw(seed, stream: tl.constexpr, sample=0, position=0, element=0, step=0):
 
     seed: int64 scalar. Scalars stay scalars: the first rounds are then shared by a whole block.
     """
-    # Philox4x32 is selected by the counter's type; wider coordinates count modulo 2**32, as in the twin.
+    # Philox4x32 is selected by the counter's type; wider coordinates count modulo 2**32, as in the reference.
     zero = tl.full((), 0, tl.int64)
     c0 = (zero + element).to(tl.uint32)
     c1 = (zero + position).to(tl.uint32)
@@ -53,4 +53,4 @@ def exponential(high, low):
     v = _unit_interval(high, low)
     ones = tl.full((), 0xFFFFFFFF, tl.uint32)
     complement = _unit_interval(high ^ ones, low ^ ones)
-    return tl.where(v < 0.25, -elementary.log1p(tl.maximum(-v, -0.25)), -elementary.log(complement))
+    return tl.where(v < 0.25, -_math.log1p(tl.maximum(-v, -0.25)), -_math.log(complement))

@@ -1,4 +1,4 @@
-"""The generator: Random123's known answers, the kernel's twin bit for bit, and the laws of what is drawn."""
+"""The generator: Random123's known answers, kernel and reference bit for bit, and the laws of what is drawn."""
 
 from __future__ import annotations
 

@@ -16,6 +16,6 @@ def device_of(module: Any, default: torch.device) -> torch.device:
     return default
 
 
-def moved(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+def to_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor on a device. The host waits where it is itself to read the copy, and nowhere else."""
     return x.to(device, x.dtype if dtype is None else dtype, non_blocking=torch.device(device).type != "cpu")
