@@ -19,15 +19,10 @@ import triton
 from torch import Tensor
 
 from fastmask._autograd import first_order_only
+from fastmask.kernels._losses import is_plain, scale_, with_denominator
 from fastmask.kernels._operator import differentiable, operator
-from fastmask.kernels.masked_cross_entropy import (
-    Options,
-    as_denominator,
-    is_plain,
-    losses_and_gradient,
-    rows_that_count,
-    scale_,
-)
+from fastmask.kernels.masked_cross_entropy import losses_and_gradient
+from fastmask.records import CrossEntropy, LinearLogits, LossOptions, LossRows, Reduction
 
 # Masked rows at once, at most; the chunks of a call are of one size, so more than half as many where there are
 # several: enough to keep the tensor cores busy, and adding a chunk's dW to the sum (8 V D bytes) stays a small
@@ -35,25 +30,43 @@ from fastmask.kernels.masked_cross_entropy import (
 CHUNK_ROWS = 8192
 
 
-class Arguments(NamedTuple):
-    """The operation's tensors: R rows of which those masked are in the loss."""
+class MaskedRows(NamedTuple):
+    """Which of the rows of a head are computed: those that count, or those listed.
 
-    embeddings: Tensor  # [R, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    targets: Tensor  # [R]
-    is_masked: Tensor | None  # [R]
-    weights: Tensor | None  # [R] float32
-    denominator: Tensor | None  # [] float32
-    row_indices: Tensor | None  # [K] int64, in place of is_masked
+    row_indices: [K] int64, in place of is_masked, -1 for none. num_masked: what their number does not exceed.
+    """
+
+    row_indices: Tensor | None
+    num_masked: int | None
 
 
-class Gradients(NamedTuple):
-    """By embeddings, weight and bias, in their dtypes; empty where not wanted."""
+class Products(NamedTuple):
+    """How a head's products are taken, and which gradients are wanted of them."""
 
-    embeddings: Tensor
-    weight: Tensor
-    bias: Tensor
+    dtype: torch.dtype
+    wants_embeddings: bool
+    wants_weight: bool
+    wants_bias: bool
+
+    @property
+    def wants_any(self) -> bool:
+        """Whether a gradient is wanted at all."""
+        return self.wants_embeddings or self.wants_weight or self.wants_bias
+
+
+class Outputs(NamedTuple):
+    """What the operation gives.
+
+    loss: w loss of every row [R], or reduced to []. nll: [R]. correct: [R] bool, empty where not asked for. Then the
+    gradients wanted, in the dtypes of what they are by; empty where not wanted.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    correct: Tensor
+    by_embeddings: Tensor
+    by_weight: Tensor
+    by_bias: Tensor
 
 
 def chunk_sizes(num_rows: int) -> list[int]:
@@ -62,25 +75,26 @@ def chunk_sizes(num_rows: int) -> list[int]:
     return [num_rows // num_chunks + (i < num_rows % num_chunks) for i in range(num_chunks)]
 
 
-def _masked_rows(arguments: Arguments, num_masked: int | None) -> tuple[Tensor, Tensor | None]:
-    """The rows that count, [M], with -1 where ``num_masked`` exceeds them, and whether it falls short, [] bool.
+def _masked_rows(rows: LossRows, masked: MaskedRows) -> tuple[Tensor, Tensor | None]:
+    """The rows that are computed, [M], with -1 where num_masked exceeds them, and whether it falls short, [] bool.
 
-    Without ``num_masked`` the host waits for the device to count; in a capture, where it cannot, no row is left out.
+    Without num_masked the host waits for the device to count; in a capture, where it cannot, no row is left out.
     """
-    targets, row_indices = arguments.targets, arguments.row_indices
+    targets, (row_indices, num_masked) = rows.targets, masked
     if num_masked is None and _is_captured(targets):
         num_masked = len(targets)
     if row_indices is not None:
         if num_masked is None:
             return row_indices[: int((row_indices >= 0).sum())], None
         return row_indices[:num_masked], (row_indices[num_masked:] >= 0).any()
-    if num_masked is None and arguments.is_masked is None and arguments.weights is None:
+    if num_masked is None and rows.is_masked is None and rows.weights is None:
         return torch.arange(len(targets), device=targets.device), None
-    counts = rows_that_count(targets, arguments.is_masked, arguments.weights)
+    counted = rows.counted()
     if num_masked is None:
-        return counts.nonzero().squeeze(-1), None
-    num_masked = min(num_masked, len(counts))
-    return torch.nonzero_static(counts, size=num_masked, fill_value=-1).squeeze(-1), counts.sum() > num_masked
+        return counted.nonzero().squeeze(-1), None
+    num_masked = min(num_masked, len(counted))
+    found = torch.nonzero_static(counted, size=num_masked, fill_value=-1).squeeze(-1)
+    return found, counted.sum() > num_masked
 
 
 def _is_captured(x: Tensor) -> bool:
@@ -113,19 +127,20 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None
 
 
 def _chunked(
-    arguments: Arguments,
+    logits: LinearLogits,
+    rows: LossRows,
+    masked: MaskedRows,
+    denominator: Tensor | None,
     upstream: Tensor | None,
-    options: Options,
-    dtype: torch.dtype,
-    num_masked: int | None,
-    wants: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """w loss, nll and correctness of every row, [R] each, and the gradients wanted of sum upstream w loss / d."""
-    embeddings, weight, bias, targets, _, weights, denominator, row_indices = arguments
-    wants_embeddings, wants_weight, wants_bias = wants
+    options: LossOptions,
+    products: Products,
+) -> Outputs:
+    """The losses of every row, and the gradients wanted of sum upstream w loss / denominator."""
+    embeddings, weight, bias = logits.embeddings, logits.weight, logits.bias
+    targets, weights, dtype = rows.targets, rows.weights, products.dtype
     num_rows, num_ids = len(targets), len(weight)
-    rows, falls_short = _masked_rows(arguments, num_masked)
-    sizes = chunk_sizes(len(rows))
+    listed, falls_short = _masked_rows(rows, masked)
+    sizes = chunk_sizes(len(listed))
     cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if upstream is not None:
         weights = upstream.expand(num_rows) if weights is None else weights * upstream
@@ -136,126 +151,111 @@ def _chunked(
     # One row more than there are: what belongs to no row goes there.
     losses, nll = (embeddings.new_zeros(num_rows + 1, dtype=torch.float32) for _ in range(2))
     correct = embeddings.new_zeros(num_rows + 1 if options.with_correct else 1, dtype=torch.bool)
-    grad_embeddings = embeddings.new_zeros(num_rows + 1 if wants_embeddings else 1, embeddings.shape[1])
+    by_embeddings = embeddings.new_zeros(num_rows + 1 if products.wants_embeddings else 1, embeddings.shape[1])
     new_total = torch.empty_like if sizes else torch.zeros_like
     total_dtype = dtype if len(sizes) == 1 and weight.dtype == dtype else torch.float32
-    grad_weight = new_total(weight, dtype=total_dtype) if wants_weight else None
-    grad_bias = new_total(bias, dtype=torch.float32) if bias is not None and wants_bias else None
+    by_weight = new_total(weight, dtype=total_dtype) if products.wants_weight else None
+    by_bias = new_total(bias, dtype=torch.float32) if bias is not None and products.wants_bias else None
     # Rows of logits begin at 16 bytes whatever V is.
     vector = 16 // dtype.itemsize
     buffer = cast_weight.new_empty(max(sizes, default=0), triton.cdiv(num_ids, vector) * vector)
 
-    for index, part in enumerate(rows.split(sizes)):
+    for index, part in enumerate(listed.split(sizes)):
         source, slot, counts = part, part, None
         if falls_short is not None:
             counts, source, slot = part >= 0, part.clamp(min=0), part.where(part >= 0, num_rows)
         part_weights = None if weights is None else weights.index_select(0, source)
-        if row_indices is not None and part_weights is not None:
+        if masked.row_indices is not None and part_weights is not None:
             counts = part_weights != 0 if counts is None else counts & (part_weights != 0)
         x = embeddings.index_select(0, source).to(dtype)
         if counts is not None:  # what is no masked row may hold NaN, and 0 NaN would reach dW
             x.masked_fill_(~counts[:, None], 0.0)
-        logits = buffer[: len(part), :num_ids]
+        z = buffer[: len(part), :num_ids]
         if cast_bias is None:
-            torch.mm(x, cast_weight.mT, out=logits)
+            torch.mm(x, cast_weight.mT, out=z)
         else:
-            torch.addmm(cast_bias, x, cast_weight.mT, out=logits)
-        part_losses, part_nll, part_correct, _ = losses_and_gradient(
-            logits,
-            targets.index_select(0, source),
-            counts,
-            part_weights,
-            denominator,
-            options,
-            gradient=logits if any(wants) else None,
-        )
-        losses.index_copy_(0, slot, part_losses)
-        nll.index_copy_(0, slot, part_nll)
+            torch.addmm(cast_bias, x, cast_weight.mT, out=z)
+        part_rows = LossRows(targets.index_select(0, source), counts, part_weights)
+        out = losses_and_gradient(z, part_rows, denominator, options, z if products.wants_any else None)
+        losses.index_copy_(0, slot, out.loss)
+        nll.index_copy_(0, slot, out.nll)
         if options.with_correct:
-            correct.index_copy_(0, slot, part_correct)
-        if wants_embeddings:
-            grad_embeddings.index_copy_(0, slot, torch.mm(logits, cast_weight).to(embeddings.dtype))
-        if grad_weight is not None:
-            _add_product(grad_weight, logits.mT, x, is_first=index == 0)
-        if grad_bias is not None:
-            part_bias = logits.sum(dim=0, dtype=torch.float32)
-            grad_bias = part_bias if index == 0 else grad_bias.add_(part_bias)
+            correct.index_copy_(0, slot, out.correct)
+        if products.wants_embeddings:
+            by_embeddings.index_copy_(0, slot, torch.mm(z, cast_weight).to(embeddings.dtype))
+        if by_weight is not None:
+            _add_product(by_weight, z.mT, x, is_first=index == 0)
+        if by_bias is not None:
+            part_bias = z.sum(dim=0, dtype=torch.float32)
+            by_bias = part_bias if index == 0 else by_bias.add_(part_bias)
     if falls_short is not None:
         losses.masked_fill_(falls_short, torch.nan)
-    gradients = Gradients(
-        grad_embeddings[:num_rows] if wants_embeddings else grad_embeddings[:0],
-        weight.new_empty(0) if grad_weight is None else grad_weight.to(weight.dtype),
-        weight.new_empty(0) if grad_bias is None else grad_bias.to(weight.dtype),
+    return Outputs(
+        losses[:num_rows],
+        nll[:num_rows],
+        correct[:num_rows] if options.with_correct else correct[:0],
+        by_embeddings[:num_rows] if products.wants_embeddings else by_embeddings[:0],
+        weight.new_empty(0) if by_weight is None else by_weight.to(weight.dtype),
+        weight.new_empty(0) if by_bias is None else by_bias.to(weight.dtype),
     )
-    return losses[:num_rows], nll[:num_rows], correct[:num_rows] if options.with_correct else correct[:0], gradients
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _fake(embeddings: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *args: Any) -> Outputs:
-    with_correct, reduction, *_, wants_embeddings, wants_weight, wants_bias = args[9:]
-    num_rows = targets.shape[0]  # symbolic, as len() is not
+def _fake(
+    logits: LinearLogits,
+    rows: LossRows,
+    masked: MaskedRows,
+    reduction: Reduction,
+    upstream: Tensor | None,
+    options: LossOptions,
+    products: Products,
+) -> Outputs:
+    embeddings, weight, bias = logits.embeddings, logits.weight, logits.bias
+    num_rows = rows.targets.shape[0]  # symbolic, as len() is not
     losses = embeddings.new_empty(num_rows, dtype=torch.float32)
-    return (
-        losses if reduction == "none" else losses.new_empty(()),
+    return Outputs(
+        losses if reduction.kind == "none" else losses.new_empty(()),
         torch.empty_like(losses),
-        losses.new_empty(num_rows if with_correct else 0, dtype=torch.bool),
-        embeddings.new_empty(embeddings.shape if wants_embeddings else (0, embeddings.shape[1])),
-        torch.empty_like(weight) if wants_weight else weight.new_empty(0),
-        torch.empty_like(bias) if bias is not None and wants_bias else weight.new_empty(0),
+        losses.new_empty(num_rows if options.with_correct else 0, dtype=torch.bool),
+        embeddings.new_empty(embeddings.shape if products.wants_embeddings else (0, embeddings.shape[1])),
+        torch.empty_like(weight) if products.wants_weight else weight.new_empty(0),
+        torch.empty_like(bias) if bias is not None and products.wants_bias else weight.new_empty(0),
     )
 
 
 @operator("linear_masked_cross_entropy", _fake)
 def _operation(
-    embeddings: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    is_masked: Tensor | None,
-    weights: Tensor | None,
-    denominator: Tensor | None,
-    row_indices: Tensor | None,
+    logits: LinearLogits,
+    rows: LossRows,
+    masked: MaskedRows,
+    reduction: Reduction,
     upstream: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    exclude_id: int,
-    with_correct: bool,
-    reduction: str,
-    dtype: torch.dtype,
-    num_masked: int | None,
-    wants_embeddings: bool,
-    wants_weight: bool,
-    wants_bias: bool,
+    options: LossOptions,
+    products: Products,
 ) -> Outputs:
-    """loss by the reduction, nll, correct; then the gradients wanted: by the loss, or with ``upstream`` ([], or
-    [R] for none) by what that is the gradient of."""
-    arguments = Arguments(embeddings, weight, bias, targets, is_masked, weights, denominator, row_indices)
-    options = Options(label_smoothing, z_loss, softcap, exclude_id, with_correct)
-    wants = wants_embeddings, wants_weight, wants_bias
-    with torch.autocast(embeddings.device.type, enabled=False):  # it would reach the float32 parts
-        losses, nll, correct, gradients = _chunked(arguments, upstream, options, dtype, num_masked, wants)
-    loss = losses if reduction == "none" else losses.sum()
-    return loss if denominator is None else loss / denominator, nll, correct, *gradients
+    """The losses of flat rows, embeddings [R, D], and the gradients wanted.
+
+    upstream: None for gradients by the loss; else [], or [R] for "none", and gradients by what it is the gradient of.
+    """
+    with torch.autocast(logits.embeddings.device.type, enabled=False):  # it would reach the float32 parts
+        out = _chunked(logits, rows, masked, reduction.denominator, upstream, options, products)
+    loss = out.loss if reduction.kind == "none" else out.loss.sum()
+    return out._replace(loss=loss if reduction.denominator is None else loss / reduction.denominator)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    *tensors, _, label_smoothing, z_loss, softcap, exclude_id, _, reduction, dtype, num_masked = inputs[:17]
-    _, nll, correct, *gradients = output
-    ctx.mark_non_differentiable(nll, correct, *gradients)
-    ctx.save_for_backward(*tensors, *gradients)
-    ctx.options = label_smoothing, z_loss, softcap, exclude_id, False, reduction, dtype, num_masked
-    ctx.has_gradients = any(inputs[17:])
-    ctx.num_inputs = len(inputs)
+def _setup_context(ctx: Any, inputs: Any, output: Outputs) -> None:
+    logits, rows, masked, reduction, _, options, products = inputs
+    _, *not_differentiable = output
+    ctx.mark_non_differentiable(*not_differentiable)
+    tensors = logits.embeddings, logits.weight, logits.bias, *rows, masked.row_indices, reduction.denominator
+    ctx.save_for_backward(*tensors, output.by_embeddings, output.by_weight, output.by_bias)
+    ctx.call = masked._replace(row_indices=None), reduction._replace(denominator=None), options, products
+    ctx.has_gradients = products.wants_any
 
 
 @first_order_only
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    arguments, gradients = saved[:-3], saved[-3:]
-    wants = ctx.needs_input_grad[:3]
+    embeddings, weight, bias, targets, is_masked, weights, row_indices, denominator, *gradients = ctx.saved_tensors
+    wants_embeddings, wants_weight, wants_bias, *_ = ctx.needs_input_grad
     has_gradients, ctx.has_gradients = ctx.has_gradients, False
     if has_gradients and is_plain(grad_loss):
         # Given away once: a second backward makes its own. Under detach() it would find a changed version.
@@ -265,66 +265,61 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     elif has_gradients:
         gradients = [gradient * grad_loss for gradient in gradients]
     else:
-        gradients = _operation(*arguments, grad_loss, *ctx.options, *wants)[3:]
-    wanted = [gradient if wants[i] else None for i, gradient in enumerate(gradients)]
-    return *wanted, *[None] * (ctx.num_inputs - 3)
+        masked, reduction, options, products = ctx.call
+        out = _operation(
+            LinearLogits(embeddings, weight, bias),
+            LossRows(targets, is_masked, weights),
+            masked._replace(row_indices=row_indices),
+            reduction._replace(denominator=denominator),
+            grad_loss,
+            options._replace(with_correct=False),
+            Products(products.dtype, wants_embeddings, wants_weight, wants_bias),
+        )
+        gradients = [out.by_embeddings, out.by_weight, out.by_bias]
+    by_embeddings, by_weight, by_bias = gradients
+    return (
+        by_embeddings if wants_embeddings else None,
+        by_weight if wants_weight else None,
+        by_bias if wants_bias else None,
+    )
 
 
 differentiable(_operation, _backward, _setup_context)
 
 
 def linear_masked_cross_entropy(
-    embeddings: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    is_masked: Tensor | None = None,
-    weights: Tensor | None = None,
-    *,
+    logits: LinearLogits,
+    rows: LossRows,
+    reduction: Reduction,
+    options: LossOptions,
     row_indices: Tensor | None,
     num_masked: int | None,
-    reduction: str,
-    denominator: Tensor | float | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    exclude_id: int | None,
-    with_correct: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See the twin, ``fastmask.reference.linear_masked_cross_entropy``: same arguments, same outputs."""
-    flat_targets, is_masked, weights = (x if x is None else x.flatten() for x in (targets, is_masked, weights))
-    if row_indices is not None and flat_targets.shape[0] == 0:
+) -> CrossEntropy:
+    """See the reference, ``fastmask.reference.linear_masked_cross_entropy``: same arguments, same outputs."""
+    shape, rows, embeddings = rows.targets.shape, rows.flat(), logits.embeddings
+    if row_indices is not None and rows.targets.shape[0] == 0:
         row_indices = row_indices[:0]
-    if reduction == "mean" and row_indices is not None:
-        listed = None if weights is None else weights[row_indices.clamp(min=0)]
-        denominator = as_denominator(denominator, row_indices, row_indices >= 0, listed)
-    elif reduction == "mean":
-        denominator = as_denominator(denominator, flat_targets, is_masked, weights)
+    counted = rows
+    if row_indices is not None:
+        weights = None if rows.weights is None else rows.weights[row_indices.clamp(min=0)]
+        counted = LossRows(row_indices, row_indices >= 0, weights)
+    reduction = with_denominator(reduction, counted)
     device_type = embeddings.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else embeddings.dtype
     # A float16 gradient formed before the loss scale arrives would underflow, and that of single losses needs
     # what comes from above.
-    in_forward = torch.is_grad_enabled() and reduction != "none" and dtype != torch.float16
-    loss, nll, correct, *_ = _operation(
-        embeddings.flatten(0, -2),
-        weight,
-        bias,
-        flat_targets,
-        is_masked,
-        weights,
-        denominator,
-        row_indices,
-        None,
-        label_smoothing,
-        z_loss,
-        softcap or 0.0,
-        -1 if exclude_id is None else exclude_id,
-        with_correct,
+    in_forward = torch.is_grad_enabled() and reduction.kind != "none" and dtype != torch.float16
+    leaves = embeddings, logits.weight, logits.bias
+    wants = (in_forward and x is not None and x.requires_grad for x in leaves)
+    out = _operation(
+        logits._replace(embeddings=embeddings.flatten(0, -2)),
+        rows,
+        MaskedRows(row_indices, num_masked),
         reduction,
-        dtype,
-        num_masked,
-        *(in_forward and x is not None and x.requires_grad for x in (embeddings, weight, bias)),
+        None,
+        options,
+        Products(dtype, *wants),
     )
-    loss = loss.view(targets.shape) if reduction == "none" else loss
-    return loss, nll.view(targets.shape), correct.view(targets.shape) if with_correct else None
+    loss = out.loss.view(shape) if reduction.kind == "none" else out.loss
+    return CrossEntropy(loss, out.nll.view(shape), out.correct.view(shape) if options.with_correct else None)

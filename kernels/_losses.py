@@ -1,0 +1,43 @@
+"""What both losses share besides the kernels of a row: a mean's denominator, and a gradient formed in forward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels import _launch, _math
+from fastmask.records import LossRows, Reduction
+
+_BLOCK = 8192
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, num_elements, BLOCK: tl.constexpr):
+    # This program multiplies a block by the factor, unless that is 1.
+    factor = tl.load(factor_ptr)
+    if factor == 1.0:
+        return
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=offsets < num_elements)
+    scaled = _math.rounded(x.to(tl.float32) * factor, x_ptr.dtype.element_ty)
+    tl.store(x_ptr + offsets, scaled, mask=offsets < num_elements)
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a float32 scalar on the device; x, contiguous, is not touched where it is 1."""
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), _BLOCK),)
+        _launch.launch(_scale_kernel, grid, x, x_ptr=x, factor_ptr=factor, num_elements=x.numel(), BLOCK=_BLOCK)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x may be written in place unseen: not while something traces it."""
+    return type(x) is Tensor
+
+
+def with_denominator(reduction: Reduction, rows: LossRows) -> Reduction:
+    """The reduction, a mean's denominator put in where it is the number of rows that count."""
+    if reduction.kind != "mean" or reduction.denominator is not None:
+        return reduction
+    return reduction._replace(denominator=rows.counted().sum().clamp(min=1).float())
