@@ -1,13 +1,13 @@
 """The random streams of fastmask: one table, read by the reference and by the kernels.
 
-A Philox counter is four 32-bit words (DESIGN 3.6):
+A Philox counter is four 32-bit words (docs/randomness.md):
 
     c0  tile, sub-tile or element of the vocabulary (0 where there is none)
     c1  position in the sequence (0 where there is none)
     c2  global sample index: sample_offset + row (0 where a draw is shared by the batch)
     c3  stream * 2**24 + step
 
-so two draws share a number only if they share stream, step, sample, position and tile.
+so two draws share a number only if they share stream, step, sample, position and element.
 """
 
 STEP_BITS = 24

@@ -11,76 +11,60 @@ of the row list (8); with two launches ``is_masked`` is read once more. Nothing 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastmask import _streams as streams
-from fastmask.kernels import philox
+from fastmask.kernels import _launch, philox
+from fastmask.kernels import _schedule as schedule
+from fastmask.kernels import _smallest_keys as smallest_keys
 from fastmask.kernels._operator import operator
+from fastmask.records import Draws, MaskedTokens, Masking, ScheduleValues
 
-_TIMES = tl.constexpr(streams.TIMES)
-_STRATUM = tl.constexpr(streams.STRATUM)
 _COINS = tl.constexpr(streams.COINS)
 _KEYS = tl.constexpr(streams.KEYS)
-
-# A key and its position form one integer, so that keys are distinct: ties break by position.
-_POSITION_BITS = tl.constexpr(16)
-_MAX_LENGTH = 1 << _POSITION_BITS.value
-_END = tl.constexpr(1 << 48)  # above every key; the key of what cannot be masked
 
 # Three counts, each at most 65536, fit an int64.
 _COUNT_BITS = tl.constexpr(20)
 _COUNT_MASK = tl.constexpr((1 << 20) - 1)
 
 
-@triton.jit
-def _draw_times(seed, samples, global_batch_size, STRATIFIED: tl.constexpr):
-    """t in [0, 1) of each global sample."""
-    if STRATIFIED:
-        offset = philox.uniform(philox.draw(seed, _STRATUM)[0])
-        stratum = (samples % global_batch_size).to(tl.float32)
-        time = offset + tl.div_rn(stratum, tl.full((), global_batch_size, tl.float32))
-        time -= tl.floor(time)
-    else:
-        time = philox.uniform(philox.draw(seed, _TIMES, samples)[0])
-    return time
+class Sequence(NamedTuple):
+    """What a sequence's keys are made of.
 
-
-@triton.jit
-def _quarter_sine(x):
-    """sin(pi x / 2) for x in [0, 1]: seven terms of its Taylor series, remainder 7e-10; the twin's own.
-
-    The library's cosine keeps a table for huge arguments on the stack, and rounds unlike torch's.
+    seed, sample: key and counter of its random numbers. N: its length. maskable_ptr: None where all positions may be
+    masked. bernoulli_end: int64, the words below it mask; None where masks have exact counts.
     """
-    square = x * x
-    total = 5.692172921967926e-08 * square - 3.598843235212085e-06
-    total = total * square + 1.6044118478735982e-04
-    total = total * square - 4.6817541353186881e-03
-    total = total * square + 7.9692626246167046e-02
-    total = total * square - 0.64596409750624625
-    total = total * square + 1.5707963267948966
-    return total * x
+
+    seed: tl.tensor
+    sample: tl.tensor
+    N: tl.tensor
+    maskable_ptr: tl.tensor | None
+    bernoulli_end: tl.tensor | None
 
 
-@triton.jit
-def _ratio(time, SCHEDULE: tl.constexpr):
-    """schedule(t), t in [0, 1]."""
-    tl.static_assert(SCHEDULE == "linear" or SCHEDULE == "cosine")
-    ratio = 1.0 - time
-    if SCHEDULE == "cosine":
-        ratio = _quarter_sine(ratio)
-    return ratio
+class Keys(NamedTuple):
+    """A block of keys, and the two words of each position's random id."""
+
+    key: tl.tensor
+    id_high: tl.tensor
+    id_low: tl.tensor
 
 
-@triton.jit
-def _steepness(time, SCHEDULE: tl.constexpr):
-    """abs(schedule'(t))."""
-    steepness = tl.full((), 1.0, tl.float32)
-    if SCHEDULE == "cosine":
-        steepness = 1.5707963267948966 * _quarter_sine(time)
-    return steepness
+class Parts(NamedTuple):
+    """Where the parts of the masked set end, in the order of its keys: first those that keep their token, then those
+    that get a random one, then those that get the mask. An end is a rank, and found as a threshold of keys.
+
+    kept, random: None where all get the mask.
+    """
+
+    kept: tl.tensor | None
+    random: tl.tensor | None
+    masked: tl.tensor
 
 
 @triton.jit
@@ -92,69 +76,108 @@ def _exact_count(ratio, num_candidates):
 
 
 @triton.jit
-def _draw_keys(seed, sample, offs_n, N, maskable_ptr, threshold, HAS_MASKABLE: tl.constexpr, BERNOULLI: tl.constexpr):
-    """Distinct int64 keys, _END where a position cannot be masked, and the two words of the random id."""
-    key, id_high, id_low, bernoulli_word = philox.draw(seed, _KEYS, sample, offs_n)
-    candidate = offs_n < N
-    if HAS_MASKABLE:
-        candidate = tl.load(maskable_ptr + offs_n, mask=candidate, other=0) != 0
-    if BERNOULLI:
-        candidate = candidate & (bernoulli_word.to(tl.int64) < threshold)
-    key = (key.to(tl.int64) << _POSITION_BITS) | offs_n
-    return tl.where(candidate, key, _END), id_high, id_low
+def _draw_keys(sequence, offs_n):
+    """The keys of a block of positions."""
+    word, id_high, id_low, bernoulli_word = philox.draw(sequence.seed, _KEYS, sequence.sample, offs_n)
+    is_candidate = offs_n < sequence.N
+    if sequence.maskable_ptr is not None:
+        is_candidate = tl.load(sequence.maskable_ptr + offs_n, mask=is_candidate, other=0) != 0
+    if sequence.bernoulli_end is not None:
+        is_candidate = is_candidate & (bernoulli_word.to(tl.int64) < sequence.bernoulli_end)
+    return Keys(smallest_keys.keys_of(word, offs_n, is_candidate), id_high, id_low)
 
 
 @triton.jit
-def _gate_ranks(seed, count, keep_prob, random_prob, random_prob_after_keep):
-    """Ranks in the masked set below which a token is kept, and below which it is kept or random; int32."""
-    keep_word, random_word, _, _ = philox.draw(seed, _COINS)
-    keep_coin = keep_word < 2147483648
-    kept = tl.where(keep_coin, tl.ceil(count.to(tl.float32) * keep_prob).to(tl.int32), 0)
-    left = count - kept
-    share = tl.where(keep_coin, random_prob_after_keep, random_prob)
-    random = tl.minimum(tl.ceil(left.to(tl.float32) * share).to(tl.int32), left)
-    return kept, kept + tl.where(random_word < 2147483648, random, 0)
+def _ends_of_parts(seed, count, keep_prob, random_prob, random_prob_after_keep):
+    """The ranks, int32, at which the parts of ``count`` masked positions end."""
+    kept = None
+    random = None
+    if keep_prob is not None:
+        keep_word, random_word, _, _ = philox.draw(seed, _COINS)
+        keep_coin = keep_word < 2147483648
+        kept = tl.where(keep_coin, tl.ceil(count.to(tl.float32) * keep_prob).to(tl.int32), 0)
+        remaining = count - kept
+        share = tl.where(keep_coin, random_prob_after_keep, random_prob)
+        num_random = tl.minimum(tl.ceil(remaining.to(tl.float32) * share).to(tl.int32), remaining)
+        random = kept + tl.where(random_word < 2147483648, num_random, 0)
+    return Parts(kept, random, count)
 
 
 @triton.jit
-def _count_below(key, kept, random, masked, GATED: tl.constexpr):
-    """How many keys lie below each threshold; three thresholds share an int64 and so one reduction."""
-    counts = (key < masked).to(tl.int32)
-    if GATED:
+def _start(ends, num_keys):
+    """The brackets of all ends."""
+    kept = None
+    random = None
+    if ends.kept is not None:
+        kept = smallest_keys.start(ends.kept, num_keys, 0, smallest_keys.END)
+        random = smallest_keys.start(ends.random, num_keys, 0, smallest_keys.END)
+    return Parts(kept, random, smallest_keys.start(ends.masked, num_keys, 0, smallest_keys.END))
+
+
+@triton.jit
+def _are_found(brackets, ends):
+    """Whether all of them are."""
+    found = smallest_keys.is_found(brackets.masked, ends.masked)
+    if ends.kept is not None:
+        found = found & smallest_keys.is_found(brackets.kept, ends.kept)
+        found = found & smallest_keys.is_found(brackets.random, ends.random)
+    return found
+
+
+@triton.jit
+def _probe(bracket, end):
+    """A probe in one bracket; where it is found its low, without which AMD's compiler spills scalar registers."""
+    probe = smallest_keys.probe(bracket, smallest_keys.interpolated(bracket, end))
+    return tl.where(smallest_keys.is_found(bracket, end), bracket.low, probe)
+
+
+@triton.jit
+def _probes(brackets, ends):
+    """A probe in each bracket; keys are uniform."""
+    kept = None
+    random = None
+    if ends.kept is not None:
+        kept = _probe(brackets.kept, ends.kept)
+        random = _probe(brackets.random, ends.random)
+    return Parts(kept, random, _probe(brackets.masked, ends.masked))
+
+
+@triton.jit
+def _count_below(key, thresholds):
+    """How many keys lie below each threshold: three counts share an int64, and so one reduction."""
+    counts = (key < thresholds.masked).to(tl.int32)
+    if thresholds.kept is not None:
         counts = counts.to(tl.int64)
-        counts += (key < random).to(tl.int64) << _COUNT_BITS
-        counts += (key < kept).to(tl.int64) << (2 * _COUNT_BITS)
+        counts += (key < thresholds.random).to(tl.int64) << _COUNT_BITS
+        counts += (key < thresholds.kept).to(tl.int64) << (2 * _COUNT_BITS)
     return tl.sum(counts)
 
 
 @triton.jit
-def _bracket(rank, num_keys):
-    """Thresholds low < high with below_low <= rank < below_high keys below them; low alone if it serves."""
-    low = tl.where(rank == num_keys, _END, 0).to(tl.int64)
-    return low, tl.full((), _END, tl.int64), tl.where(rank == num_keys, num_keys, 0), num_keys
+def _narrow(brackets, ends, thresholds, counts):
+    """All brackets, after a count at their probes."""
+    kept = None
+    random = None
+    if ends.kept is not None:
+        below = (counts >> (2 * _COUNT_BITS)).to(tl.int32)
+        kept = smallest_keys.narrow(brackets.kept, ends.kept, thresholds.kept, below)
+        below = ((counts >> _COUNT_BITS) & _COUNT_MASK).to(tl.int32)
+        random = smallest_keys.narrow(brackets.random, ends.random, thresholds.random, below)
+    below = (counts & _COUNT_MASK).to(tl.int32)
+    return Parts(kept, random, smallest_keys.narrow(brackets.masked, ends.masked, thresholds.masked, below))
 
 
 @triton.jit
-def _probe(rank, low, high, below_low, below_high):
-    """Where to count next: keys are uniform, so interpolation needs a third of bisection's rounds.
-
-    Any probe inside the bracket is correct, so the division may be an approximate one.
-    """
-    share = ((rank - below_low).to(tl.float32) + 0.5) / (below_high - below_low + 1).to(tl.float32)
-    step = ((high - low).to(tl.float32) * share).to(tl.int64)
-    step = tl.minimum(tl.maximum(step, 1), high - low - 1)
-    return tl.where(below_low == rank, low, low + step)
-
-
-@triton.jit
-def _narrow(rank, probe, count, low, high, below_low, below_high):
-    is_low = count <= rank
-    return (
-        tl.where(is_low, probe, low),
-        tl.where(is_low, high, probe),
-        tl.where(is_low, count, below_low),
-        tl.where(is_low, below_high, count),
-    )
+def _visible_ids(token, keys, brackets, mask_id, num_ids, SKIPS_MASK: tl.constexpr):
+    """What the network sees at masked positions."""
+    visible = tl.full((), mask_id, token.dtype)
+    if brackets.kept is not None:
+        ids = philox.below(num_ids, keys.id_high, keys.id_low)
+        if SKIPS_MASK:
+            ids += (ids >= mask_id).to(tl.int64)
+        visible = tl.where(keys.key < brackets.random.low, ids.to(token.dtype), visible)
+        visible = tl.where(keys.key < brackets.kept.low, token, visible)
+    return visible
 
 
 @triton.jit
@@ -178,36 +201,31 @@ def _mask_sampling_kernel(
     tokens_ptr,
     stride_tb,
     seed_ptr,
-    times_ptr,
+    times_ptr,  # None where times are drawn and SCHEDULE is evaluated at them; so are ratios_ptr and slopes_ptr
     ratios_ptr,
     slopes_ptr,
-    counts_ptr,
-    maskable_ptr,
+    counts_ptr,  # None for the schedule's
+    maskable_ptr,  # None for all
     stride_mb,
     masked_ids_ptr,
     is_masked_ptr,
     out_times_ptr,
     out_counts_ptr,
     loss_weights_ptr,
-    row_indices_ptr,
+    row_indices_ptr,  # None, as is num_masked_ptr, where the kernel below lists the rows
     num_masked_ptr,
     num_rows,
     N,
     sample_offset,
-    global_batch_size,
+    global_batch_size,  # None where times are not stratified
     mask_id,
     num_ids,  # how many ids a random token is drawn from
-    keep_prob,
+    keep_prob,  # None, as are the next two, where all that is masked gets the mask
     random_prob,
     random_prob_after_keep,
-    SCHEDULE: tl.constexpr,  # None: times, ratios and slopes are given
-    STRATIFIED: tl.constexpr,
+    SCHEDULE: tl.constexpr,
     BERNOULLI: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    HAS_MASKABLE: tl.constexpr,
-    GATED: tl.constexpr,
     SKIPS_MASK: tl.constexpr,
-    ONE_LAUNCH: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -217,7 +235,7 @@ def _mask_sampling_kernel(
     row = tl.program_id(0)
     offset = row.to(tl.int64) * N
     tokens_ptr += row.to(tl.int64) * stride_tb
-    if HAS_MASKABLE:
+    if maskable_ptr is not None:
         maskable_ptr += row.to(tl.int64) * stride_mb
     sample = tl.full((), sample_offset, tl.int64) + row
     block = tl.arange(0, BLOCK_N)
@@ -226,50 +244,52 @@ def _mask_sampling_kernel(
     if ONE_BLOCK:  # asked for early, needed last
         token = tl.load(tokens_ptr + block, mask=block < N)
 
-    if SCHEDULE is None:
+    if times_ptr is not None:
         time = tl.load(times_ptr + row)
         ratio = tl.load(ratios_ptr + row)
         steepness = tl.abs(tl.load(slopes_ptr + row))
     else:
-        time = _draw_times(seed, sample, global_batch_size, STRATIFIED)
-        ratio = _ratio(time, SCHEDULE)
-        steepness = _steepness(time, SCHEDULE)
+        time = schedule.drawn(seed, sample, global_batch_size)
+        ratio = schedule.ratio(time, SCHEDULE)
+        steepness = schedule.steepness(time, SCHEDULE)
 
-    # Compared as 32-bit integers: ratio 1 masks everything, ratio 0 nothing.
-    threshold = (tl.minimum(tl.maximum(ratio, 0.0), 1.0) * 4294967296.0).to(tl.int64)
+    bernoulli_end = None
+    if BERNOULLI:  # compared as 32-bit integers: ratio 1 masks everything, ratio 0 nothing
+        bernoulli_end = (tl.minimum(tl.maximum(ratio, 0.0), 1.0) * 4294967296.0).to(tl.int64)
+    sequence = Sequence(seed, sample, N, maskable_ptr, bernoulli_end)
     if ONE_BLOCK:
-        key, id_high, id_low = _draw_keys(seed, sample, block, N, maskable_ptr, threshold, HAS_MASKABLE, BERNOULLI)
+        keys = _draw_keys(sequence, block)
 
     masked_before = tl.full((), 0, tl.int64)
-    if ONE_LAUNCH:
+    if row_indices_ptr is not None:
         # Counts of this row and of all before it. Both come from the same instructions, since cosines of
         # different code could differ in the last bit, and two rows' entries would then overlap.
         num_keys = tl.full((), N, tl.int32)
         count = tl.full((), 0, tl.int32)
         for first in range(0, row + 1, BLOCK_B):
             rows = first + tl.arange(0, BLOCK_B)
-            if HAS_COUNTS:
+            if counts_ptr is not None:
                 wanted = tl.load(counts_ptr + rows, mask=rows <= row, other=0)
                 wanted = tl.minimum(tl.maximum(wanted, 0), num_keys).to(tl.int32)
-            elif SCHEDULE is None:
+            elif ratios_ptr is not None:
                 wanted = _exact_count(tl.load(ratios_ptr + rows, mask=rows <= row, other=0.0), num_keys)
             else:
                 samples = tl.full((), sample_offset, tl.int64) + rows
-                times = _draw_times(seed, samples, global_batch_size, STRATIFIED)
-                wanted = _exact_count(_ratio(times, SCHEDULE), num_keys)
+                wanted = _exact_count(
+                    schedule.ratio(schedule.drawn(seed, samples, global_batch_size), SCHEDULE), num_keys
+                )
             masked_before += tl.sum(tl.where(rows < row, wanted, 0))
             count += tl.sum(tl.where(rows == row, wanted, 0))
+        tl.store(num_masked_ptr, masked_before + count, mask=row == num_rows - 1)
     else:
         num_keys = tl.full((), 0, tl.int32)
         for first in range(0, limit, BLOCK_N):
             if not ONE_BLOCK:
-                key, id_high, id_low = _draw_keys(
-                    seed, sample, first + block, N, maskable_ptr, threshold, HAS_MASKABLE, BERNOULLI
-                )
-            num_keys += tl.sum((key < _END).to(tl.int32))
+                keys = _draw_keys(sequence, first + block)
+            num_keys += tl.sum((keys.key < smallest_keys.END).to(tl.int32))
         if BERNOULLI:
             count = num_keys
-        elif HAS_COUNTS:
+        elif counts_ptr is not None:
             count = tl.minimum(tl.maximum(tl.load(counts_ptr + row), 0), num_keys).to(tl.int32)
         else:
             count = _exact_count(ratio, num_keys)
@@ -283,70 +303,30 @@ def _mask_sampling_kernel(
     tl.store(out_times_ptr + row, time)
     tl.store(out_counts_ptr + row, count)
     tl.store(loss_weights_ptr + row, tl.where(count > 0, weight, 0.0))
-    if ONE_LAUNCH:
-        tl.store(num_masked_ptr, masked_before + count, mask=row == num_rows - 1)
 
-    # Three thresholds among the keys, of ranks kept, random and count: k, r and m for short. Their brackets
-    # (low, high, below_low, below_high) shrink together, one pass over the keys for all of them.
-    low_m, high_m, below_low_m, below_high_m = _bracket(count, num_keys)
-    searching = below_low_m != count
-    if GATED:
-        kept, random = _gate_ranks(seed, count, keep_prob, random_prob, random_prob_after_keep)
-        low_k, high_k, below_low_k, below_high_k = _bracket(kept, num_keys)
-        low_r, high_r, below_low_r, below_high_r = _bracket(random, num_keys)
-        searching = searching | (below_low_k != kept) | (below_low_r != random)
-    while searching:
-        probe_m = _probe(count, low_m, high_m, below_low_m, below_high_m)
-        probe_k = probe_m
-        probe_r = probe_m
-        if GATED:
-            probe_k = _probe(kept, low_k, high_k, below_low_k, below_high_k)
-            probe_r = _probe(random, low_r, high_r, below_low_r, below_high_r)
-        packed = tl.full((), 0, tl.int64 if GATED else tl.int32)
+    # The parts' brackets shrink together: one pass over the keys a round, for all of them.
+    ends = _ends_of_parts(seed, count, keep_prob, random_prob, random_prob_after_keep)
+    brackets = _start(ends, num_keys)
+    while not _are_found(brackets, ends):
+        probes = _probes(brackets, ends)
+        counts = tl.full((), 0, tl.int32 if keep_prob is None else tl.int64)
         for first in range(0, limit, BLOCK_N):
             if not ONE_BLOCK:
-                key, id_high, id_low = _draw_keys(
-                    seed, sample, first + block, N, maskable_ptr, threshold, HAS_MASKABLE, BERNOULLI
-                )
-            packed += _count_below(key, probe_k, probe_r, probe_m, GATED)
-        low_m, high_m, below_low_m, below_high_m = _narrow(
-            count, probe_m, (packed & _COUNT_MASK).to(tl.int32), low_m, high_m, below_low_m, below_high_m
-        )
-        searching = below_low_m != count
-        if GATED:
-            low_r, high_r, below_low_r, below_high_r = _narrow(
-                random,
-                probe_r,
-                ((packed >> _COUNT_BITS) & _COUNT_MASK).to(tl.int32),
-                low_r,
-                high_r,
-                below_low_r,
-                below_high_r,
-            )
-            low_k, high_k, below_low_k, below_high_k = _narrow(
-                kept, probe_k, (packed >> (2 * _COUNT_BITS)).to(tl.int32), low_k, high_k, below_low_k, below_high_k
-            )
-            searching = searching | (below_low_k != kept) | (below_low_r != random)
+                keys = _draw_keys(sequence, first + block)
+            counts += _count_below(keys.key, probes)
+        brackets = _narrow(brackets, ends, probes, counts)
 
     for first in range(0, limit, BLOCK_N):
         offs_n = first + block
         in_n = offs_n < N
         if not ONE_BLOCK:
-            key, id_high, id_low = _draw_keys(
-                seed, sample, offs_n, N, maskable_ptr, threshold, HAS_MASKABLE, BERNOULLI
-            )
+            keys = _draw_keys(sequence, offs_n)
             token = tl.load(tokens_ptr + offs_n, mask=in_n)
-        is_masked = key < low_m
-        visible = tl.full((), mask_id, token.dtype)
-        if GATED:
-            ids = philox.below(num_ids, id_high, id_low)
-            if SKIPS_MASK:
-                ids += (ids >= mask_id).to(tl.int64)
-            visible = tl.where(key < low_r, ids.to(token.dtype), visible)
-            visible = tl.where(key < low_k, token, visible)
+        is_masked = keys.key < brackets.masked.low
+        visible = _visible_ids(token, keys, brackets, mask_id, num_ids, SKIPS_MASK)
         tl.store(masked_ids_ptr + offset + offs_n, tl.where(is_masked, visible, token), mask=in_n)
         tl.store(is_masked_ptr + offset + offs_n, is_masked, mask=in_n)
-        if ONE_LAUNCH:
+        if row_indices_ptr is not None:
             masked_before = _list_rows(row_indices_ptr, is_masked, offs_n, N, row, num_rows, masked_before)
 
 
@@ -396,118 +376,101 @@ def _configuration(length: int) -> tuple[int, int]:
     return _BLOCKS
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _allocate(tokens: Tensor) -> Outputs:
-    """masked_ids, is_masked, times, counts, loss_weights, row_indices, num_masked."""
+def _empty(tokens: Tensor) -> MaskedTokens:
     shape, batch = tokens.shape, tokens.shape[0]
-    return (
-        tokens.new_empty(shape),
-        tokens.new_empty(shape, dtype=torch.bool),
-        tokens.new_empty(batch, dtype=torch.float32),
-        tokens.new_empty(batch, dtype=torch.int64),
-        tokens.new_empty(batch, dtype=torch.float32),
-        tokens.new_empty(tokens.numel(), dtype=torch.int64),
-        tokens.new_empty((), dtype=torch.int64),
+    return MaskedTokens(
+        masked_ids=tokens.new_empty(shape),
+        is_masked=tokens.new_empty(shape, dtype=torch.bool),
+        times=tokens.new_empty(batch, dtype=torch.float32),
+        counts=tokens.new_empty(batch, dtype=torch.int64),
+        loss_weights=tokens.new_empty(batch, dtype=torch.float32),
+        row_indices=tokens.new_empty(tokens.numel(), dtype=torch.int64),
+        num_masked=tokens.new_empty((), dtype=torch.int64),
     )
 
 
-def _fake(tokens: Tensor, *args: object, **kwargs: object) -> Outputs:
-    return _allocate(tokens)
+def _fake(tokens: Tensor, *arguments: object) -> MaskedTokens:
+    return _empty(tokens)
 
 
 @operator("mask_sampling", _fake)
 def mask_sampling(
     tokens: Tensor,
-    seed: Tensor,
-    times: Tensor | None = None,
-    ratios: Tensor | None = None,
-    slopes: Tensor | None = None,
-    counts: Tensor | None = None,
-    maskable: Tensor | None = None,
-    *,
-    schedule: str,
-    mask_id: int,
-    num_tokens: int,
-    bernoulli: bool,
-    stratified: bool,
-    no_replace_prob: float,
-    random_token_prob: float,
-    random_may_be_mask: bool,
-    sample_offset: int,
-    global_batch_size: int,
-) -> Outputs:
-    """See the twin, ``fastmask.reference.mask_sampling``: same arguments, same seven outputs."""
+    draws: Draws,
+    masking: Masking,
+    values: ScheduleValues,
+    counts: Tensor | None,
+    maskable: Tensor | None,
+) -> MaskedTokens:
+    """See the reference, ``fastmask.reference.mask_sampling``: same arguments, same results."""
     num_rows, length = tokens.shape
-    if length > _MAX_LENGTH:
-        raise ValueError(
-            f"expected sequences of at most {_MAX_LENGTH} tokens, received {length}; "
-            'use backend="reference" for longer ones'
-        )
-    outputs = _allocate(tokens)
-    masked_ids, is_masked, out_times, out_counts, loss_weights, row_indices, num_masked = outputs
+    smallest_keys.check_length(length)
+    out = _empty(tokens)
     if num_rows == 0:
-        num_masked.zero_()
-        return outputs
+        out.num_masked.zero_()
+        return out
 
-    tokens, maskable = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (tokens, maskable))
-    times, ratios, slopes, counts = (x if x is None else x.contiguous() for x in (times, ratios, slopes, counts))
-    skips_mask = not random_may_be_mask and mask_id < num_tokens
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    maskable = maskable if maskable is None or maskable.stride(-1) == 1 else maskable.contiguous()
+    values = ScheduleValues(*(x if x is None else x.contiguous() for x in values))
+    counts = counts if counts is None else counts.contiguous()
+    keep_prob, random_prob = masking.no_replace_prob, masking.random_token_prob
+    is_gated = keep_prob != 0.0 or random_prob != 0.0
+    skips_mask = not masking.random_may_be_mask and masking.mask_id < masking.num_tokens
     # The list's offsets need the counts of all earlier rows: known beforehand if they depend on t alone.
-    one_launch = not bernoulli and maskable is None
+    one_launch = not masking.bernoulli and maskable is None
     block_n, num_warps = _configuration(length)
-    with torch.cuda.device_of(tokens):  # Triton launches on the current device
-        _mask_sampling_kernel[(num_rows,)](
-            tokens_ptr=tokens,
-            stride_tb=tokens.stride(0),
-            seed_ptr=seed,
-            times_ptr=times,
-            ratios_ptr=ratios,
-            slopes_ptr=slopes,
-            counts_ptr=counts,
-            maskable_ptr=maskable,
-            stride_mb=0 if maskable is None else maskable.stride(0),
-            masked_ids_ptr=masked_ids,
-            is_masked_ptr=is_masked,
-            out_times_ptr=out_times,
-            out_counts_ptr=out_counts,
-            loss_weights_ptr=loss_weights,
-            row_indices_ptr=row_indices,
-            num_masked_ptr=num_masked,
+    _launch.launch(
+        _mask_sampling_kernel,
+        (num_rows,),
+        tokens,
+        tokens_ptr=tokens,
+        stride_tb=tokens.stride(0),
+        seed_ptr=draws.seed,
+        times_ptr=values.times,
+        ratios_ptr=values.ratios,
+        slopes_ptr=values.slopes,
+        counts_ptr=counts,
+        maskable_ptr=maskable,
+        stride_mb=None if maskable is None else maskable.stride(0),
+        masked_ids_ptr=out.masked_ids,
+        is_masked_ptr=out.is_masked,
+        out_times_ptr=out.times,
+        out_counts_ptr=out.counts,
+        loss_weights_ptr=out.loss_weights,
+        row_indices_ptr=out.row_indices if one_launch else None,
+        num_masked_ptr=out.num_masked if one_launch else None,
+        num_rows=num_rows,
+        N=length,
+        sample_offset=draws.sample_offset,
+        global_batch_size=masking.global_batch_size if masking.stratified else None,
+        mask_id=masking.mask_id,
+        num_ids=masking.num_tokens - skips_mask,
+        keep_prob=keep_prob if is_gated else None,
+        random_prob=random_prob if is_gated else None,
+        random_prob_after_keep=random_prob * (1.0 - keep_prob) if is_gated else None,
+        SCHEDULE=masking.schedule if values.times is None else None,
+        BERNOULLI=masking.bernoulli,
+        SKIPS_MASK=skips_mask,
+        ONE_BLOCK=length <= block_n,
+        BLOCK_N=block_n,
+        BLOCK_B=_BLOCK_B,
+        num_warps=num_warps,
+        enable_fp_fusion=False,  # products and sums round one by one, as in the reference
+    )
+    if not one_launch:
+        _launch.launch(
+            _row_list_kernel,
+            (num_rows,),
+            tokens,
+            is_masked_ptr=out.is_masked,
+            counts_ptr=out.counts,
+            row_indices_ptr=out.row_indices,
+            num_masked_ptr=out.num_masked,
             num_rows=num_rows,
             N=length,
-            sample_offset=sample_offset,
-            global_batch_size=global_batch_size,
-            mask_id=mask_id,
-            num_ids=num_tokens - skips_mask,
-            keep_prob=no_replace_prob,
-            random_prob=random_token_prob,
-            random_prob_after_keep=random_token_prob * (1.0 - no_replace_prob),
-            SCHEDULE=schedule if times is None else None,
-            STRATIFIED=stratified,
-            BERNOULLI=bernoulli,
-            HAS_COUNTS=counts is not None,
-            HAS_MASKABLE=maskable is not None,
-            GATED=no_replace_prob != 0.0 or random_token_prob != 0.0,
-            SKIPS_MASK=skips_mask,
-            ONE_LAUNCH=one_launch,
-            ONE_BLOCK=length <= block_n,
             BLOCK_N=block_n,
             BLOCK_B=_BLOCK_B,
             num_warps=num_warps,
-            enable_fp_fusion=False,  # products and sums round one by one, as in the twin
         )
-        if not one_launch:
-            _row_list_kernel[(num_rows,)](
-                is_masked_ptr=is_masked,
-                counts_ptr=out_counts,
-                row_indices_ptr=row_indices,
-                num_masked_ptr=num_masked,
-                num_rows=num_rows,
-                N=length,
-                BLOCK_N=block_n,
-                BLOCK_B=_BLOCK_B,
-                num_warps=num_warps,
-            )
-    return outputs
+    return out

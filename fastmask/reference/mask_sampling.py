@@ -12,44 +12,32 @@ a random one and [a + b, k) get the mask.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmask import _streams as streams
+from fastmask.records import Draws, MaskedTokens, Masking, ScheduleValues
 from fastmask.reference import philox
 
 
-class MaskedTokens(NamedTuple):
-    """What :func:`fastmask.functional.mask_sampling` returns; fields documented there."""
-
-    masked_ids: Tensor
-    is_masked: Tensor
-    times: Tensor
-    counts: Tensor
-    loss_weights: Tensor
-    row_indices: Tensor
-    num_masked: Tensor
-
-
-def draw_times(seed: Tensor, batch: int, *, stratified: bool, sample_offset: int, global_batch_size: int) -> Tensor:
+def draw_times(draws: Draws, batch: int, masking: Masking) -> Tensor:
     """t of each sequence, [B] float32 in [0, 1).
 
     Stratified: t_b = u + b / B mod 1 over the global batch, one u for all (the antithetic sampler of
     "Variational Diffusion Models", https://arxiv.org/abs/2107.00630, appendix I): one time in each of B
     strata, and each t_b on its own is uniform, so that the estimate for any one row is unbiased.
     """
-    samples = torch.arange(sample_offset, sample_offset + batch, device=seed.device)
-    if not stratified:
-        return philox.uniform(philox.draw(seed, streams.TIMES, sample=samples)[0])
-    offset = philox.uniform(philox.draw(seed, streams.STRATUM)[0])
+    samples = torch.arange(batch, device=draws.seed.device) + draws.sample_offset
+    if not masking.stratified:
+        return philox.uniform(philox.draw(draws.seed, streams.TIMES, sample=samples)[0])
+    offset = philox.uniform(philox.draw(draws.seed, streams.STRATUM)[0])
     # Divided by a tensor: CUDA multiplies by the reciprocal of a number, which rounds differently.
-    stratum = (samples % global_batch_size).float()
-    return (offset + stratum / torch.full_like(stratum, global_batch_size)) % 1.0
+    stratum = (samples % masking.global_batch_size).float()
+    return (offset + stratum / torch.full_like(stratum, masking.global_batch_size)) % 1.0
 
 
-def _evaluate(schedule: str, times: Tensor) -> tuple[Tensor, Tensor]:
+def _evaluate(schedule: str | None, times: Tensor) -> tuple[Tensor, Tensor]:
     """schedule(t) and its derivative for a schedule that the kernel evaluates itself."""
     if schedule == "linear":
         return 1.0 - times, torch.full_like(times, -1.0)
@@ -71,52 +59,34 @@ def _quarter_sine(x: Tensor) -> Tensor:
 
 def mask_sampling(
     tokens: Tensor,
-    seed: Tensor,
-    times: Tensor | None = None,
-    ratios: Tensor | None = None,
-    slopes: Tensor | None = None,
-    counts: Tensor | None = None,
-    maskable: Tensor | None = None,
-    *,
-    schedule: str,
-    mask_id: int,
-    num_tokens: int,
-    bernoulli: bool,
-    stratified: bool,
-    no_replace_prob: float,
-    random_token_prob: float,
-    random_may_be_mask: bool,
-    sample_offset: int,
-    global_batch_size: int,
+    draws: Draws,
+    masking: Masking,
+    values: ScheduleValues,
+    counts: Tensor | None,
+    maskable: Tensor | None,
 ) -> MaskedTokens:
-    """The twin of ``kernels/mask_sampling.py``.
+    """The specification of ``kernels/mask_sampling.py``.
 
     Args:
         tokens: [B, N] int32|int64.
-        seed: [] int64.
-        times, ratios, slopes: [B] float32: t, schedule(t), d schedule / dt; all three, or none to draw
-            the times here and evaluate ``schedule`` ("linear" or "cosine") on them.
+        values: the times, and the schedule at them; by default drawn, and evaluated, here.
         counts: [B] int64, the exact count of masked positions in place of the schedule's, or None.
         maskable: [B, N] bool, or None for all.
     """
+    times, ratios, slopes = values
     if times is None or ratios is None or slopes is None:
-        times = draw_times(
-            seed,
-            len(tokens),
-            stratified=stratified,
-            sample_offset=sample_offset,
-            global_batch_size=global_batch_size,
-        )
-        ratios, slopes = _evaluate(schedule, times)
+        times = draw_times(draws, len(tokens), masking)
+        ratios, slopes = _evaluate(masking.schedule, times)
     batch, length = tokens.shape
     position = torch.arange(length, device=tokens.device)
-    sample = torch.arange(sample_offset, sample_offset + batch, device=tokens.device)
-    key, id_high, id_low, bernoulli_word = philox.draw(seed, streams.KEYS, sample=sample[:, None], position=position)
+    sample = torch.arange(batch, device=tokens.device) + draws.sample_offset
+    words = philox.draw(draws.seed, streams.KEYS, sample=sample[:, None], position=position)
+    key, id_high, id_low, bernoulli_word = words
     key = (key << 31) | position  # ties broken by position
 
     candidate = torch.ones_like(tokens, dtype=torch.bool) if maskable is None else maskable
     num_candidates = candidate.sum(dim=-1)
-    if bernoulli:
+    if masking.bernoulli:
         # Compared as 32-bit integers: ratio 1 masks everything, ratio 0 nothing.
         threshold = (ratios.clamp(0.0, 1.0) * 2.0**32).long()
         is_masked = candidate & (bernoulli_word < threshold[:, None])
@@ -129,26 +99,13 @@ def mask_sampling(
         rank = _rank(key, candidate)
         is_masked = rank < counts[:, None]
 
-    masked_ids = _gate(
-        tokens,
-        rank,
-        is_masked,
-        counts,
-        id_high,
-        id_low,
-        seed,
-        mask_id=mask_id,
-        num_tokens=num_tokens,
-        no_replace_prob=no_replace_prob,
-        random_token_prob=random_token_prob,
-        random_may_be_mask=random_may_be_mask,
-    )
+    masked_ids = _gate(tokens, rank, is_masked, counts, (id_high, id_low), draws.seed, masking)
     return MaskedTokens(
         masked_ids,
         is_masked,
         times,
         counts,
-        loss_weights(slopes, ratios, counts, num_candidates, bernoulli=bernoulli),
+        loss_weights(slopes, ratios, counts, num_candidates, bernoulli=masking.bernoulli),
         torch.nonzero_static(is_masked.flatten(), size=tokens.numel()).squeeze(-1),
         counts.sum(),
     )
@@ -179,15 +136,15 @@ def gate_counts(
 ) -> tuple[Tensor, Tensor]:
     """How many masked positions keep their token, and how many get a random one: [B] int64 each.
 
-    a = ceil(float32(k p_keep)); b = ceil(float32(r (p_random f))) of the r = k - a that are left, with
+    a = ceil(float32(k p_keep)); b = ceil(float32(r (p_random f))) of the r = k - a that are remaining, with
     f = 1 - p_keep, p_random f a double rounded to float32. Where a coin is False its count is 0, and f is
     1 where the first is.
     """
     kept = (counts.float() * no_replace_prob).ceil().long().where(keep_coin, 0)
-    left = counts - kept
-    after_keep = left.float() * (random_token_prob * (1.0 - no_replace_prob))
-    random = torch.where(keep_coin, after_keep, left.float() * random_token_prob).ceil().long()
-    return kept, random.minimum(left).where(random_coin, 0)
+    remaining = counts - kept
+    after_keep = remaining.float() * (random_token_prob * (1.0 - no_replace_prob))
+    random = torch.where(keep_coin, after_keep, remaining.float() * random_token_prob).ceil().long()
+    return kept, random.minimum(remaining).where(random_coin, 0)
 
 
 def _rank(key: Tensor, candidate: Tensor) -> Tensor:
@@ -202,24 +159,19 @@ def _gate(
     rank: Tensor,
     is_masked: Tensor,
     counts: Tensor,
-    id_high: Tensor,
-    id_low: Tensor,
+    id_words: tuple[Tensor, Tensor],
     seed: Tensor,
-    *,
-    mask_id: int,
-    num_tokens: int,
-    no_replace_prob: float,
-    random_token_prob: float,
-    random_may_be_mask: bool,
+    masking: Masking,
 ) -> Tensor:
     """The ids that the network sees: kept, random or mask_id where masked, the token elsewhere."""
-    if no_replace_prob == 0.0 and random_token_prob == 0.0:
+    mask_id = masking.mask_id
+    if masking.no_replace_prob == 0.0 and masking.random_token_prob == 0.0:
         return tokens.masked_fill(is_masked, mask_id)
     keep_word, random_word, _, _ = philox.draw(seed, streams.COINS)
     coins = keep_word < 2**31, random_word < 2**31
-    kept, random = gate_counts(counts, *coins, no_replace_prob, random_token_prob)
-    skips_mask = not random_may_be_mask and mask_id < num_tokens
-    random_ids = philox.below(num_tokens - skips_mask, id_high, id_low)
+    kept, random = gate_counts(counts, *coins, masking.no_replace_prob, masking.random_token_prob)
+    skips_mask = not masking.random_may_be_mask and mask_id < masking.num_tokens
+    random_ids = philox.below(masking.num_tokens - skips_mask, *id_words)
     if skips_mask:
         random_ids = random_ids + (random_ids >= mask_id)
     visible = torch.where(rank < (kept + random)[:, None], random_ids.to(tokens.dtype), mask_id)

@@ -1,0 +1,150 @@
+"""Choosing masks: what is accepted, refused and promised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmask import _check, _dispatch
+from fastmask.ops.seeds import as_draws
+from fastmask.records import MaskedTokens, Masking, ScheduleValues
+from fastmask.reference import mask_sampling as reference
+from fastmask.schedules import Schedule, TensorFn, as_schedule
+
+
+def mask_sampling(
+    tokens: Tensor,
+    *,
+    mask_id: int,
+    num_tokens: int,
+    schedule: str | TensorFn | Schedule = "linear",
+    mode: str = "exact",
+    stratified: bool = False,
+    times: Tensor | None = None,
+    counts: Tensor | None = None,
+    maskable: Tensor | None = None,
+    no_replace_prob: float = 0.0,
+    random_token_prob: float = 0.0,
+    random_may_be_mask: bool = False,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    global_batch_size: int | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> MaskedTokens:
+    r"""Chooses the masked positions of a batch, and what the network sees there.
+
+    .. math::
+        t_b \sim U(0, 1), \quad k_b = \max(1, \lceil \mathrm{schedule}(t_b)\, n_b \rceil), \quad
+        w_b = |\mathrm{schedule}'(t_b)| \, n_b / k_b
+
+    Args:
+        tokens: [B, N] int32|int64, clean ids.
+        mask_id: the id of the mask token. One outside [0, num_tokens) is allowed.
+        num_tokens: V, the size of the vocabulary.
+        schedule: t to the mask ratio: "linear" (1 - t), "cosine" (cos(pi t / 2)), a callable on a
+            float32 tensor that autograd can differentiate, or a :class:`fastmask.Schedule`.
+        mode: "exact" masks exactly k_b of the n_b maskable positions, a uniformly random subset;
+            "bernoulli" masks each with probability schedule(t_b), and w_b = |schedule'| / schedule.
+        stratified: t_b = (u + b / B) mod 1 over the global batch, one u for all.
+        times: [B] float32, t_b in place of drawn ones; no gradient reaches them.
+        counts: [B] int32|int64, k_b in place of the schedule's ("exact" only); clamped to [0, n_b].
+        maskable: [B, N] bool, False where a token is never masked (padding, prompts); None for all.
+        no_replace_prob: with probability 1/2 per call, ceil(k_b no_replace_prob) of the masked
+            positions keep their token.
+        random_token_prob: independently with probability 1/2 per call, ceil(r random_token_prob f) of
+            the remaining r get a random token; f is 1 - no_replace_prob if the first coin fell so, else 1.
+        random_may_be_mask: whether a random token may be mask_id; uniform over the other ids by default.
+        seed, generator: see the module.
+        sample_offset: global index of the first row (data parallelism, split batches).
+        global_batch_size: B of the whole batch, for ``stratified``; default the rows given.
+        check: also refuse tokens outside [0, num_tokens) or equal to mask_id (synchronises).
+        backend: see the module.
+
+    Returns:
+        MaskedTokens of
+        masked_ids: [B, N] as tokens, what the network sees;
+        is_masked: [B, N] bool, the positions in the loss, kept and random ones included;
+        times: [B] float32;
+        counts: [B] int64, how many are masked;
+        loss_weights: [B] float32, w_b (0 where nothing is masked);
+        row_indices: [B N] int64, the flat indices b N + i of the masked positions in rising order, then -1;
+        num_masked: [] int64, how many of row_indices are masked positions.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number, tensors on several devices,
+        counts with mode "bernoulli", no id left to draw random tokens from, a schedule without
+        derivative; under check=True unclean tokens.
+
+    Randomness: streams TIMES or STRATUM, COINS and KEYS of the seed.
+
+    Source: k and the subset, MaskGIT (https://arxiv.org/abs/2202.04200); w, MDLM
+    (https://arxiv.org/abs/2406.07524, eq. 10, alpha = 1 - schedule); kept and random tokens, BERT
+    (https://arxiv.org/abs/1810.04805).
+
+    Example:
+        >>> tokens = torch.arange(8)[None]
+        >>> out = mask_sampling(tokens, mask_id=8, num_tokens=9, counts=torch.tensor([3]), seed=0)
+        >>> int(out.is_masked.sum()), bool((out.masked_ids[out.is_masked] == 8).all())
+        (3, True)
+    """
+    _check.tensor("tokens", tokens, _check.INTEGER, ndim=2)
+    batch, length = tokens.shape
+    if length == 0:
+        raise ValueError("expected tokens [B, N] with N of at least 1, received N = 0")
+    num_tokens = _check.integer("num_tokens", num_tokens, 1, 2**31)
+    mask_id = _check.integer("mask_id", mask_id, 0, 2**31)
+    _check.option("mode", mode, ["exact", "bernoulli"])
+    _check.number("no_replace_prob", no_replace_prob, 0.0, 1.0)
+    _check.number("random_token_prob", random_token_prob, 0.0, 1.0)
+    global_batch_size = batch if global_batch_size is None else global_batch_size
+    _check.integer("global_batch_size", global_batch_size, min(1, batch))
+    if random_token_prob > 0.0 and not random_may_be_mask and num_tokens - (mask_id < num_tokens) < 1:
+        raise ValueError(
+            f"expected an id besides mask_id {mask_id} to draw random tokens from, received "
+            f"num_tokens {num_tokens}; set random_token_prob=0"
+        )
+    if times is not None:
+        _check.tensor("times", times, [torch.float32])
+        _check.shape("times", times, [batch], "B")
+    if counts is not None:
+        if mode == "bernoulli":
+            raise ValueError("expected counts with mode='exact', received mode='bernoulli'; leave counts out")
+        _check.tensor("counts", counts, _check.INTEGER)
+        _check.shape("counts", counts, [batch], "B")
+    if maskable is not None:
+        _check.tensor("maskable", maskable, [torch.bool])
+        _check.shape("maskable", maskable, [batch, length], "B, N")
+    _check.same_device(tokens=tokens, times=times, counts=counts, maskable=maskable)
+    if check:
+        _check.clean_tokens("tokens", tokens, num_tokens, mask_id)
+
+    schedule = as_schedule(schedule)
+    draws = as_draws(seed, tokens.device, generator, step=0, sample_offset=sample_offset)
+    masking = Masking(
+        mask_id=mask_id,
+        num_tokens=num_tokens,
+        global_batch_size=global_batch_size,
+        schedule=schedule.name,
+        bernoulli=mode == "bernoulli",
+        stratified=stratified,
+        no_replace_prob=float(no_replace_prob),
+        random_token_prob=float(random_token_prob),
+        random_may_be_mask=random_may_be_mask,
+    )
+    if times is None and schedule.name is None:
+        times = reference.draw_times(draws, batch, masking)
+    values = ScheduleValues() if times is None else _values(schedule, times.detach())
+    run = _dispatch.implementation(reference.mask_sampling, tokens.device, backend)
+    return run(tokens, draws, masking, values, None if counts is None else counts.long(), maskable)
+
+
+def _values(schedule: Schedule, times: Tensor) -> ScheduleValues:
+    """The schedule at times [B] that carry no derivative: masks are no function of them that has one."""
+    ratios, slopes = schedule(times), schedule.slope(times)
+    for name, value in (("schedule(t)", ratios), ("the schedule's derivative", slopes)):
+        if not isinstance(value, Tensor) or value.shape != times.shape:
+            received = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"expected {name} to be a tensor of t's shape {list(times.shape)}, received {received}")
+    return ScheduleValues(times, ratios.detach().float(), slopes.detach().float())

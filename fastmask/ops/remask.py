@@ -1,0 +1,260 @@
+"""Remasking: what is accepted, refused and promised.
+
+A remask key says how little a token deserves to stay: those of the highest keys are masked again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastmask import _check, _dispatch
+from fastmask.ops.seeds import as_draws
+from fastmask.records import Draws, Remasking, RowList
+from fastmask.reference import remask as reference
+
+
+def confidence_remask_keys(
+    log_probs: Tensor,
+    *,
+    choice_temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""The remask key of each token by its probability: the higher, the sooner it is masked again.
+
+    .. math::
+        s = -(\log p + c\, G), \quad G \sim \mathrm{Gumbel}(0, 1)
+
+    Args:
+        log_probs: [B, N] float32, nats.
+        choice_temperature: c >= 0, annealed by the caller (MaskGIT: 4.5 times the share of steps left).
+        seed, generator, step, sample_offset, backend: as in :func:`sample_tokens`.
+
+    Returns:
+        [B, N] float32.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number.
+
+    Randomness: stream SCORE_NOISE of the seed at ``step``, where c > 0.
+
+    Source: MaskGIT (https://arxiv.org/abs/2202.04200), section 3.2 and its released sampler.
+
+    Example:
+        >>> confidence_remask_keys(torch.tensor([[0.5, 0.25]]).log())
+        tensor([[0.6931, 1.3863]])
+    """
+    _check.tensor("log_probs", log_probs, [torch.float32], ndim=2)
+    _check.number("choice_temperature", choice_temperature, 0.0)
+    if choice_temperature == 0.0:
+        return -log_probs
+    draws = as_draws(seed, log_probs.device, generator, step, sample_offset)
+    return -(log_probs + choice_temperature * _score_noise(log_probs, draws, backend))
+
+
+def critic_remask_keys(
+    critic_logits: Tensor,
+    *,
+    noise_scale: float = 0.0,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""The remask key of each token by a token critic: the higher, the sooner it is masked again.
+
+    .. math::
+        s = \mathrm{critic} + c\, G, \quad G \sim \mathrm{Gumbel}(0, 1)
+
+    Args:
+        critic_logits: [B, N] floating point, the critic's logit that the token is wrong.
+        noise_scale: c >= 0, annealed by the caller.
+        seed, generator, step, sample_offset, backend: as in :func:`sample_tokens`.
+
+    Returns:
+        [B, N] float32.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number.
+
+    Randomness: stream SCORE_NOISE of the seed at ``step``, where c > 0.
+
+    Source: Token-Critic (https://arxiv.org/abs/2209.04439), section 3.2.
+
+    Example:
+        >>> critic_remask_keys(torch.tensor([[0.5, -0.5]]))
+        tensor([[ 0.5000, -0.5000]])
+    """
+    _check.tensor("critic_logits", critic_logits, _check.FLOATING, ndim=2)
+    _check.number("noise_scale", noise_scale, 0.0)
+    remask_keys = critic_logits.float()
+    if noise_scale == 0.0:
+        return remask_keys
+    draws = as_draws(seed, critic_logits.device, generator, step, sample_offset)
+    return remask_keys + noise_scale * _score_noise(remask_keys, draws, backend)
+
+
+def _score_noise(values: Tensor, draws: Draws, backend: str) -> Tensor:
+    """Gumbel noise of each value [B, N]."""
+    batch, length = values.shape
+    return _dispatch.implementation(reference.score_noise, values.device, backend)(draws, batch, length)
+
+
+def select_to_remask(
+    remask_keys: Tensor,
+    eligible: Tensor,
+    counts: Tensor | int,
+    *,
+    min_remask_key: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""The ``counts`` eligible positions of the highest remask keys in each sequence: those masked again.
+
+    Args:
+        remask_keys: [B, N] floating point, as of :func:`confidence_remask_keys` or :func:`critic_remask_keys`.
+        eligible: [B, N] bool, the positions that may be masked again.
+        counts: [B] int32|int64, how many, or one number for all; clamped to how many are eligible.
+        min_remask_key: positions of a lower key are not eligible (NaN is).
+        backend: see the module.
+
+    Returns:
+        [B, N] bool. The order is total: NaN first, then falling key (-0.0 equals 0.0), ties by rising position.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape, tensors on several devices.
+
+    Randomness: none.
+
+    Source: MaskGIT (https://arxiv.org/abs/2202.04200), section 3.2, step 4.
+
+    Example:
+        >>> eligible = torch.tensor([[True, True, False, True]])
+        >>> select_to_remask(torch.tensor([[0.1, 0.7, 0.9, 0.7]]), eligible, 1)
+        tensor([[False,  True, False, False]])
+    """
+    _check.tensor("remask_keys", remask_keys, _check.FLOATING, ndim=2)
+    _check.tensor("eligible", eligible, [torch.bool])
+    _check.shape("eligible", eligible, remask_keys.shape, "B, N")
+    counts = as_counts(counts, remask_keys)
+    _check_key(min_remask_key)
+    _check.same_device(remask_keys=remask_keys, eligible=eligible, counts=counts)
+    backend = _of_length(backend, remask_keys)
+    run = _dispatch.implementation(reference.select_to_remask, remask_keys.device, backend, remask_keys.dtype)
+    return run(remask_keys, eligible, counts, min_remask_key)
+
+
+def as_counts(counts: Tensor | int, values: Tensor) -> Tensor:
+    """How many positions of each sequence of values [B, N], as a tensor [B]."""
+    if not isinstance(counts, Tensor):
+        counts = _check.integer("counts", counts, 0)
+        return torch.full(values.shape[:1], counts, device=values.device)
+    _check.tensor("counts", counts, _check.INTEGER)
+    _check.shape("counts", counts, values.shape[:1], "B")
+    return counts
+
+
+def _check_key(min_remask_key: float | None) -> None:
+    if min_remask_key is not None and math.isnan(min_remask_key):
+        raise ValueError("expected min_remask_key to be a number, received nan")
+
+
+def _of_length(backend: str, values: Tensor) -> str:
+    """The kernel's keys hold 16 bits of position."""
+    return "reference" if backend == "auto" and values.shape[1] > 2**16 else backend
+
+
+def remask_(
+    ids: Tensor,
+    is_masked: Tensor,
+    row_indices: Tensor,
+    row_starts: Tensor,
+    values: Tensor,
+    counts: Tensor | int,
+    *,
+    mask_id: int,
+    is_confidence: bool = True,
+    noise_scale: float = 0.0,
+    min_remask_key: float | None = None,
+    eligible: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> None:
+    r"""Remask keys, :func:`select_to_remask`, and what follows from it, in place.
+
+    .. math::
+        s = \pm(\mathrm{value} + c\, G), \quad G \sim \mathrm{Gumbel}(0, 1)
+
+    Args:
+        ids: [B, N] int64, every position filled; mask_id is written where a position is masked again.
+        is_masked: [B, N] bool, before and after.
+        row_indices: [R] int64, where the flat positions b N + i of what is masked are listed: those of sequence b
+            from row_starts[b] on, below row_starts[b + 1], then -1. What does not fit is left out.
+        row_starts: [B + 1] int64, rising, from 0 to R.
+        values: [B, N] floating point, log_probs or a critic's logits.
+        counts: as in :func:`select_to_remask`.
+        mask_id: the id of the mask token.
+        is_confidence: whether a high value keeps a token (the sign above is -), as a critic's does not (+).
+        noise_scale: c >= 0.
+        min_remask_key: as in :func:`select_to_remask`.
+        eligible: [B, N] bool, the positions that may be masked again; by default those that were masked.
+        seed, generator, step, sample_offset, backend: as in :func:`sample_tokens`.
+
+    Writes, and returns nothing:
+
+        - ids: mask_id where a position is masked again, else as they were;
+        - is_masked: True at the positions that are masked again, False at all others;
+        - row_indices: the list of these positions.
+
+    One launch up to 4096 positions; of longer sequences the noise is drawn before, by another.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number, tensors on several devices or, of those that
+        are written, not contiguous.
+
+    Randomness: stream SCORE_NOISE of the seed at ``step``, where c > 0.
+
+    Source: as :func:`confidence_remask_keys`, :func:`critic_remask_keys` and :func:`select_to_remask`.
+
+    Example:
+        >>> ids, is_masked = torch.tensor([[5, 6, 7]]), torch.tensor([[True, True, False]])
+        >>> rows, starts = torch.empty(2, dtype=torch.int64), torch.tensor([0, 2])
+        >>> remask_(ids, is_masked, rows, starts, torch.tensor([[-0.1, -2.0, 0.0]]), 1, mask_id=9)
+        >>> ids, rows
+        (tensor([[5, 9, 7]]), tensor([ 1, -1]))
+    """
+    _check.tensor("values", values, _check.FLOATING, ndim=2)
+    written = {"ids": ids, "is_masked": is_masked, "row_indices": row_indices}
+    dtypes = {"ids": torch.int64, "is_masked": torch.bool, "row_indices": torch.int64}
+    for name, tensor in written.items():
+        _check.tensor(name, tensor, [dtypes[name]])
+        if not tensor.is_contiguous():
+            raise ValueError(f"expected {name} to be contiguous, received strides {list(tensor.stride())}")
+    _check.tensor("row_starts", row_starts, [torch.int64])
+    _check.shape("ids", ids, values.shape, "B, N")
+    _check.shape("is_masked", is_masked, values.shape, "B, N")
+    _check.shape("row_starts", row_starts, [len(values) + 1], "B + 1")
+    if eligible is not None:
+        _check.tensor("eligible", eligible, [torch.bool])
+        _check.shape("eligible", eligible, values.shape, "B, N")
+    counts = as_counts(counts, values)
+    _check_key(min_remask_key)
+    mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
+    _check.number("noise_scale", noise_scale, 0.0)
+    _check.same_device(**written, row_starts=row_starts, values=values, counts=counts, eligible=eligible)
+    # Without noise nothing is drawn, no seed either.
+    draws = as_draws(seed if noise_scale else 0, values.device, generator, step, sample_offset)
+    backend = _of_length(backend, values)
+    run = _dispatch.implementation(reference.remask_, values.device, backend, values.dtype)
+    listed = RowList(row_indices, row_starts)
+    remasking = Remasking(mask_id, is_confidence, float(noise_scale), min_remask_key)
+    run(ids, is_masked, listed, values, counts, eligible, draws, remasking)
