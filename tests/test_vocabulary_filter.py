@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 
@@ -11,36 +12,37 @@ import torch
 from oracles import draw, filtered, kept_by
 from x_transformers import nonautoregressive_wrapper as upstream
 
-OPERATION = "demask"
+OPERATION = "vocabulary_filter"
 
 
 @pytest.fixture(autouse=True)
 def many_rows(request, monkeypatch):
     """The programs of many rows, whatever their number."""
-    backend = request.getfixturevalue("backend")
-    if backend.is_kernel:
-        monkeypatch.setattr(backend.module("top_k_filter"), "_FEW_ROWS", 0)
+    backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
+    if backend is not None and backend.is_kernel:
+        monkeypatch.setattr(backend.module(OPERATION), "_FEW_ROWS", 0)
 
 
-def kept(backend, rows, filter_thres=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
+def share(thres: float, vocabulary: int) -> int:
+    """How many logits upstream's filter_thres keeps."""
+    return math.ceil((1.0 - thres) * vocabulary)
+
+
+def kept(backend, rows, top_k=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
     """Which of rows [M, V] a backend's filters keep, by their thresholds: a sampler would take a row for each id."""
     z = rows.float().clone()
     if mask_id is not None:
         z[:, mask_id] = -math.inf
     if forbidden is not None:
         z[:, forbidden] = -math.inf
+    thresholds = backend.module(OPERATION).thresholds
     if not backend.is_kernel:
-        threshold = backend.module("top_k_filter").thresholds(z, filter_thres, top_p)
+        threshold = thresholds(z, top_k, top_p)
     else:
-        rows, vector = rows.to(backend.device), 16 // rows.element_size()
-        arguments = {
-            "x_ptr": rows, "lead_x": backend.module("_rows").lead(rows), "stride_x": rows.stride(0),
-            "row_indices_ptr": torch.arange(len(rows), device=rows.device), "num_rows": len(rows),
-            "forbidden_ptr": None if forbidden is None else forbidden.to(rows.device), "V": rows.shape[1],
-            "mask_id": -1 if mask_id is None else mask_id, "IS_COMPACT": True, "HAS_MASK_ID": mask_id is not None,
-            "HAS_FORBIDDEN": forbidden is not None, "VECTOR": vector,
-        }  # fmt: skip
-        threshold = backend.module("top_k_filter").thresholds(arguments, filter_thres, top_p)
+        rows, forbidden = rows.to(backend.device), None if forbidden is None else forbidden.to(backend.device)
+        row_indices = torch.arange(len(rows), device=backend.device)
+        listed = backend.module("_logit_rows").LogitRows(rows, row_indices, True, mask_id, forbidden)
+        threshold = thresholds(listed, top_k, top_p)
         threshold = None if threshold is None else threshold.cpu()[:, None]
     stays = z.isfinite() if threshold is None else z.isfinite() & (z >= threshold)
     return stays.numpy()
@@ -51,16 +53,16 @@ def kept(backend, rows, filter_thres=None, top_p=None, mask_id=None, forbidden=N
 def test_filter_keeps_what_upstreams_top_k_keeps(backend, vocabulary, thres):
     logits = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0)).float() / 100
     theirs = upstream.top_k(logits[None, None], thres)[0, 0].isfinite()
-    ours = kept(backend, logits[None], thres)[0]
+    ours = kept(backend, logits[None], share(thres, vocabulary))[0]
     assert np.array_equal(ours, theirs)
-    assert ours.sum() == math.ceil((1 - thres) * vocabulary)
+    assert ours.sum() == share(thres, vocabulary)
 
 
 def test_filter_keeps_ties_and_spends_no_place_on_the_mask(backend):
     logits = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0, 0.0, 9.0, -1.0, -2.0, -3.0]])
-    assert kept(backend, logits, 0.8)[0].nonzero()[0].tolist() == [0, 6]  # two of ten
-    assert kept(backend, logits, 0.8, mask_id=6)[0].nonzero()[0].tolist() == [0, 1, 2, 3]
-    assert kept(backend, torch.zeros(1, 10), 0.9).all()
+    assert kept(backend, logits, 2)[0].nonzero()[0].tolist() == [0, 6]
+    assert kept(backend, logits, 2, mask_id=6)[0].nonzero()[0].tolist() == [0, 1, 2, 3]
+    assert kept(backend, torch.zeros(1, 10), 1).all()
 
 
 def filter_row(kind, vocabulary, dtype=torch.float32):
@@ -115,13 +117,15 @@ TOP_K = [
     ("kind", "vocabulary", "thres"),
     [pytest.param(*case, marks=[pytest.mark.ptx] * (case in TOP_K_OF_CI)) for case in TOP_K],
 )
+@pytest.mark.slow_interpreted
 def test_top_k_keeps_what_sorting_keeps(backend, kind, vocabulary, thres, dtype):
     if vocabulary > 100000 and dtype == torch.bfloat16 and backend.name == "interpreter":
         pytest.skip("one dtype of the largest is enough for the interpreter")
     row = filter_row(kind, vocabulary, dtype)
-    expected = kept_by(row.double().numpy(), thres) & np.isfinite(row.double().numpy())
-    assert expected.sum() >= min(math.ceil((1 - thres) * vocabulary), int(row.isfinite().sum()))
-    assert np.array_equal(kept(backend, row[None], thres)[0], expected)
+    top_k = share(thres, vocabulary)
+    expected = kept_by(row.double().numpy(), top_k) & np.isfinite(row.double().numpy())
+    assert expected.sum() >= min(top_k, int(row.isfinite().sum()))
+    assert np.array_equal(kept(backend, row[None], top_k)[0], expected)
 
 
 @pytest.mark.ptx
@@ -134,24 +138,24 @@ def test_few_rows_are_shared_by_more_warps(backend, kind, vocabulary, dtype, mon
     if backend.is_kernel:
         monkeypatch.undo()
     row = filter_row(kind, vocabulary, dtype)
-    for thres in (0.5, 0.99):
-        assert np.array_equal(kept(backend, row[None], thres)[0], kept_by(row.double().numpy(), thres))
+    for top_k in (share(0.5, vocabulary), share(0.99, vocabulary)):
+        assert np.array_equal(kept(backend, row[None], top_k)[0], kept_by(row.double().numpy(), top_k))
 
 
 def test_top_k_of_rows_that_begin_anywhere(backend):
     """Seven rows of an odd vocabulary, from an odd address."""
     rows = draw(7 * 101 + 3, dtype=torch.bfloat16)[3:].view(7, 101)
-    for stays, row in zip(kept(backend, rows, 0.8), rows, strict=True):
-        assert np.array_equal(stays, kept_by(row.double().numpy(), 0.8))
+    for stays, row in zip(kept(backend, rows, 21), rows, strict=True):
+        assert np.array_equal(stays, kept_by(row.double().numpy(), 21))
 
 
-def assert_nucleus(backend, row, top_p, filter_thres=None, **excluded):
+def assert_nucleus(backend, row, top_p, top_k=None, **excluded):
     """Exactly the float64 oracle's, but for an id at its very edge: no larger than at p + 1e-6, no smaller than at
     p - 1e-6. Whether it is exact."""
-    stays = kept(backend, row[None], filter_thres, top_p, **excluded)[0]
+    stays = kept(backend, row[None], top_k, top_p, **excluded)[0]
 
     def oracle(p):
-        return np.isfinite(filtered(row, filter_thres=filter_thres, top_p=p, **excluded))
+        return np.isfinite(filtered(row, top_k=top_k, top_p=p, **excluded))
 
     assert stays.any()
     assert not (stays & ~oracle(min(top_p + 1e-6, 1.0))).any()
@@ -178,6 +182,7 @@ def test_top_p_keeps_what_the_float64_oracle_keeps(backend, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["falling in few lanes", "rising in few lanes"])
+@pytest.mark.slow_interpreted
 def test_top_p_of_lists_that_are_full(backend, kind):
     """Their weight is an estimate, and a wrong one where the lists are no fair sample."""
     row = filter_row(kind, 40960, torch.bfloat16)
@@ -195,7 +200,7 @@ def test_top_p_wherever_the_logits_lie(backend, level):
     for others in (-math.inf, torch.finfo(torch.float32).min):
         for top_p in (0.0, 0.5):
             assert_nucleus(backend, row.where(stays, others), top_p)
-    assert_nucleus(backend, level + 3.0 * draw(8200), 0.5, 0.999)
+    assert_nucleus(backend, level + 3.0 * draw(8200), 0.5, share(0.999, 8200))
     assert_nucleus(backend, torch.full((2104,), level + 3.3), 0.0)
 
 
@@ -219,23 +224,25 @@ def test_top_p_of_a_large_vocabulary(backend, kind, top_p, dtype):
 
 @pytest.mark.parametrize("place", [1, -1])  # of the sample, of an edge
 @pytest.mark.parametrize("content", [pytest.param(math.inf, marks=pytest.mark.ptx), -math.inf, math.nan])
+@pytest.mark.slow_interpreted
 def test_filters_end_at_rows_without_a_law(backend, reference, content, place):
     """What stays of such a row nobody looks at, but its neighbour is as ever."""
     lawless, lawful = draw(8201), draw(8201, seed=1)
     if content < 0:
         lawless[:] = -math.inf
     lawless[place] = content
-    for thres, top_p in ((0.9, None), (None, 0.0), (None, 0.5), (0.5, 0.9)):
-        stays = kept(backend, torch.stack([lawless, lawful]), thres, top_p)
-        assert np.array_equal(stays[1:], kept(reference, lawful[None], thres, top_p))
+    for top_k, top_p in ((share(0.9, 8201), None), (None, 0.0), (None, 0.5), (share(0.5, 8201), 0.9)):
+        stays = kept(backend, torch.stack([lawless, lawful]), top_k, top_p)
+        assert np.array_equal(stays[1:], kept(reference, lawful[None], top_k, top_p))
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "tied", "mostly -inf", "heavy tail", "mostly the least number"])
 def test_top_k_then_top_p(backend, kind):
     """The share is one of what the k largest have together; the other order would keep more."""
     for thres, top_p in ((0.5, 0.9), (0.9, 0.5), (0.97, 0.0)):
-        assert_nucleus(backend, filter_row(kind, 300), top_p, thres)
-        assert_nucleus(backend, filter_row(kind, 300), top_p, thres, mask_id=4, forbidden=torch.arange(300) % 3 == 0)
+        row, top_k = filter_row(kind, 300), share(thres, 300)
+        assert_nucleus(backend, row, top_p, top_k)
+        assert_nucleus(backend, row, top_p, top_k, mask_id=4, forbidden=torch.arange(300) % 3 == 0)
 
 
 def test_the_nucleus_keeps_the_boundary_and_its_ties(backend):
@@ -243,19 +250,19 @@ def test_the_nucleus_keeps_the_boundary_and_its_ties(backend):
     for top_p, expected in [(0.0, [1]), (0.39, [1]), (0.41, [1, 3]), (0.59, [1, 3]), (0.61, [*range(6)])]:
         assert kept(backend, row, None, top_p)[0].nonzero()[0].tolist() == expected, top_p
     # k first: of the two largest together the head is two thirds.
-    assert kept(backend, row, 0.67, 0.66)[0].nonzero()[0].tolist() == [1]
-    assert kept(backend, row, 0.67, 0.67)[0].nonzero()[0].tolist() == [1, 3]
+    assert kept(backend, row, 2, 0.66)[0].nonzero()[0].tolist() == [1]
+    assert kept(backend, row, 2, 0.67)[0].nonzero()[0].tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("content", [math.nan, math.inf, 1e30])
 def test_what_is_excluded_does_not_matter_to_the_filters(backend, content):
     for vocabulary in (40, 8200):
         row, forbidden = draw(1, vocabulary, seed=2), torch.arange(vocabulary) % 5 == 1
-        for thres, top_p in ((0.7, None), (None, 0.6)):
-            plain = kept(backend, row, thres, top_p, mask_id=3, forbidden=forbidden)
+        for top_k, top_p in ((share(0.7, vocabulary), None), (None, 0.6)):
+            plain = kept(backend, row, top_k, top_p, mask_id=3, forbidden=forbidden)
             row[:, forbidden] = content
             row[:, 3] = content
-            assert np.array_equal(kept(backend, row, thres, top_p, mask_id=3, forbidden=forbidden), plain)
+            assert np.array_equal(kept(backend, row, top_k, top_p, mask_id=3, forbidden=forbidden), plain)
             assert plain.sum() < vocabulary / 2
 
 
@@ -267,10 +274,9 @@ def test_a_rows_edges_count(backend, vocabulary, dtype):
     row = torch.zeros(2 + vocabulary, dtype=dtype)[2:]
     for kind in ("tied", "rising", "falling"):
         row[:] = filter_row(kind, vocabulary, dtype)
-        for num_kept in (1, vocabulary // 2, vocabulary - 1):
-            thres = 1.0 - (num_kept - 0.5) / vocabulary
-            assert np.array_equal(kept(backend, row[None], thres)[0], kept_by(row.double().numpy(), thres))
-        assert_nucleus(backend, row, 0.9, 0.5)
+        for top_k in (1, vocabulary // 2, vocabulary - 1):
+            assert np.array_equal(kept(backend, row[None], top_k)[0], kept_by(row.double().numpy(), top_k))
+        assert_nucleus(backend, row, 0.9, share(0.5, vocabulary))
     for place in (0, -1):
         row[:] = filter_row("rising", vocabulary, dtype)
         row[place] = 300.0
@@ -281,6 +287,65 @@ def test_a_rows_edges_count(backend, vocabulary, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_neighbouring_numbers_are_told_apart(backend, dtype):
     row = torch.where(torch.arange(301) % 3 == 0, 1.0 + torch.finfo(dtype).eps, 1.0).to(dtype)
-    for num_kept in (1, 50, 100, 101):  # of 101 that are larger, the last of which is an edge
-        stays = kept(backend, row[None], 1.0 - (num_kept - 0.5) / 301)[0]
+    for top_k in (1, 50, 100, 101):  # of 101 that are larger, the last of which is an edge
+        stays = kept(backend, row[None], top_k)[0]
         assert np.array_equal(stays, (row > 1.0).numpy())
+
+
+# What the launcher asks for: launches are recorded, nothing runs.
+
+
+@pytest.fixture
+def launches(kernel, monkeypatch):
+    """Arguments and options of each launch of the filter, and a function that makes the device another."""
+    launch, recorded = importlib.import_module("fastmask.kernels._launch"), []
+    monkeypatch.setattr(launch, "launch", lambda kernel, grid, on, **given: recorded.append(given))
+
+    def on(**changes):
+        hardware = launch.H100._replace(**changes)
+        monkeypatch.setattr(launch, "hardware", lambda device: hardware)
+        return recorded
+
+    return on
+
+
+def listed_rows(kernel, *shape, dtype=torch.bfloat16):
+    logits = torch.zeros(*shape, dtype=dtype, device=kernel.device)
+    row_indices = torch.arange(len(logits), device=kernel.device)
+    return kernel.module("_logit_rows").LogitRows(logits, row_indices, True)
+
+
+@pytest.mark.parametrize("is_hopper", [True, False])
+def test_a_launch_of_16_bit_logits_asks_for_few_registers_on_hopper(kernel, launches, is_hopper):
+    """Of a nucleus, not of k."""
+    module, asked = kernel.module(OPERATION), launches(capability=(9, 0) if is_hopper else (8, 0))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        module.thresholds(listed_rows(kernel, 2, 8192, dtype=dtype), 820, 0.9)
+    registers = [given.get("maxnreg") for given in asked]
+    most = module._HOPPER_REGISTERS if is_hopper else None
+    assert registers == [None, most, None, most, None, None]
+
+
+@pytest.mark.parametrize("num_multiprocessors", [2, 132])
+def test_a_launch_fits_the_multiprocessors(kernel, launches, num_multiprocessors, monkeypatch):
+    """Few rows of a multiprocessor are shared by more warps, of k only; no more warps than there is room for."""
+    module = kernel.module(OPERATION)
+    monkeypatch.setattr(module, "_FEW_ROWS", 2)
+    asked = launches(num_multiprocessors=num_multiprocessors)
+    for num_rows in (2 * num_multiprocessors, 2 * num_multiprocessors + 1):
+        module.thresholds(listed_rows(kernel, num_rows, 2049), 820, 0.9)
+    assert [given["num_warps"] for given in asked] == [4, 1, 1, 1]
+    asked.clear()
+    module.thresholds(listed_rows(kernel, 33 * num_multiprocessors, 2049), None, 0.9)
+    (given,) = asked
+    assert len(given["candidates_ptr"]) == 32 * num_multiprocessors
+
+
+def test_filters_that_keep_all_launch_nothing(kernel, launches):
+    asked, rows = launches(), listed_rows(kernel, 2, 100)
+    module = kernel.module(OPERATION)
+    assert module.thresholds(rows, None, None) is None
+    assert module.thresholds(rows, 100, None) is None
+    assert not asked
+    module.thresholds(rows, 100, 0.5)
+    assert [(given["num_kept"], given["top_p"]) for given in asked] == [(None, 0.5)]

@@ -4,8 +4,6 @@ stay."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,29 +13,28 @@ except ImportError:  # torch runs without it
     np = None  # type: ignore[assignment]
 
 
-def thresholds(z: Tensor, filter_thres: float | None, top_p: float | None) -> Tensor | None:
+def thresholds(z: Tensor, top_k: int | None, top_p: float | None) -> Tensor | None:
     """What the logits of each row of z [M, V] float32 must not be below, [M, 1]; None where all stay.
 
     Args:
-        filter_thres: keeps the ceil((1 - filter_thres) V) largest, and what ties with the last of them.
+        top_k: keeps the k largest, and what ties with the last of them; None keeps all.
         top_p: of those, keeps the nucleus; see the module.
     """
-    threshold = _top_k_threshold(z, filter_thres)
+    threshold = _top_k_threshold(z, top_k)
     if top_p is None:
         return threshold
     kept = z if threshold is None else z.where(z >= threshold, -torch.inf)
     return _top_p_threshold(kept, top_p)
 
 
-def _top_k_threshold(z: Tensor, filter_thres: float | None) -> Tensor | None:
-    """The ceil((1 - filter_thres) V)-th largest of each row."""
-    num_kept = z.shape[-1] if filter_thres is None else math.ceil((1.0 - filter_thres) * z.shape[-1])
-    first_kept = z.shape[-1] - num_kept
-    if first_kept <= 0:
+def _top_k_threshold(z: Tensor, top_k: int | None) -> Tensor | None:
+    """The k-th largest of each row."""
+    if top_k is None or top_k >= z.shape[-1]:
         return None
     if z.device.type == "cpu" and np is not None and not torch.compiler.is_compiling():  # six times as fast as topk
+        first_kept = z.shape[-1] - top_k
         return torch.from_numpy(np.partition(z.numpy(), first_kept, axis=-1)[:, first_kept, None])
-    return z.topk(num_kept, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    return z.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
 
 
 def _top_p_threshold(z: Tensor, top_p: float) -> Tensor:
