@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
@@ -12,10 +10,9 @@ def draw(*shape, seed=0, scale=1.0, dtype=torch.float32) -> torch.Tensor:
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-def kept_by(z: np.ndarray, filter_thres: float | None) -> np.ndarray:
-    """Which logits [V] stay: the ceil((1 - filter_thres) V) largest and what ties with the last of them."""
-    kept = len(z) if filter_thres is None else math.ceil((1 - filter_thres) * len(z))
-    return z >= np.sort(z)[::-1][kept - 1]
+def kept_by(z: np.ndarray, top_k: int | None) -> np.ndarray:
+    """Which logits [V] stay: the k largest and what ties with the last of them."""
+    return z >= np.sort(z)[::-1][(top_k or len(z)) - 1]
 
 
 def nucleus(z: np.ndarray, top_p: float | None) -> np.ndarray:
@@ -27,13 +24,13 @@ def nucleus(z: np.ndarray, top_p: float | None) -> np.ndarray:
     return z >= falling[(mass < top_p * mass[-1]).sum()]
 
 
-def filtered(logits, filter_thres=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
+def filtered(logits, top_k=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
     """One row [V] in float64, -inf at what is excluded or does not stay."""
     z = logits.double().numpy().copy()
     if mask_id is not None and 0 <= mask_id < len(z):
         z[mask_id] = -np.inf
     if forbidden is not None:
         z[np.asarray(forbidden)] = -np.inf
-    z[~kept_by(z, filter_thres)] = -np.inf
+    z[~kept_by(z, top_k)] = -np.inf
     z[~nucleus(z, top_p)] = -np.inf
     return z

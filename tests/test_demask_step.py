@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sampling import Door
 
 from fastmask import functional
+from fastmask.functional import LinearLogits
 
-OPERATION = "demask"
+OPERATION = "sample_tokens"
 MASK = 9  # the mask's id
-
-
-class Door:
-    """The public functions on one backend."""
-
-    def __init__(self, backend):
-        self.backend = backend
-
-    def __getattr__(self, name):
-        return partial(self.backend.run, getattr(functional, name))
 
 
 @pytest.fixture
@@ -51,7 +42,7 @@ SPECIAL = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-
 
 
 def random_values(random, batch, length):
-    """Scores [B, N] that hardly ever tie, that mostly do, or of every kind."""
+    """Values [B, N] that hardly ever tie, that mostly do, or of every kind."""
     values = draw(batch, length, seed=int(random.integers(2**31)))
     kind = random.integers(3)
     if kind == 1:
@@ -71,7 +62,7 @@ def random_remasking(random, length):
     options = {
         "is_confidence": bool(random.integers(2)),
         "noise_scale": float(random.choice([0.0, 0.0, 0.5, 4.5])),
-        "min_score": random.choice([None, None, -0.5, 0.0, -0.0, math.inf, -math.inf]),
+        "min_remask_key": random.choice([None, None, -0.5, 0.0, -0.0, math.inf, -math.inf]),
         "eligible": [None, eligible][random.integers(2)],
         "seed": int(random.integers(2**62)),
         "step": int(random.integers(2**24)),
@@ -85,15 +76,15 @@ def random_remasking(random, length):
     return (ids, is_masked), F.pad(segments.cumsum(0), (1, 0)), random_values(random, batch, length), counts, options
 
 
-def naive_remasked(state, row_starts, values, counts, noise, *, is_confidence, min_score, eligible, **_):
+def naive_remasked(state, row_starts, values, counts, noise, *, is_confidence, min_remask_key, eligible, **_):
     """``remask_`` position by position."""
     (ids, is_masked), listed = (x.clone() for x in state), torch.full((int(row_starts[-1]),), -1)
-    scores = (values.float() + noise) * (-1 if is_confidence else 1)
+    keys = (values.float() + noise) * (-1 if is_confidence else 1)
     allowed = is_masked.clone() if eligible is None else eligible
     is_masked[:] = False
-    floor = -math.inf if min_score is None else min_score
-    for b, row in enumerate(scores.tolist()):
-        places = [n for n, score in enumerate(row) if allowed[b, n] and not score < floor]
+    least = -math.inf if min_remask_key is None else min_remask_key
+    for b, row in enumerate(keys.tolist()):
+        places = [n for n, key in enumerate(row) if allowed[b, n] and not key < least]
         places.sort(key=lambda n, row=row: (0, 0.0, n) if math.isnan(row[n]) else (1, -row[n], n))
         chosen = sorted(places[: max(0, int(counts[b]))])
         is_masked[b, chosen], ids[b, chosen] = True, MASK
@@ -110,7 +101,7 @@ def test_remask_position_by_position(door, length):
         noise = torch.zeros_like(values, dtype=torch.float32)
         if options["noise_scale"]:
             counters = {name: options[name] for name in ("seed", "step", "sample_offset")}
-            noise = door.critic_scores(noise, noise_scale=options["noise_scale"], **counters)
+            noise = door.critic_remask_keys(noise, noise_scale=options["noise_scale"], **counters)
         expected = naive_remasked(state, row_starts, values, counts, noise, **options)
         for ours, theirs in zip(remasked(door.backend, state, row_starts, values, counts, **options), expected,
                                 strict=True):  # fmt: skip
@@ -130,7 +121,7 @@ def assert_same_selection(ours, theirs, scores):
 
 @pytest.mark.ptx
 @pytest.mark.parametrize("block", range(4))
-def test_the_kernel_remasks_what_its_twin_remasks(kernel, reference, block):
+def test_the_kernel_remasks_what_the_reference_remasks(kernel, reference, block):
     """Thirty random calls; positions may differ where their noised scores are level to rounding: none are today."""
     ties = 0
     for case in range(30 * block, 30 * block + 30):
@@ -139,46 +130,46 @@ def test_the_kernel_remasks_what_its_twin_remasks(kernel, reference, block):
         state, row_starts, values, counts, options = random_remasking(random, length)
         ours, theirs = (remasked(x, state, row_starts, values, counts, **options) for x in (kernel, reference))
         counters = {name: options[name] for name in ("seed", "step", "sample_offset")}
-        noise = functional.critic_scores(values.float(), noise_scale=options["noise_scale"], **counters)
+        noise = functional.critic_remask_keys(values.float(), noise_scale=options["noise_scale"], **counters)
         ties += assert_same_selection(ours, theirs, noise)
     assert ties <= 2
 
 
 @pytest.mark.parametrize(
-    ("length", "noise_scale", "min_score"),
+    ("length", "noise_scale", "min_remask_key"),
     [(4097, 0.5, None), (9000, 4.5, -0.3), (65536, 0.0, None), (65536, 1.0, 0.2)],
 )
-def test_long_sequences_are_remasked_alike(kernel, reference, length, noise_scale, min_score):
+def test_long_sequences_are_remasked_alike(kernel, reference, length, noise_scale, min_remask_key):
     """Whose keys are read again at each pass, their noise drawn beforehand."""
     state = torch.zeros(1, length).long(), draw(1, length, seed=1) < 0.5
     values, row_starts = draw(1, length, seed=2), torch.tensor([0, length // 5])
-    options = {"noise_scale": noise_scale, "min_score": min_score, "seed": 3, "step": 5, "sample_offset": 7}
+    options = {"noise_scale": noise_scale, "min_remask_key": min_remask_key, "seed": 3, "step": 5, "sample_offset": 7}
     ours, theirs = (remasked(x, state, row_starts, values, length // 4, **options) for x in (kernel, reference))
     assert ours[1].sum() > length // 8
-    noise = functional.critic_scores(values, noise_scale=noise_scale, seed=3, step=5, sample_offset=7)
+    noise = functional.critic_remask_keys(values, noise_scale=noise_scale, seed=3, step=5, sample_offset=7)
     assert assert_same_selection(ours, theirs, noise) == 0
 
 
 @pytest.mark.parametrize("block", range(2))
-def test_the_kernel_selects_what_its_twin_selects(kernel, reference, block):
+def test_the_kernel_selects_what_the_reference_selects(kernel, reference, block):
     for case in range(40 * block, 40 * block + 40):
         random = np.random.default_rng(2000 + case)
         length = int(random.choice([1, 2, 100, 4096, round(math.exp(random.uniform(0, 8.3)))]))
         (_, eligible), _, scores, counts, options = random_remasking(random, length)
         ours, theirs = (
-            Door(x).select_to_remask(scores, eligible, counts, min_score=options["min_score"])
+            Door(x).select_to_remask(scores, eligible, counts, min_remask_key=options["min_remask_key"])
             for x in (kernel, reference)
         )
         assert torch.equal(ours, theirs), case
 
 
-def test_the_least_score_keeps_its_equals_and_nan(door):
+def test_the_least_remask_key_keeps_its_equals_and_nan(door):
     scores = torch.tensor([[0.5, 0.25, -0.0, 0.0, -0.25, math.nan, math.inf]])
     for least, expected in [(0.25, [0, 1, 5, 6]), (0.0, [0, 1, 2, 3, 5, 6]), (-0.0, [0, 1, 2, 3, 5, 6]),
                             (math.inf, [5, 6]), (None, [*range(7)])]:  # fmt: skip
-        chosen = door.select_to_remask(scores, torch.ones(1, 7).bool(), 7, min_score=least)
+        chosen = door.select_to_remask(scores, torch.ones(1, 7).bool(), 7, min_remask_key=least)
         assert chosen[0].nonzero().flatten().tolist() == expected, least
-    first = door.select_to_remask(scores, torch.ones(1, 7).bool(), 3, min_score=0.25)
+    first = door.select_to_remask(scores, torch.ones(1, 7).bool(), 3, min_remask_key=0.25)
     assert first[0].nonzero().flatten().tolist() == [0, 5, 6]
 
 
@@ -190,13 +181,13 @@ def test_sequences_without_positions_list_nothing(door):
 
 
 @pytest.mark.parametrize("function", ["select_to_remask", "remask_"])
-def test_a_least_score_that_is_no_number_is_refused(door, function):
+def test_a_least_remask_key_that_is_no_number_is_refused(door, function):
     ids, is_masked = torch.zeros(1, 2).long(), torch.ones(1, 2).bool()
-    canvas = (ids, is_masked, torch.zeros(2).long(), torch.tensor([0, 2]), torch.zeros(1, 2), 1)
-    arguments = canvas if function == "remask_" else (torch.zeros(1, 2), is_masked, 1)
+    state = (ids, is_masked, torch.zeros(2).long(), torch.tensor([0, 2]), torch.zeros(1, 2), 1)
+    arguments = state if function == "remask_" else (torch.zeros(1, 2), is_masked, 1)
     options = {"mask_id": 5} if function == "remask_" else {}
-    with pytest.raises(ValueError, match="expected min_score to be a number, received nan"):
-        getattr(door, function)(*arguments, min_score=math.nan, **options)
+    with pytest.raises(ValueError, match="expected min_remask_key to be a number, received nan"):
+        getattr(door, function)(*arguments, min_remask_key=math.nan, **options)
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 3, 9])
@@ -213,7 +204,7 @@ def test_what_does_not_fit_the_list_is_left_out(door, room):
 # ---- a step ----
 
 
-def canvas(batch, length, share=0.6, seed=5):
+def some_masked(batch, length, share=0.6, seed=5):
     """ids and is_masked, where the mask's id is an ordinary one as well."""
     is_masked = draw(batch, length, seed=seed) < share
     ids = torch.arange(batch * length).view(batch, length) % 12
@@ -225,21 +216,21 @@ def composed(door, logits, ids, is_masked, counts=None, *, threshold=None, choic
     counters = {name: options[name] for name in ("seed", "step", "sample_offset") if name in options}
     sampled = door.sample_tokens(logits, mask_id=MASK, **options)
     log_probs = sampled.log_probs.where(is_masked, 0.0)
-    scores = door.confidence_scores(log_probs, choice_temperature=choice_temperature, **counters)
+    keys = door.confidence_remask_keys(log_probs, choice_temperature=choice_temperature, **counters)
     masked = is_masked.sum(-1)
     counts = masked if counts is None else torch.as_tensor(counts).expand(len(ids))
     if threshold is None:
-        chosen = door.select_to_remask(scores, is_masked, counts)
+        chosen = door.select_to_remask(keys, is_masked, counts)
     else:
         least = -math.log(threshold) if threshold else math.inf
-        chosen = door.select_to_remask(scores, is_masked, counts.minimum(masked - 1), min_score=least)
+        chosen = door.select_to_remask(keys, is_masked, counts.minimum(masked - 1), min_remask_key=least)
     return sampled.ids.where(is_masked, ids).masked_fill(chosen, MASK), chosen, log_probs
 
 
 STEPS = [
     {"counts": 2, "temperature": 0.7},
     {"counts": torch.tensor([0, 3]), "top_p": 0.8, "choice_temperature": 4.5, "sample_offset": 5, "step": 3},
-    {"counts": torch.tensor([1, 9], dtype=torch.int32), "filter_thres": 0.5, "forbidden": [0, 4], "temperature": 0.0},
+    {"counts": torch.tensor([1, 9], dtype=torch.int32), "top_k": 6, "forbidden": [0, 4], "temperature": 0.0},
     {"threshold": 0.4},
     {"threshold": 0.3, "choice_temperature": 0.5, "counts": 1, "top_p": 0.9},
     {"threshold": 0.0, "counts": 2},
@@ -248,8 +239,9 @@ STEPS = [
 
 
 @pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.slow_interpreted
 def test_a_step_is_the_composition_of_its_parts(door, options):
-    (ids, is_masked), logits = canvas(2, 6), draw(2, 6, 12, seed=3) * 2
+    (ids, is_masked), logits = some_masked(2, 6), draw(2, 6, 12, seed=3) * 2
     given = [x.clone() for x in (logits, ids, is_masked)]
     out = door.demask_step(logits, ids, is_masked, mask_id=MASK, seed=1, **options)
     for ours, theirs in zip(out[:3], composed(door, logits, ids, is_masked, seed=1, **options), strict=True):
@@ -265,7 +257,7 @@ def test_a_step_is_the_composition_of_its_parts(door, options):
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.9, 1.0])
 def test_a_threshold_commits_what_exceeds_it_and_at_least_one(door, threshold, counts):
     """Told from the probabilities alone; where counts do not allow all that is below it to stay, the likeliest go."""
-    (ids, is_masked), logits = canvas(3, 4, share=0.8), draw(3, 4, 6, seed=3) * 2
+    (ids, is_masked), logits = some_masked(3, 4, share=0.8), draw(3, 4, 6, seed=3) * 2
     is_masked[2] = False
     out = door.demask_step(logits, ids, is_masked, counts, mask_id=5, threshold=threshold, top_p=0.95, seed=1)
     committed = is_masked & ~out.is_masked
@@ -275,18 +267,18 @@ def test_a_threshold_commits_what_exceeds_it_and_at_least_one(door, threshold, c
     assert committed.any(-1).tolist() == [True, True, False]
     for b in range(2):
         below = probability[b][committed[b] & (probability[b] <= threshold)]
-        left = int(is_masked[b].sum()) if counts is None else counts
+        most = int(is_masked[b].sum()) if counts is None else counts
         above = int((is_masked[b] & (probability[b] > threshold)).sum())
-        assert len(below) == max(0, int(is_masked[b].sum()) - min(left, int(is_masked[b].sum()) - 1) - above)
+        assert len(below) == max(0, int(is_masked[b].sum()) - min(most, int(is_masked[b].sum()) - 1) - above)
         if len(below) and out.is_masked[b].any():
             assert below.min() >= probability[b][out.is_masked[b]].max()
 
 
 def test_a_threshold_holds_the_noised_confidence(door):
-    (ids, is_masked), logits = canvas(2, 8, share=9.0), draw(2, 8, 12, seed=3)
+    (ids, is_masked), logits = some_masked(2, 8, share=9.0), draw(2, 8, 12, seed=3)
     counters = {"seed": 4, "step": 2, "sample_offset": 3}
     out = door.demask_step(logits, ids, is_masked, mask_id=MASK, threshold=0.3, choice_temperature=1.0, **counters)
-    confidence = out.log_probs + door.critic_scores(torch.zeros(2, 8), noise_scale=1.0, **counters)
+    confidence = out.log_probs + door.critic_remask_keys(torch.zeros(2, 8), noise_scale=1.0, **counters)
     assert 0 < out.is_masked.sum() < 15
     assert torch.equal(out.is_masked, confidence <= math.log(0.3))
 
@@ -300,8 +292,8 @@ def test_rows_without_a_law_stay_masked_while_others_can_go(door):
     assert out.ids[1].tolist() == [3, 3, 0]
 
 
-def test_compact_rows_give_the_step_of_the_whole_canvas(door):
-    (ids, is_masked), logits = canvas(2, 6), draw(2, 6, 12, seed=3)
+def test_compact_rows_give_the_step_of_all_positions(door):
+    (ids, is_masked), logits = some_masked(2, 6), draw(2, 6, 12, seed=3)
     options = {"mask_id": MASK, "seed": 1, "choice_temperature": 1.0}
     whole = door.demask_step(logits, ids, is_masked, 2, **options)
     rows = is_masked.flatten().nonzero().flatten()
@@ -313,7 +305,7 @@ def test_compact_rows_give_the_step_of_the_whole_canvas(door):
 
 
 def test_the_list_is_as_long_as_the_caller_knows(door):
-    (ids, is_masked), logits = canvas(2, 6), draw(2, 6, 12, seed=3)
+    (ids, is_masked), logits = some_masked(2, 6), draw(2, 6, 12, seed=3)
     whole = door.demask_step(logits, ids, is_masked, 2, mask_id=MASK, seed=1)
     for room in (0, 1, 2, 6):
         out = door.demask_step(logits, ids, is_masked, 2, mask_id=MASK, seed=1, max_masked=room)
@@ -354,7 +346,7 @@ def test_a_step_of_nothing(door, shape, threshold):
 
 
 def test_a_step_takes_any_strides(door):
-    (ids, is_masked), logits = canvas(2, 6), draw(2, 6, 12, seed=3)
+    (ids, is_masked), logits = some_masked(2, 6), draw(2, 6, 12, seed=3)
     strided = [x.mT.contiguous().mT for x in (logits, ids, is_masked)]
     assert not any(x.is_contiguous() for x in strided)
     ours, theirs = (door.demask_step(*x, 2, mask_id=MASK, seed=1) for x in (strided, (logits, ids, is_masked)))
@@ -377,8 +369,63 @@ def test_a_step_compiles_whole(kernel, options):
             **options,
         )
 
-    (ids, is_masked), rows = canvas(2, 4), torch.tensor([0, 1, 2, 4, 5, -1])
+    (ids, is_masked), rows = some_masked(2, 4), torch.tensor([0, 1, 2, 4, 5, -1])
     arguments = [x.to(kernel.device) for x in (draw(6, 12), ids, is_masked, rows)]
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(*arguments), step(*arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_its_parts_compile_whole(kernel):
+    def step(logits, eligible, counts):
+        out = functional.sample_tokens(logits, mask_id=3, seed=1, backend="triton")
+        keys = functional.confidence_remask_keys(out.log_probs, choice_temperature=1.0, seed=1, backend="triton")
+        return out.ids, functional.select_to_remask(keys, eligible, counts, backend="triton")
+
+    arguments = [x.to(kernel.device) for x in (draw(2, 3, 20), torch.ones(2, 3).bool(), torch.tensor([1, 2]))]
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(*arguments), step(*arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# ---- behind a linear head ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.0, "top_k": 5}, {"top_k": 1}, {"top_p": 0.8, "forbidden": [0, 4], "threshold": 0.3}],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.slow_interpreted
+def test_a_step_behind_a_head_is_the_step_of_its_logits(door, scale, options):
+    """Of all positions, of those listed, and of compact rows. Small integers: their products are exact."""
+    (ids, is_masked), integers = some_masked(2, 6), torch.Generator().manual_seed(0)
+    shapes = (2, 6, 4), (12, 4), (12,)
+    embeddings, weight, bias = (torch.randint(-2, 3, shape, generator=integers).float() for shape in shapes)
+    rows = torch.cat([is_masked.flatten().nonzero().flatten().flip(0), torch.full((2,), -1)])
+    options = {"mask_id": MASK, "seed": 1, "choice_temperature": 1.0, "step": 3, "sample_offset": 4, **options}
+    expected = door.demask_step(F.linear(scale * embeddings, weight, bias), ids, is_masked, 2, **options)
+    compact = embeddings.flatten(0, 1)[rows]
+    for given, listed in ((embeddings, None), (embeddings, rows), (compact, rows)):
+        logits = LinearLogits(given, weight, bias, scale)
+        out = door.demask_step(logits, ids, is_masked, 2, row_indices=listed, **options)
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+@pytest.mark.parametrize("is_compact", [True, False])
+def test_a_step_behind_a_head_compiles_whole(kernel, is_compact):
+    def step(embeddings, weight, ids, is_masked, rows):
+        logits = LinearLogits(embeddings, weight, scale=2.0)
+        return functional.demask_step(
+            logits, ids, is_masked, 2, mask_id=MASK, seed=1, row_indices=rows, backend="triton", top_k=3
+        )
+
+    (ids, is_masked), rows = some_masked(2, 4), torch.tensor([0, 1, 2, 4, 5, -1])
+    embeddings = draw(6, 8) if is_compact else draw(2, 4, 8)
+    arguments = [x.to(kernel.device) for x in (embeddings, draw(12, 8, seed=1), ids, is_masked, rows)]
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(compiled(*arguments), step(*arguments), strict=True):
@@ -390,12 +437,13 @@ def test_a_step_compiles_whole(kernel, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.7, "filter_thres": 0.5, "choice_temperature": 2.0}, {"top_p": 0.9, "threshold": 0.2}],
+    [{"temperature": 0.7, "top_k": 32, "choice_temperature": 2.0}, {"top_p": 0.9, "threshold": 0.2}],
     ids=str,
 )
+@pytest.mark.slow_interpreted
 def test_a_sequence_steps_alike_alone_and_in_any_batch(door, options):
     """Bit for bit: alone, among seven, and in the second of two parts."""
-    (ids, is_masked), logits = canvas(7, 2, share=0.8), draw(7, 2, 64, seed=3)
+    (ids, is_masked), logits = some_masked(7, 2, share=0.8), draw(7, 2, 64, seed=3)
     figures = {"with_margin": True, "with_entropy": True}
 
     def step(part):
@@ -403,7 +451,7 @@ def test_a_sequence_steps_alike_alone_and_in_any_batch(door, options):
         return door.demask_step(logits[part], ids[part], is_masked[part], 1, **given)[:3]
 
     def sample(part):
-        given = {name: options[name] for name in ("temperature", "filter_thres", "top_p") if name in options}
+        given = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
         return door.sample_tokens(logits[part], seed=1, sample_offset=40 + part.start, **figures, **given)
 
     for function in (step, sample):
@@ -416,7 +464,7 @@ def test_a_sequence_steps_alike_alone_and_in_any_batch(door, options):
 @pytest.mark.parametrize("vocabulary", [63, 4101])
 def test_where_rows_begin_anywhere_only_rounding_depends_on_the_batch(door, vocabulary):
     """A kernel sums a row in another order where its address is not a multiple of 16 bytes."""
-    (ids, is_masked), logits = canvas(4, 2, share=9.0), draw(4, 2, vocabulary, seed=3)
+    (ids, is_masked), logits = some_masked(4, 2, share=9.0), draw(4, 2, vocabulary, seed=3)
     options = {"mask_id": MASK, "seed": 1, "temperature": 0.7}
     whole = door.demask_step(logits, ids, is_masked, 1, **options)
     for b in (1, 3):

@@ -1,74 +1,42 @@
-"""The public door: what it refuses and says, which backend it takes, and where its seeds come from."""
+"""The public doors: what they refuse and say."""
 
 from __future__ import annotations
 
 import math
-import pathlib
 import re
 
 import numpy as np
 import pytest
 import torch
+from calls import (
+    EMBEDDINGS,
+    FIGURES,
+    LOGITS,
+    MASKED,
+    META,
+    TARGETS,
+    TOKENS,
+    WEIGHT,
+    B,
+    D,
+    N,
+    V,
+    confidence,
+    critic,
+    dense,
+    in_place,
+    linear,
+    linear_sample,
+    linear_step,
+    mask,
+    remask,
+    sample,
+    select,
+    step,
+)
 
 import fastmask
-from fastmask import _check, _dispatch, functional
-
-B, N, V, D = 2, 4, 6, 3
-TOKENS = torch.arange(B * N).view(B, N) % (V - 1)
-FIGURES = torch.zeros(B, N)
-LOGITS, EMBEDDINGS, WEIGHT = torch.zeros(B, N, V), torch.zeros(B, N, D), torch.zeros(V, D)
-TARGETS, MASKED = TOKENS, torch.ones(B, N, dtype=torch.bool)
-META = torch.device("meta")
-
-
-def mask(tokens=TOKENS, **options):
-    return functional.mask_sampling(tokens, **{"mask_id": V - 1, "num_tokens": V, **options})
-
-
-def dense(logits=LOGITS, targets=TARGETS, is_masked=MASKED, weights=None, **options):
-    return functional.masked_cross_entropy(logits, targets, is_masked, weights, **options)
-
-
-def linear(embeddings=EMBEDDINGS, weight=WEIGHT, targets=TARGETS, is_masked=MASKED, weights=None, **options):
-    return functional.linear_masked_cross_entropy(embeddings, weight, targets, is_masked, weights, **options)
-
-
-def sample(logits=LOGITS, **options):
-    return functional.sample_tokens(logits, **options)
-
-
-def linear_sample(embeddings=EMBEDDINGS, weight=WEIGHT, **options):
-    return functional.linear_sample_tokens(embeddings, weight, **options)
-
-
-def confidence(log_probs=LOGITS[0], **options):
-    return functional.confidence_scores(log_probs, **options)
-
-
-def critic(logits=LOGITS[0], **options):
-    return functional.critic_scores(logits, **options)
-
-
-def select(scores=LOGITS[0], eligible=LOGITS[0] == 0, counts=TOKENS[0], **options):
-    return functional.select_to_remask(scores, eligible, counts, **options)
-
-
-def remask(values=FIGURES, counts=1, **options):
-    batch, length = values.shape[:2]
-    options = {
-        "ids": torch.zeros(batch, length).long(), "is_masked": torch.ones(batch, length).bool(),
-        "row_indices": torch.zeros(batch * length).long(), "row_starts": torch.arange(batch + 1) * length,
-        "mask_id": V - 1, **options,
-    }  # fmt: skip
-    return functional.remask_(values=values, counts=counts, **options)
-
-
-def step(logits=LOGITS, ids=TOKENS, is_masked=MASKED, counts=1, **options):
-    return functional.demask_step(logits, ids, is_masked, counts, **{"mask_id": V - 1, **options})
-
-
-def to_canvas(ids=TOKENS, log_probs=FIGURES, **options):
-    return sample(out=functional.Sampled(ids.clone(), log_probs.clone()), **options)
+from fastmask import _check, functional
 
 
 def refused(error, message, function, *arguments, **options):
@@ -78,7 +46,8 @@ def refused(error, message, function, *arguments, **options):
 
 def test_the_cases_are_accepted_as_they_stand():
     """Otherwise the refusals below could have another cause than the one they name."""
-    for function in (mask, dense, linear, sample, linear_sample, confidence, critic, select, remask, step, to_canvas):
+    for function in (mask, dense, linear, sample, linear_sample, confidence, critic, select, remask, step,
+                     linear_step, in_place):  # fmt: skip
         function()
     step(counts=None, threshold=0.5)
     step(counts=torch.tensor([1, 2], dtype=torch.int32))
@@ -157,19 +126,19 @@ FORBIDDEN_CASES = [
     (TypeError, "expected forbidden ids to be an int, received float", {"forbidden": [1.0]}),
     (TypeError, "expected forbidden ids to be an int, received bool", {"forbidden": [True] * V}),
 ]  # fmt: skip
-CANVAS = functional.Sampled(TOKENS, FIGURES)
-CANVAS_CASES = [
+OUT = functional.Sampled(TOKENS, FIGURES)
+OUT_CASES = [
     (ValueError, "expected out= without with_margin=True and with_entropy=True; leave one out",
-     {"out": CANVAS, "with_margin": True}),
+     {"out": OUT, "with_margin": True}),
     (ValueError, "expected out= without with_margin=True and with_entropy=True",
-     {"out": CANVAS, "with_entropy": True}),
-    (TypeError, "expected out.ids of dtype int64, received int32", {"out": CANVAS._replace(ids=TOKENS.int())}),
+     {"out": OUT, "with_entropy": True}),
+    (TypeError, "expected out.ids of dtype int64, received int32", {"out": OUT._replace(ids=TOKENS.int())}),
     (ValueError, "expected out.ids with 2 dimensions, received shape (8,)",
-     {"out": CANVAS._replace(ids=TOKENS.flatten())}),
+     {"out": OUT._replace(ids=TOKENS.flatten())}),
     (TypeError, "expected out.log_probs of dtype float32, received bfloat16",
-     {"out": CANVAS._replace(log_probs=FIGURES.bfloat16())}),
+     {"out": OUT._replace(log_probs=FIGURES.bfloat16())}),
     (ValueError, "expected out.log_probs of shape [B, N] = [2, 4], received [4]",
-     {"out": CANVAS._replace(log_probs=FIGURES[0])}),
+     {"out": OUT._replace(log_probs=FIGURES[0])}),
     (ValueError, "expected out.ids of shape [B, N] = [2, 4], received [2, 3]",
      {"out": functional.Sampled(torch.zeros(B, 3).long(), torch.zeros(B, 3))}),
     (ValueError, "and contiguous, received [2, 4], strides [1, 2] and [4, 1]",
@@ -236,8 +205,10 @@ SAMPLER_CASES = [
     (ValueError, "expected temperature in [0, inf), received inf", {"temperature": math.inf}),
     (ValueError, "expected temperature in [0, inf), received nan", {"temperature": math.nan}),
     (TypeError, "expected temperature to be a number, received Tensor", {"temperature": torch.tensor(1.0)}),
-    (ValueError, "expected filter_thres in [0, 1), received 1", {"filter_thres": 1}),
-    (ValueError, "expected filter_thres in [0, 1), received -0.1", {"filter_thres": -0.1}),
+    (ValueError, "expected top_k of at least 1, received 0", {"top_k": 0}),
+    (ValueError, "expected top_k of at least 1, received -1", {"top_k": -1}),
+    (TypeError, "expected top_k to be an int, received float", {"top_k": 0.5}),
+    (TypeError, "expected top_k to be an int, received bool", {"top_k": True}),
     (ValueError, "expected top_p in [0, 1], received 1.5", {"top_p": 1.5}),
     (ValueError, "expected top_p in [0, 1], received -0.1", {"top_p": -0.1}),
     (ValueError, "expected top_p in [0, 1], received nan", {"top_p": math.nan}),
@@ -309,7 +280,7 @@ CASES = [
     refused(ValueError, "received logits on cpu, targets on meta, is_masked on cpu", dense,
             targets=TARGETS.to(META)),
     refused(ValueError, "is_masked on cpu, weights on meta", dense, weights=torch.ones(B).to(META)),
-    *(refused(*case[:2], function, *case[2], **case[3]) for function in (linear, linear_sample)
+    *(refused(*case[:2], function, *case[2], **case[3]) for function in (linear, linear_sample, linear_step)
       for case in HEAD_CASES),
     refused(ValueError, "embeddings on cpu, weight on cpu, targets on meta", linear, targets=TARGETS.to(META)),
     refused(ValueError, "targets on cpu, is_masked on meta", linear, is_masked=MASKED.to(META)),
@@ -340,11 +311,18 @@ CASES = [
     refused(ValueError, "expected embeddings [B, N, ...], received shape [4, 3]", linear_sample, EMBEDDINGS[0]),
     refused(ValueError, "expected compact embeddings [M, ...] with row_indices [M] and seq_len", linear_sample,
             EMBEDDINGS[0], row_indices=TOKENS[0]),
-    *(refused(*case[:2], function, **case[2]) for function in (sample, linear_sample) for case in CANVAS_CASES),
+    *(refused(*case[:2], function, **case[2]) for function in (sample, linear_sample) for case in OUT_CASES),
     *(refused(*case[:2], function, **case[2]) for function in (select, remask, step) for case in COUNTS_CASES),
     *(refused(*case[:2], remask, **case[2]) for case in REMASK_CASES),
     *(refused(*case[:2], step, **case[2]) for case in DEMASK_CASES),
-    *(refused(*case[:2], step, **case[2]) for case in FORBIDDEN_CASES + SEED_CASES + STEP_CASES),
+    *(refused(*case[:2], function, **case[2]) for function in (step, linear_step)
+      for case in FORBIDDEN_CASES + SEED_CASES + STEP_CASES),
+    refused(ValueError, "expected embeddings of shape [B, N, D] = [2, 4, 3], received [1, 4, 3]", linear_step,
+            EMBEDDINGS[:1]),
+    refused(ValueError, "expected compact embeddings [M, ...] with row_indices [M] and seq_len, received [4, 3], [8]",
+            linear_step, EMBEDDINGS[0]),
+    refused(ValueError, "received embeddings on cpu, ids on meta, is_masked on cpu", linear_step,
+            ids=TOKENS.to(META)),
     *(refused(*case[:2], remask, noise_scale=1.0, **case[2]) for case in SEED_CASES + STEP_CASES),
     refused(TypeError, "expected log_probs of dtype float32, received float64", confidence, LOGITS[0].double()),
     refused(ValueError, "expected log_probs with 2 dimensions", confidence, LOGITS),
@@ -354,13 +332,13 @@ CASES = [
     refused(ValueError, "expected noise_scale in [0, inf), received nan", critic, noise_scale=math.nan),
     *(refused(*case[:2], confidence, choice_temperature=1.0, **case[2]) for case in SEED_CASES + STEP_CASES),
     *(refused(*case[:2], critic, noise_scale=1.0, **case[2]) for case in SEED_CASES + STEP_CASES),
-    refused(TypeError, "expected scores of dtype", select, TOKENS),
-    refused(ValueError, "expected scores with 2 dimensions", select, LOGITS),
+    refused(TypeError, "expected remask_keys of dtype", select, TOKENS),
+    refused(ValueError, "expected remask_keys with 2 dimensions", select, LOGITS),
     refused(TypeError, "expected eligible of dtype bool, received float32", select, eligible=LOGITS[0]),
     refused(ValueError, "expected eligible of shape [B, N] = [4, 6], received [2, 4]", select, eligible=MASKED),
     refused(TypeError, "expected counts of dtype int32|int64, received bool", select, counts=MASKED[0]),
     refused(ValueError, "expected counts of shape [B] = [4], received [2]", select, counts=TOKENS[:, 0]),
-    refused(ValueError, "received scores on cpu, eligible on cpu, counts on meta", select,
+    refused(ValueError, "received remask_keys on cpu, eligible on cpu, counts on meta", select,
             counts=TOKENS[0].to(META)),
     *(refused(ValueError, "expected backend= to be one of auto, triton, reference; received 'cuda'", function,
               backend="cuda") for function in (mask, dense, linear, sample, linear_sample, select)),
@@ -384,9 +362,9 @@ def test_a_mask_id_outside_the_vocabulary_needs_no_other_id():
     assert set(out.masked_ids.unique().tolist()) <= {0, 1}
 
 
-def test_a_canvas_of_fewer_sequences_is_refused():
+def test_an_out_of_fewer_sequences_is_refused():
     with pytest.raises(ValueError, match=r"expected out.ids"):
-        to_canvas(TOKENS[:1], FIGURES[:1])
+        in_place(TOKENS[:1], FIGURES[:1])
 
 
 def test_check_accepts_an_empty_tensor():
@@ -398,277 +376,16 @@ def test_dtypes_of_two_kinds_pass_under_autocast():
         assert linear(EMBEDDINGS.bfloat16()).loss.item() == pytest.approx(math.log(V), rel=1e-3)
 
 
-# ---- backends ----
-
-
-@pytest.fixture
-def dispatch(monkeypatch):
-    """_dispatch with nothing set: no variable, no interpreter."""
-    monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    return monkeypatch
-
-
-def pretend(monkeypatch, *, kernel=True, triton=True):
-    """Which kernels there are, and whether Triton is, whatever this machine has."""
-    monkeypatch.setattr(_dispatch, "KERNELS", _dispatch.OPERATIONS if kernel else [])
-    monkeypatch.setattr(_dispatch, "HAS_TRITON", triton)
-
-
-CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
-
-
-def test_auto_takes_the_kernel_on_a_gpu_and_the_reference_elsewhere(dispatch):
-    pretend(dispatch)
-    assert _dispatch.choose("demask", CUDA) == ("triton", "kernel on this GPU")
-    assert _dispatch.choose("demask", CPU)[0] == "reference"
-    assert "does not run on cpu" in _dispatch.choose("demask", CPU)[1]
-    assert _dispatch.choose("demask", MPS)[0] == "reference"
-    dispatch.setenv("TRITON_INTERPRET", "1")
-    assert _dispatch.choose("demask", CPU) == ("reference", "auto interprets no kernels on cpu")
-
-
-def test_auto_falls_back_where_triton_or_the_kernel_is_missing(dispatch):
-    pretend(dispatch, triton=False)
-    assert _dispatch.choose("demask", CUDA) == ("reference", "Triton is not installed (pip install triton)")
-    pretend(dispatch, kernel=False)
-    assert _dispatch.choose("demask", CUDA) == ("reference", "no Triton kernel for demask yet")
-
-
-def test_triton_that_cannot_run_says_why_and_what_to_do(dispatch):
-    remedy = re.escape("; use backend='reference'")
-    pretend(dispatch)
-    interpret = re.escape("(TRITON_INTERPRET=1 interprets kernels, slowly)")
-    with pytest.raises(
-        RuntimeError, match=f"backend=triton cannot run demask: .* not run on cpu {interpret}{remedy}"
-    ):
-        _dispatch.choose("demask", CPU, "triton")
-    with pytest.raises(RuntimeError, match="does not run on mps"):
-        _dispatch.choose("demask", MPS, "triton")
-    for value in ("1", "true", "ON", "yes"):
-        dispatch.setenv("TRITON_INTERPRET", value)
-        assert _dispatch.choose("demask", CPU, "triton") == ("triton", "backend=triton")
-    dispatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(RuntimeError, match="does not run on cpu"):
-        _dispatch.choose("demask", CPU, "triton")
-    assert _dispatch.choose("demask", CUDA, "triton") == ("triton", "backend=triton")
-    pretend(dispatch, triton=False)
-    with pytest.raises(RuntimeError, match=rf"Triton is not installed \(pip install triton\){remedy}"):
-        _dispatch.choose("demask", CUDA, "triton")
-    pretend(dispatch, kernel=False)
-    with pytest.raises(RuntimeError, match=f"no Triton kernel for demask yet{remedy}"):
-        _dispatch.choose("demask", CUDA, "triton")
-
-
-def test_the_variable_overrides_auto_only(dispatch):
-    pretend(dispatch)
-    dispatch.setenv("FASTMASK_BACKEND", "reference")
-    assert _dispatch.choose("demask", CUDA) == ("reference", "FASTMASK_BACKEND=reference")
-    assert _dispatch.choose("demask", CUDA, "triton") == ("triton", "backend=triton")
-    dispatch.setenv("FASTMASK_BACKEND", "triton")
-    assert _dispatch.choose("demask", CUDA) == ("triton", "FASTMASK_BACKEND=triton")
-    assert _dispatch.choose("demask", CUDA, "reference") == ("reference", "backend=reference")
-    with pytest.raises(RuntimeError, match="FASTMASK_BACKEND=triton cannot run demask"):
-        _dispatch.choose("demask", CPU)
-    for value in ("", "auto"):
-        dispatch.setenv("FASTMASK_BACKEND", value)
-        assert _dispatch.choose("demask", CUDA)[0] == "triton"
-
-
-def test_the_variable_does_not_insist_on_a_kernel_that_is_not_written(dispatch):
-    pretend(dispatch, kernel=False)
-    dispatch.setenv("FASTMASK_BACKEND", "triton")
-    assert _dispatch.choose("demask", CUDA) == ("reference", "no Triton kernel for demask yet")
-
-
-def test_an_unknown_name_names_its_source(dispatch):
-    with pytest.raises(ValueError, match="expected backend= to be one of auto, triton, reference; received 'gpu'"):
-        _dispatch.choose("demask", CPU, "gpu")
-    dispatch.setenv("FASTMASK_BACKEND", "fast")
-    with pytest.raises(ValueError, match=r"expected FASTMASK_BACKEND= to be one of .*; received 'fast'"):
-        sample()
-
-
-def test_every_operation_has_its_reference(dispatch):
-    for operation in _dispatch.OPERATIONS:
-        module = _dispatch.module(operation, CPU, "reference")
-        assert module.__name__ == f"fastmask.reference.{operation}"
-        assert _dispatch.module(operation, CPU) is module
-
-
-def test_float64_is_computed_by_pytorch(dispatch):
-    """The kernels compute in float32: a caller who insists is told, the default and the variable fall back."""
-    pretend(dispatch)
-    losses = ["masked_cross_entropy", "linear_masked_cross_entropy"]
-    for operation in losses:
-        assert _dispatch.choose(operation, CUDA, dtype=torch.bfloat16)[0] == "triton"
-        assert _dispatch.choose(operation, CUDA, dtype=torch.float64)[0] == "reference"
-        with pytest.raises(RuntimeError, match="kernels compute in float32, not float64; use backend='reference'"):
-            _dispatch.choose(operation, CUDA, "triton", torch.float64)
-    dispatch.setenv("FASTMASK_BACKEND", "triton")
-    for operation in losses:
-        assert _dispatch.choose(operation, CUDA, dtype=torch.float64)[0] == "reference"
-    dense(LOGITS.double())
-    linear(EMBEDDINGS.double(), WEIGHT.double())
-
-
-def test_the_door_hands_backend_on(monkeypatch):
-    """Each function asks for its own operation, with the caller's backend."""
-    asked, module = [], _dispatch.module
-
-    def spy(operation, device, backend, dtype=None):
-        asked.append((operation, backend))
-        return module(operation, device, "reference")
-
-    monkeypatch.setattr(_dispatch, "module", spy)
-    demask = [sample, linear_sample, select, remask]
-    calls = [(mask, "mask_sampling"), (dense, "masked_cross_entropy"), (linear, "linear_masked_cross_entropy")]
-    for function, operation in [*calls, *((function, "demask") for function in demask)]:
-        function(backend="triton")
-        assert asked.pop() == (operation, "triton")
-    critic(noise_scale=1.0, backend="triton")
-    confidence(choice_temperature=1.0, backend="triton")
-    assert asked == [("demask", "triton")] * 2
-
-
-# ---- seeds ----
-
-
-def ids(**options):
-    return functional.sample_tokens(torch.zeros(4, 30, 50), **options).ids
-
-
-def masks(**options):
-    return mask(TOKENS.repeat(8, 8), **options).is_masked
-
-
-def critics(**options):
-    return functional.critic_scores(torch.zeros(4, 30), noise_scale=1.0, **options)
-
-
-def confidences(**options):
-    return functional.confidence_scores(torch.zeros(4, 30), choice_temperature=1.0, **options)
-
-
-DRAWS = [ids, masks, critics, confidences]
-
-
-@pytest.mark.parametrize("random", DRAWS)
-@pytest.mark.parametrize("seed", [0, 1, -1, -(2**63), 2**63 - 1, 2**63, 2**64 - 1])
-def test_seeds_are_64_bits(random, seed):
-    """An int beyond int64 is its two's complement, and a tensor is the same seed as its int."""
-    wrapped = (seed + 2**63) % 2**64 - 2**63
-    expected = random(seed=seed)
-    assert torch.equal(expected, random(seed=wrapped))
-    assert torch.equal(expected, random(seed=torch.tensor(wrapped)))
-    assert not torch.equal(expected, random(seed=wrapped ^ 1))
-    assert not torch.equal(expected, random(seed=wrapped ^ 2**40))  # the high word counts
-
-
-@pytest.mark.parametrize("random", DRAWS)
-def test_manual_seed_reproduces(random):
-    torch.manual_seed(3)
-    first, second = random(), random()
-    assert not torch.equal(first, second)
-    torch.manual_seed(3)
-    assert torch.equal(first, random())
-    assert torch.equal(second, random())
-    torch.manual_seed(4)
-    assert not torch.equal(first, random())
-
-
-@pytest.mark.parametrize("random", DRAWS)
-def test_a_generator_reproduces_and_leaves_torchs_own_alone(random):
-    before = torch.get_rng_state()
-    first = random(generator=torch.Generator().manual_seed(9))
-    assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(first, random(generator=torch.Generator().manual_seed(9)))
-    generator = torch.Generator().manual_seed(9)
-    seed = functional.draw_seed("cpu", generator)
-    assert torch.equal(first, random(seed=seed))
-    assert not torch.equal(first, random(generator=generator))  # which has moved on
-
-
-@pytest.mark.parametrize("random", DRAWS)
-def test_a_given_seed_leaves_every_generator_alone(random):
-    before = torch.get_rng_state()
-    random(seed=1)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_draw_seed():
-    generator = torch.Generator().manual_seed(0)
-    seeds = [functional.draw_seed("cpu", generator) for _ in range(200)]
-    assert all(seed.dtype == torch.int64 and seed.shape == () for seed in seeds)
-    values = torch.stack(seeds)
-    assert values.unique().numel() == 200
-    # All 64 bits are drawn: each is set in about half of the seeds.
-    shares = torch.stack([(values >> bit) & 1 for bit in range(64)]).double().mean(1)
-    assert ((shares > 0.3) & (shares < 0.7)).all()
-    torch.manual_seed(5)
-    first = functional.draw_seed(CPU)
-    torch.manual_seed(5)
-    assert torch.equal(first, functional.draw_seed("cpu"))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a generator of another device")
-def test_a_seed_lies_where_it_is_wanted():
-    seed = functional.draw_seed("cuda", torch.Generator().manual_seed(0))
-    assert seed.device.type == "cuda"
-    assert seed.item() == functional.draw_seed("cpu", torch.Generator().manual_seed(0)).item()
-
-
-@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("meta", False)])
-def test_what_the_host_is_to_read_is_there(device, waits, monkeypatch):
-    """Of a copy from a GPU that nobody waits for it would read what stood there before."""
-    to, seen = torch.Tensor.to, []
-
-    def watched(x, *arguments, non_blocking=None, **options):
-        seen.extend([] if non_blocking is None else [not non_blocking])
-        return to(x, *arguments, non_blocking=bool(non_blocking), **options)
-
-    monkeypatch.setattr(torch.Tensor, "to", watched)
-    logits = torch.zeros(1, 2, 5, device=device)
-    functional.draw_seed(device, torch.Generator())
-    functional.sample_tokens(logits, seed=torch.tensor(3), forbidden=[1])
-    targets = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
-        functional.masked_cross_entropy(logits, targets, targets == 0, denominator=torch.tensor(2.0))
-    wrapper = fastmask.NonAutoregressiveWrapper(Table(device), mask_id=4, steps=2)
-    wrapper.generate(prompt=torch.zeros(1, 2).long(), prompt_mask=torch.tensor([[True, False]]))
-    assert len(seen) >= 8
-    assert set(seen) == {waits}
-
-
-class Table(torch.nn.Module):
-    """The same logits everywhere."""
-
-    max_seq_len, num_tokens = 2, 5
-
-    def __init__(self, device):
-        super().__init__()
-        self.logits = torch.nn.Parameter(torch.zeros(2, 5, device=device))
-
-    def forward(self, ids):
-        return self.logits.expand(*ids.shape, 5)
-
-
 def test_what_is_exported_is_documented():
     for name in functional.__all__:
         assert getattr(functional, name).__doc__
-
-
-def test_kernels_are_those_in_the_folder():
-    folder = pathlib.Path(fastmask.__file__).parent / "kernels"
-    assert [name for name in _dispatch.OPERATIONS if (folder / f"{name}.py").exists()] == _dispatch.KERNELS
-    assert "mask_sampling" in _dispatch.KERNELS
 
 
 @pytest.mark.parametrize(
     "operation",
     [
         lambda: mask(no_replace_prob=0.5, random_token_prob=0.5, seed=1).masked_ids,
-        lambda: sample(torch.arange(48.0).sin().view(B, N, V), filter_thres=0.5, mask_id=1, seed=1).ids,
+        lambda: sample(torch.arange(48.0).sin().view(B, N, V), top_k=3, mask_id=1, seed=1).ids,
         lambda: functional.select_to_remask(TOKENS.float(), MASKED, torch.tensor([1, 2])),
     ],
     ids=["mask_sampling", "sample_tokens", "select_to_remask"],
@@ -686,19 +403,3 @@ def test_numpys_numbers_are_numbers():
     )
     for one, other in zip(plain, same, strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("stratified", [False, True])
-@pytest.mark.parametrize("schedule", ["linear", lambda t: 1 - t, lambda t: 1 - t**2], ids=["linear", "same", "other"])
-def test_masks_do_not_depend_on_the_split_of_the_batch(schedule, stratified):
-    """A callable's times are drawn at the door, the others' behind it: both from the global sample and batch."""
-    tokens = torch.arange(60).view(6, 10) % (V - 1)
-    options = {"schedule": schedule, "stratified": stratified, "global_batch_size": 12, "seed": 5}
-    whole = mask(tokens, sample_offset=3, **options)
-    parts = [mask(tokens[:2], sample_offset=3, **options), mask(tokens[2:], sample_offset=5, **options)]
-    for field in ("masked_ids", "times", "counts", "loss_weights"):
-        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field)), field
-    assert torch.equal(whole.times, mask(tokens, sample_offset=3, **{**options, "schedule": "linear"}).times)
-    assert whole.times.unique().numel() == 6
-    if stratified:  # six twelfths of [0, 1), side by side
-        assert len({int(12 * t) for t in whole.times.tolist()}) == 6

@@ -1,1 +1,1 @@
-"""Pure-PyTorch twins of the kernels: the specification, and the path taken without a GPU."""
+"""The kernels in pure PyTorch: the specification, and the path taken without a GPU."""

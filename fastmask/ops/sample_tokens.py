@@ -1,0 +1,234 @@
+"""Sampling ids from logits: what is accepted, refused and promised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmask import _check, _dispatch
+from fastmask._devices import to_device
+from fastmask.ops.linear_masked_cross_entropy import check_head
+from fastmask.ops.seeds import as_draws
+from fastmask.records import LinearLogits, Sampled, SampledRows, Sampling
+from fastmask.reference import sample_tokens as reference
+
+
+def sample_tokens(
+    logits: Tensor | LinearLogits,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    mask_id: int | None = None,
+    forbidden: Tensor | Sequence[int] | None = None,
+    row_indices: Tensor | None = None,
+    seq_len: int | None = None,
+    kept_ids: Tensor | None = None,
+    with_margin: bool = False,
+    with_entropy: bool = False,
+    out: Sampled | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+    sample_offset: int = 0,
+    backend: str = "auto",
+) -> Sampled:
+    r"""Samples ids from logits, exactly, and gives the probability of each.
+
+    .. math::
+        \mathrm{id}_i \sim \mathrm{softmax}(z_i / T) \text{ over } A_i, \qquad
+        \log p_i = z_{i,\mathrm{id}_i} - \log \sum_{v \in A_i} e^{z_{i,v}}
+
+    A_i are the ids that are neither excluded nor filtered out; no figure but the sample itself is heated.
+
+    Args:
+        logits: [B, N, V] float16|bfloat16|float32|float64 (worked on in float32), one row for each
+            position; or [M, V], compact rows, with ``row_indices`` and ``seq_len``. Or :class:`LinearLogits`, with
+            embeddings [B, N, D] or [M, D] likewise: logits then exist for one chunk of the rows at a time.
+        temperature: T >= 0; 0 takes the argmax, ties to the lower id.
+        top_k: k >= 1: keeps the k largest logits, and all that tie with the last of them; 1 keeps the argmax alone,
+            ties to the lower id. None, or k >= V, keeps all.
+        top_p: in [0, 1]: of those, keeps the nucleus at temperature 1: the fewest likeliest ids that together have
+            at least this share of the probability, at least one, and all that tie with the last. None keeps all.
+        mask_id: never sampled. None, or an id outside [0, V), excludes nothing.
+        forbidden: [V] bool, True at more ids that are never sampled; or a sequence of those ids, no tensor (copied
+            to the device at each call).
+        row_indices: [M] int64, flat positions b N + i: those of compact rows, or the only ones of [B, N, V] to be
+            sampled. -1 is no row: id -1, figures 0.
+        seq_len: N, for compact rows.
+        kept_ids: as the ids returned, int64, below V: where >= 0 that id is kept, not sampled, and its probability
+            given.
+        with_margin: also give how much more likely the likeliest id is than the next.
+        with_entropy: also give the entropy.
+        out: ids [B, N] int64 and log_probs [B, N] float32, contiguous, to be written in place at the rows'
+            positions, and returned; other positions stay as they are.
+        seed, generator: see the module.
+        step: index of the demasking step, so that one seed serves a whole generation.
+        sample_offset: global index of the first sequence.
+        backend: see the module.
+
+    Returns:
+        Sampled, [B, N] or [M] each:
+
+        - ids: int64;
+        - log_probs: float32, nats;
+        - margins: float32, in [0, 1], or None;
+        - entropies: float32, nats, or None.
+
+        A row with NaN, +inf or no finite logit gives the lowest allowed id and NaN. A kept id that is filtered out
+        gives -inf.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape or number.
+
+    Randomness: streams TILE_RACE, SUB_TILE_RACE and ELEMENT_RACE of the seed at ``step``.
+
+    Source: the exponential race, equal in law to Gumbel-max (Maddison et al.,
+    https://arxiv.org/abs/1411.0030), in three levels of 4096, 64 and 1 ids. The nucleus: Holtzman et al.,
+    https://arxiv.org/abs/1904.09751, eq. 2.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 5.0, 1.0]]])
+        >>> sample_tokens(logits, temperature=0.0).ids
+        tensor([[1]])
+
+        Behind a linear head:
+
+        >>> embeddings, weight = torch.ones(1, 1, 2), torch.tensor([[0.0, 0.0], [2.0, 1.0], [1.0, 0.0]])
+        >>> sample_tokens(LinearLogits(embeddings, weight), top_k=1).ids
+        tensor([[1]])
+    """
+    name, source, num_ids = checked_logits(logits)
+    rows, shape = _sampled_rows(name, source, row_indices, seq_len)
+    forbidden = as_forbidden(forbidden, num_ids, source.device)
+    sampling = _checked_sampling(
+        Sampling(temperature, top_k, top_p, mask_id, forbidden, with_margin, with_entropy), num_ids
+    )
+    kept_ids = _checked_kept_ids(name, source, kept_ids, shape)
+    _check_out(name, source, out, rows, sampling)
+    draws = as_draws(seed, source.device, generator, step, sample_offset)
+    flat = source.flatten(0, -2)
+    run = _dispatch.implementation(reference.sample_tokens, source.device, backend)
+    sampled = run(
+        logits._replace(embeddings=flat) if isinstance(logits, LinearLogits) else flat,
+        rows,
+        draws,
+        sampling,
+        kept_ids,
+        out,
+    )
+    if out is not None:
+        return out
+    return Sampled(*(None if values is None else values.view(shape) for values in sampled))  # type: ignore[arg-type]
+
+
+def checked_logits(logits: Tensor | LinearLogits) -> tuple[str, Tensor, int]:
+    """What its rows are called, the rows [..., V] or [..., D] themselves, and V."""
+    if isinstance(logits, LinearLogits):
+        check_head(logits.embeddings, logits.weight, logits.bias)
+        return "embeddings", logits.embeddings, len(logits.weight)
+    _check.tensor("logits", logits, _check.FLOATING)
+    return "logits", logits, logits.shape[-1] if logits.ndim else 0
+
+
+def _sampled_rows(
+    name: str, rows: Tensor, row_indices: Tensor | None, seq_len: int | None
+) -> tuple[SampledRows, torch.Size]:
+    """Which rows are sampled, and the shape of what is returned."""
+    shape = rows.shape[:-1]
+    if row_indices is not None:
+        _check.tensor("row_indices", row_indices, [torch.int64], ndim=1)
+        shape = row_indices.shape
+    if row_indices is None or rows.ndim == 3:
+        if rows.ndim != 3 or (seq_len is not None and seq_len != rows.shape[1]):
+            raise ValueError(
+                f"expected {name} [B, N, ...], received shape {list(rows.shape)}"
+                + (f" and seq_len={seq_len}" if rows.ndim == 3 else "; compact rows need row_indices= and seq_len=")
+            )
+        seq_len = rows.shape[1]
+    elif rows.ndim != 2 or row_indices.shape != rows.shape[:1] or seq_len is None:
+        raise ValueError(
+            f"expected compact {name} [M, ...] with row_indices [M] and seq_len, received "
+            f"{list(rows.shape)}, {list(row_indices.shape)} and seq_len={seq_len}"
+        )
+    is_compact = row_indices is None or rows.ndim == 2
+    if row_indices is None:  # every row is listed
+        row_indices = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device)
+    _check.same_device(**{name: rows, "row_indices": row_indices})
+    return SampledRows(row_indices, max(1, _check.integer("seq_len", seq_len, 0)), is_compact), shape
+
+
+def _checked_sampling(sampling: Sampling, num_ids: int) -> Sampling:
+    """The options of a sampler over so many ids; what changes nothing is None."""
+    if num_ids == 0:
+        raise ValueError("expected a vocabulary of at least 1 id, received 0")
+    top_k, top_p, mask_id = sampling.top_k, sampling.top_p, sampling.mask_id
+    _check.number("temperature", sampling.temperature, 0.0)
+    if top_k is not None:
+        top_k = _check.integer("top_k", top_k, 1)
+        top_k = top_k if top_k < num_ids else None
+    if top_p is not None:
+        _check.number("top_p", top_p, 0.0, 1.0)
+        top_p = float(top_p) if top_p < 1.0 else None
+    if mask_id is not None:
+        mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
+        mask_id = mask_id if 0 <= mask_id < num_ids else None
+    return sampling._replace(temperature=float(sampling.temperature), top_k=top_k, top_p=top_p, mask_id=mask_id)
+
+
+def as_forbidden(
+    forbidden: Tensor | Sequence[int] | None, num_tokens: int, device: torch.device | str
+) -> Tensor | None:
+    """Forbidden ids as the samplers take them without copying: [num_tokens] bool on the device.
+
+    Raises:
+        TypeError, ValueError: neither such a tensor nor ids in [0, num_tokens).
+    """
+    if forbidden is None or isinstance(forbidden, Tensor):
+        if forbidden is not None:
+            if forbidden.dtype != torch.bool:
+                raise TypeError(
+                    "expected forbidden as [V] bool or as a sequence of ids, received a tensor of "
+                    f"{forbidden.dtype}; give ids as forbidden.tolist()"
+                )
+            _check.shape("forbidden", forbidden, [num_tokens], "V")
+            if forbidden.device != torch.empty(0, device=device).device:
+                raise ValueError(
+                    f"expected forbidden on {device}, received {forbidden.device}; move it with .to(device)"
+                )
+        return forbidden
+    is_forbidden = torch.zeros(num_tokens, dtype=torch.bool, device="cpu")
+    for id in forbidden:
+        is_forbidden[_check.integer("forbidden ids", id, 0, num_tokens)] = True
+    return to_device(is_forbidden, device)
+
+
+def _checked_kept_ids(name: str, source: Tensor, kept_ids: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The ids that a sampler keeps, flat."""
+    if kept_ids is None:
+        return None
+    _check.tensor("kept_ids", kept_ids, [torch.int64])
+    _check.shape("kept_ids", kept_ids, shape, "as the rows")
+    _check.same_device(**{name: source, "kept_ids": kept_ids})
+    return kept_ids.flatten()
+
+
+def _check_out(name: str, source: Tensor, out: Sampled | None, rows: SampledRows, sampling: Sampling) -> None:
+    """The checks of what a sampler writes."""
+    if out is None:
+        return
+    if sampling.with_margin or sampling.with_entropy:
+        raise ValueError("expected out= without with_margin=True and with_entropy=True; leave one out")
+    _check.tensor("out.ids", out.ids, [torch.int64], ndim=2)
+    _check.tensor("out.log_probs", out.log_probs, [torch.float32])
+    _check.shape("out.log_probs", out.log_probs, out.ids.shape, "B, N")
+    if source.ndim == 3:
+        _check.shape("out.ids", out.ids, source.shape[:2], "B, N")
+    if max(1, out.ids.shape[1]) != rows.seq_len or not (out.ids.is_contiguous() and out.log_probs.is_contiguous()):
+        raise ValueError(
+            f"expected out.ids and out.log_probs [B, {rows.seq_len}] and contiguous, received "
+            f"{list(out.ids.shape)}, strides {list(out.ids.stride())} and {list(out.log_probs.stride())}"
+        )
+    _check.same_device(**{name: source, "out.ids": out.ids, "out.log_probs": out.log_probs})

@@ -1,0 +1,217 @@
+"""Samples of a categorical law for each row of logits, and the probability of each.
+
+A hierarchical exponential race. If E_i ~ Exponential(1) independently, then argmax_i w_i / E_i is i with probability
+w_i / sum w (the exponential form of the Gumbel-max trick, e.g. Maddison, Tarlow, Minka, "A* sampling",
+https://arxiv.org/abs/1411.0030). Weights of a group add up, so the 4096-id tiles race with their sums, then the
+winning tile's 64 sub-tiles, then that sub-tile's 64 ids: exact, one read of the row, independent of the order of
+summation up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmask import _streams as streams
+from fastmask.records import Draws, LinearLogits, Sampled, SampledRows, Sampling
+from fastmask.reference import philox
+from fastmask.reference.vocabulary_filter import thresholds
+
+# Logits held at once, as many as were fastest on a CPU.
+_CHUNK_ELEMENTS = 2**22
+# Behind a head so many rows at least, for its product.
+HEAD_CHUNK_ROWS = 128
+# Of a chunk's logits so many are worked on at once by each of a CPU's threads: 256 KiB, which a core's cache holds.
+_BLOCK_ELEMENTS = 2**16
+
+
+@torch.no_grad()
+def sample_tokens(
+    logits: Tensor | LinearLogits,
+    rows: SampledRows,
+    draws: Draws,
+    sampling: Sampling,
+    kept_ids: Tensor | None,
+    out: Sampled | None,
+) -> Sampled:
+    """One id for each row, one chunk of logits at a time.
+
+    Args:
+        logits: [M, V] or [B N, V] floating point; or what gives them, with embeddings [M, D] or [B N, D].
+        rows: which of them.
+        draws: the random numbers.
+        sampling: how.
+        kept_ids: [M] integer: an id >= 0 is not sampled but kept, and its probability returned.
+        out: ids and log_probs [B, N] to write in place, at the rows' positions.
+
+    A row with NaN, +inf or no finite logit gives the lowest allowed id and NaN; no row gives id -1 and zeros.
+    """
+    if isinstance(logits, LinearLogits):
+        chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // len(logits.weight))
+    else:
+        chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    parts = []
+    for start in range(0, max(1, len(rows.row_indices)), chunk):
+        part = slice(start, start + chunk)
+        kept = None if kept_ids is None else kept_ids[part]
+        parts.append(_sample_chunk_(_logits_of(rows, logits, part), rows.part(part), draws, sampling, kept))
+    sampled = Sampled(*_joined(parts))
+    return sampled if out is None else _written(sampled, rows, out)
+
+
+def _logits_of(rows: SampledRows, logits: Tensor | LinearLogits, part: slice) -> Tensor:
+    """The logits of some of the rows [M, V] float32, which may be written to."""
+    if isinstance(logits, LinearLogits):
+        return logits.of_rows(rows.of(logits.embeddings, part)).float()
+    return rows.of(logits, part).to(torch.float32, copy=rows.is_compact)  # indexing has made a copy
+
+
+def _written(sampled: Sampled, rows: SampledRows, out: Sampled) -> Sampled:
+    """``out``, where the samples have been written at their rows' positions."""
+    for written, values in ((out.ids, sampled.ids), (out.log_probs, sampled.log_probs)):
+        padded = F.pad(written.flatten(), (0, 1))  # the last place is for what is no row
+        written.copy_(padded.index_put_((rows.row_indices,), values)[:-1].view_as(written))
+    return out
+
+
+def _joined(parts: Sequence[Iterable[Tensor | None]]) -> Iterator[Any]:
+    """Each field of the parts, their rows together; None where there is none."""
+    return (None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+
+
+class _Figures(NamedTuple):
+    """What is known of rows of logits before a race: sums of unheated and heated exp(z - max z), all float32.
+
+    is_valid: [M, 1] bool, whether the largest logit is finite. totals: [M, 1]. sub_tiles: [M, S], heated, None where
+    nothing races. margins, entropies: [M, 1], None where not asked for.
+    """
+
+    is_valid: Tensor
+    totals: Tensor
+    sub_tiles: Tensor | None
+    margins: Tensor | None
+    entropies: Tensor | None
+
+
+def _sample_chunk_(
+    z: Tensor, rows: SampledRows, draws: Draws, sampling: Sampling, kept_ids: Tensor | None
+) -> Sampled:
+    """Of logits z [M, V] float32, which are filtered in place."""
+    blocks = [_figures(part, _filter_(part, sampling), sampling) for part in z.split(_block_rows(z))]
+    is_valid, totals, sub_tiles, margins, entropies = _joined(blocks)
+    if sub_tiles is None:
+        ids = z.argmax(dim=-1, keepdim=True)
+    else:
+        ids = _race(z, sub_tiles, sampling.temperature, rows, draws)
+    ids = ids.where(is_valid, _lowest_allowed(sampling, z.shape[-1]))
+    if kept_ids is not None:
+        ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
+
+    is_row = rows.row_indices[:, None] >= 0
+    figures: list[Any] = [z.gather(-1, ids) - totals.log(), margins, entropies]
+    figures = [None if x is None else x.where(is_valid, torch.nan).where(is_row, 0.0).squeeze(-1) for x in figures]
+    return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)
+
+
+def _block_rows(z: Tensor) -> int:
+    """How many rows of a chunk are worked on at once: all, but for a CPU's caches."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(1, len(z))
+    return max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // z.shape[-1])
+
+
+def _filter_(z: Tensor, sampling: Sampling) -> Tensor:
+    """Leaves in z [M, V] what may be sampled, less the row's largest, else -inf; whether that is finite, [M, 1]."""
+    if sampling.mask_id is not None:
+        z[:, sampling.mask_id] = -torch.inf
+    if sampling.forbidden is not None:
+        z.masked_fill_(sampling.forbidden, -torch.inf)
+    largest = z.amax(dim=-1, keepdim=True)
+    if sampling.top_k == 1:  # of those that tie the first alone
+        first = z.argmax(dim=-1, keepdim=True)
+        z.fill_(-torch.inf).scatter_(-1, first, 0.0)
+        return largest.isfinite()
+    threshold = thresholds(z, sampling.top_k, sampling.top_p)
+    stays = None if threshold is None else torch.ge(z, threshold, out=torch.empty_like(z))
+    z.sub_(largest)
+    if stays is not None:  # made 1 or -inf, where z is at most 0: many times as fast on a CPU as masked_fill_
+        torch.minimum(z, F.threshold(stays, 0.5, -torch.inf, inplace=True), out=z)
+    return largest.isfinite()
+
+
+def _figures(z: Tensor, is_valid: Tensor, sampling: Sampling) -> _Figures:
+    """Of z [M, V] as :func:`_filter_` leaves it."""
+    unheated = _weights(z, 1.0)
+    totals = unheated.sum(dim=-1, keepdim=True)
+    margins = _margins(z) / totals if sampling.with_margin else None
+    entropies = None
+    if sampling.with_entropy:
+        energy = (unheated * z.clamp(min=-1e30)).sum(dim=-1, keepdim=True)  # 0 times infinity is NaN
+        entropies = (totals.log() - energy / totals).clamp(min=0.0)
+    sub_tiles = None
+    if not sampling.is_greedy:
+        heated = unheated if sampling.temperature == 1.0 else _weights(z, sampling.temperature)
+        missing = -z.shape[-1] % streams.SUB_TILE
+        heated = F.pad(heated, (0, missing)) if missing else heated
+        sub_tiles = heated.unflatten(-1, (-1, streams.SUB_TILE)).sum(dim=-1)
+    return _Figures(is_valid, totals, sub_tiles, margins, entropies)
+
+
+def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
+    """The lowest id that may be sampled; 0 where none may."""
+    if sampling.forbidden is None:
+        return int(sampling.mask_id == 0 and num_tokens > 1)
+    excluded = sampling.forbidden.int()
+    if sampling.mask_id is not None:  # a slice is filled; a single element would wait for a copy of the 1
+        excluded[sampling.mask_id : sampling.mask_id + 1] = 1
+    return excluded.argmin()
+
+
+def _margins(z: Tensor) -> Tensor:
+    """1 - exp(second largest) of each row of z [M, V] whose largest is 0, [M, 1]; 1 where nothing else stays."""
+    return torch.ones_like(z) if z.shape[-1] == 1 else -torch.expm1(z.topk(2, dim=-1).values[:, 1:])
+
+
+def _weights(z: Tensor, temperature: float) -> Tensor:
+    """exp(z / temperature), [M, V], of z <= 0."""
+    # Base 2: on a CPU several times as fast as exp, and not slowed by underflow.
+    # The factor stays finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf.
+    limits = torch.finfo(torch.float32)
+    factor = max(limits.tiny, min(math.log2(math.e) / temperature, limits.max))
+    return (z * factor).exp2_()
+
+
+def _race(z: Tensor, sub_tiles: Tensor, temperature: float, rows: SampledRows, draws: Draws) -> Tensor:
+    """Ids [M, 1] of z [M, V], likely in proportion to their heated weights, of which sub_tiles [M, S] are sums."""
+    per_tile = min(streams.TILE // streams.SUB_TILE, sub_tiles.shape[-1])
+    sub_tiles = F.pad(sub_tiles, (0, -sub_tiles.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))
+    row = torch.arange(len(z), device=z.device)
+    tile = _winner(sub_tiles.sum(dim=-1), streams.TILE_RACE, rows, draws, torch.zeros_like(row))
+    first = tile * per_tile
+    sub_tile = first + _winner(sub_tiles[row, tile], streams.SUB_TILE_RACE, rows, draws, first)
+    first = sub_tile * streams.SUB_TILE
+    ids = first[:, None] + torch.arange(streams.SUB_TILE, device=z.device)
+    is_id = ids < z.shape[-1]
+    weights = _weights(z.gather(-1, ids.where(is_id, 0)), temperature).where(is_id, 0.0)
+    return (first + _winner(weights, streams.ELEMENT_RACE, rows, draws, first))[:, None]
+
+
+def _winner(weights: Tensor, stream: int, rows: SampledRows, draws: Draws, first: Tensor) -> Tensor:
+    """argmax_i weights_i / E_i, [M], over weights [M, G] whose counters start at ``first`` [M]."""
+    if weights.shape[-1] == 1:
+        return torch.zeros_like(first)
+    element = first[:, None] + torch.arange(weights.shape[-1], device=weights.device)
+    high, low, _, _ = philox.draw(
+        draws.seed,
+        stream,
+        draws.step,
+        sample=(rows.row_indices // rows.seq_len + draws.sample_offset)[:, None],
+        position=(rows.row_indices % rows.seq_len)[:, None],
+        element=element,
+    )
+    return (weights / philox.exponential(high, low)).argmax(dim=-1)

@@ -1,0 +1,428 @@
+"""One id for each row of logits, and the probability of each: an exponential race over tiles, sub-tiles and ids.
+
+.. math::
+    \\mathrm{id} = \\arg\\max_i w_i / E_i, \\quad w_i = e^{z_i / T}, \\quad E_i \\sim \\mathrm{Exponential}(1)
+
+It is run hierarchically, over tiles of 4096 ids, sub-tiles of 64, single ids (``fastmask/reference/sample_tokens.py``
+is the specification). One program a tile reads it once and leaves its maximum and its sums of exponentials; one
+program a row lets the tiles race, then the winner's sub-tiles, then its ids. So few rows keep many SMs busy as well
+as many rows do, and the sample does not depend on how the work was spread.
+
+Bytes for each row: its V logits, 12 or 20 for each tile written and read; and the winning tile again, or 256 more for
+each tile and a sub-tile again. A vocabulary filter reads the row before (``kernels/vocabulary_filter.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask import _streams as streams
+from fastmask.kernels import _launch, _math, vocabulary_filter
+from fastmask.kernels import _logit_rows as logit_rows
+from fastmask.kernels import _tile_race as race
+from fastmask.kernels._operator import operator
+from fastmask.records import Draws, LinearLogits, Sampled, SampledRows, Sampling
+
+_TILE = tl.constexpr(streams.TILE)
+_SUB_TILE = tl.constexpr(streams.SUB_TILE)
+_TILE_RACE = tl.constexpr(streams.TILE_RACE)
+_SUB_TILE_RACE = tl.constexpr(streams.SUB_TILE_RACE)
+_ELEMENT_RACE = tl.constexpr(streams.ELEMENT_RACE)
+
+# What a tile is reduced to: its maximum and, relative to that, its sums of exponentials at temperature 1 and T; its
+# second largest logit, and the sum of z exp(z) for the entropy.
+_MAX = tl.constexpr(0)
+_SUM = tl.constexpr(1)
+_HEATED = tl.constexpr(2)
+_SECOND = tl.constexpr(3)
+_ENERGY = tl.constexpr(4)
+_SHORT_RECORD = 3  # without the last two
+_LONG_RECORD = 5
+
+
+@triton.jit(do_not_specialize=["offset_x", "V", "mask_id"])
+def _tiles_kernel(
+    x_ptr,
+    offset_x,
+    stride_x,
+    row_indices_ptr,
+    forbidden_ptr,
+    thresholds_ptr,
+    records_ptr,
+    sub_tiles_ptr,  # None: their sums are not stored; else rows begin and end at 16 bytes
+    V,
+    mask_id,
+    factor,  # log2(e) / T; None: no sums at another temperature than 1 are wanted
+    IS_COMPACT: tl.constexpr,
+    WITH_MARGIN: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    RECORD: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # This program reduces one tile of one row to its record.
+    row = tl.program_id(0)
+    flat = tl.load(row_indices_ptr + row)
+    if flat < 0:
+        return
+    excluded = logit_rows.Excluded(mask_id, forbidden_ptr)
+    first = tl.program_id(1) * _TILE
+    length = tl.minimum(V - first, _TILE)
+    x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
+    start = offset_x + (row.to(tl.int64) if IS_COMPACT else flat) * stride_x + first
+    body = logit_rows.body(start, length, VECTOR)
+    threshold = tl.load(thresholds_ptr + row) if thresholds_ptr is not None else None
+
+    block = tl.arange(0, BLOCK)
+    z = race.load_body(x_ptr, body.start, body.length, BLOCK)
+    z = logit_rows.without_excluded(
+        z, first + body.column + block, block < body.length, first, first + _TILE, excluded
+    )
+    offs_v, in_v = logit_rows.edges(length, body.column, body.length, VECTOR)
+    edge_max = tl.full((), -float("inf"), tl.float32)
+    edges = tl.full((2 * VECTOR,), -float("inf"), tl.float32)
+    has_edges = body.length < length if sub_tiles_ptr is None else False
+    if has_edges:
+        edges = tl.load(x_ptr + start + offs_v, mask=in_v, other=-float("inf")).to(tl.float32)
+        edges = logit_rows.without_excluded(edges, first + offs_v, in_v, first, first + _TILE, excluded)
+        edge_max = tl.max(edges)
+    body_max = tl.max(z)
+    largest = tl.maximum(body_max, edge_max)
+    shift = race.finite(largest)
+    tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    sub_tiles = sub_tiles_ptr + tile * (BLOCK // _SUB_TILE) if sub_tiles_ptr is not None else None
+    total, heated, energy = race.tile_sums(z, shift, factor, threshold, WITH_ENTROPY, sub_tiles)
+    if has_edges:
+        edge_sums = race.tile_sums(edges, shift, factor, threshold, WITH_ENTROPY)
+        total += edge_sums.total
+        heated += edge_sums.heated
+        if WITH_ENTROPY:
+            energy += edge_sums.energy
+    records_ptr += tile * RECORD
+    tl.store(records_ptr + _MAX, largest)
+    tl.store(records_ptr + _SUM, total)
+    tl.store(records_ptr + _HEATED, heated)
+    if WITH_MARGIN:
+        second = tl.maximum(race.second_largest(z, body_max), tl.minimum(body_max, edge_max))
+        if has_edges:
+            second = tl.maximum(second, race.second_largest(edges, edge_max))
+        tl.store(records_ptr + _SECOND, second)
+    if WITH_ENTROPY:
+        tl.store(records_ptr + _ENERGY, energy)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "V", "mask_id", "seq_len", "sample_offset", "step"])
+def _choose_kernel(
+    x_ptr,
+    stride_x,
+    row_indices_ptr,
+    forbidden_ptr,
+    thresholds_ptr,
+    records_ptr,
+    sub_tiles_ptr,  # the sums of all sub-tiles; None: those of the winning tile are formed here
+    scratch_ptr,  # room for these
+    seed_ptr,
+    kept_ids_ptr,
+    ids_ptr,
+    log_probs_ptr,
+    margins_ptr,
+    entropies_ptr,
+    num_tiles,
+    V,
+    mask_id,
+    seq_len,
+    sample_offset,
+    step,
+    factor,  # log2(e) / T; None: the largest logit is taken, nothing races
+    IS_COMPACT: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # whether results are stored at the row's own position, or as the rows are listed
+    KEEPS_ONE: tl.constexpr,  # whether the largest logit alone stays, of those that tie the first
+    RECORD: tl.constexpr,
+    TILE_LANES: tl.constexpr,
+    SUB_TILES: tl.constexpr,
+    VECTOR: tl.constexpr,  # logits that may be loaded together, counted from the row's first
+):
+    # This program chooses the id of one row: the tiles race, then the winner's sub-tiles, then that one's ids.
+    row = tl.program_id(0)
+    flat = tl.load(row_indices_ptr + row)
+    if flat < 0:
+        if not IN_PLACE:
+            tl.store(ids_ptr + row, -1)
+            tl.store(log_probs_ptr + row, 0.0)
+            if margins_ptr is not None:
+                tl.store(margins_ptr + row, 0.0)
+            if entropies_ptr is not None:
+                tl.store(entropies_ptr + row, 0.0)
+        return
+    excluded = logit_rows.Excluded(mask_id, forbidden_ptr)
+    start = tl.multiple_of((row.to(tl.int64) if IS_COMPACT else flat) * stride_x, VECTOR)
+    logits = race.Row(x_ptr, start, V, excluded)
+    out = flat if IN_PLACE else row
+    counter = race.Counter(tl.load(seed_ptr), sample_offset + flat // seq_len, flat % seq_len, step)
+    threshold = tl.load(thresholds_ptr + row) if thresholds_ptr is not None else None
+
+    tile = tl.arange(0, TILE_LANES)
+    records_ptr += row.to(tl.int64) * num_tiles * RECORD
+    in_row = tile < num_tiles
+    maxima = tl.load(records_ptr + tile * RECORD + _MAX, mask=in_row, other=-float("inf"))
+    sums = tl.load(records_ptr + tile * RECORD + _SUM, mask=in_row, other=0.0)
+    top = tl.max(maxima)
+    # Triton 3.9's interpreter raises at an argmax of NaN alone.
+    best = tl.argmax(tl.where(maxima == maxima, maxima, -float("inf")), 0).to(tl.int32)
+    scale = _math.exp2((maxima - race.finite(top)) * race.LOG2E)
+    total = tl.sum(sums * scale)
+    is_lawful = (tl.abs(top) < float("inf")) & (total > 0.0)  # NaN reaches the sum
+
+    if factor is None:
+        chosen = best
+    else:
+        heated = tl.load(records_ptr + tile * RECORD + _HEATED, mask=in_row, other=0.0)
+        heated *= _math.exp2((maxima - race.finite(top)) * factor)
+        chosen = race.winner(heated, tile, num_tiles, counter, _TILE_RACE, 0)
+    first = chosen * _TILE
+    shift = race.finite(tl.max(tl.where(tile == chosen, maxima, -float("inf"))))
+
+    sub_tile = tl.arange(0, SUB_TILES)
+    if sub_tiles_ptr is None:
+        offs_v = first + sub_tile[:, None] * _SUB_TILE + tl.arange(0, _SUB_TILE)[None, :]
+        z = race.logits_at(logits, offs_v, first, first + SUB_TILES * _SUB_TILE, VECTOR, [1, VECTOR])
+    if factor is None:
+        id = tl.min(tl.where(z == shift, offs_v, V))
+    else:
+        num_sub_tiles = tl.minimum(tl.cdiv(V, _SUB_TILE), _TILE // _SUB_TILE)
+        base = chosen * (_TILE // _SUB_TILE)
+        if sub_tiles_ptr is None:
+            # By way of memory, so that each lane is one thread's: where the sum leaves them, many threads hold the
+            # same lanes, and each would draw all their random numbers.
+            sums_ptr = scratch_ptr + row.to(tl.int64) * SUB_TILES
+            tl.store(sums_ptr + sub_tile, tl.sum(race.weights(z, shift, factor, threshold), 1))
+            tl.debug_barrier()
+        else:
+            sums_ptr = sub_tiles_ptr + (row.to(tl.int64) * num_tiles + chosen) * SUB_TILES
+        sums_of_tile = tl.load(sums_ptr + sub_tile)
+        chosen = race.winner(sums_of_tile, sub_tile, num_sub_tiles, counter, _SUB_TILE_RACE, base)
+        first = (base + chosen) * _SUB_TILE
+        element = tl.arange(0, _SUB_TILE)
+        z = race.logits_at(logits, first + element, first, first + _SUB_TILE, VECTOR, [VECTOR])
+        weight = race.weights(z, shift, factor, threshold)
+        id = first + race.winner(weight, element, _SUB_TILE, counter, _ELEMENT_RACE, first)
+    if not is_lawful:
+        id = race.lowest_allowed(V, excluded)
+    id = id.to(tl.int64)
+    largest_id = id  # where nothing races
+    if kept_ids_ptr is not None:
+        kept = tl.load(kept_ids_ptr + row)
+        id = tl.where(kept >= 0, kept, id)
+
+    # A kept id that is none gives NaN, and nothing is read for it.
+    z_chosen = tl.load(x_ptr + start + id, mask=id < V, other=float("nan")).to(tl.float32)
+    z_chosen = logit_rows.without_excluded(z_chosen, id, id < V, 0, V, excluded)
+    log_total = _math.log(total)
+    log_prob = (z_chosen - top) - log_total
+    if KEEPS_ONE:
+        log_prob = tl.where(id == largest_id, 0.0, z_chosen - float("inf"))
+    if threshold is not None:  # a kept id may lie below it
+        log_prob = tl.where(z_chosen < threshold, -float("inf"), log_prob)
+    tl.store(ids_ptr + out, id)
+    tl.store(log_probs_ptr + out, tl.where(is_lawful, log_prob, float("nan")))
+    if margins_ptr is not None:
+        if KEEPS_ONE:
+            margin = 1.0
+        else:
+            seconds = tl.load(records_ptr + tile * RECORD + _SECOND, mask=in_row, other=-float("inf"))
+            second = tl.max(tl.where(tile == best, seconds, maxima))
+            if threshold is not None:
+                second = tl.where(second < threshold, -float("inf"), second)
+            # 1 - exp(-gap), to relative accuracy where the two are close.
+            half = _math.tanh(0.5 * (top - second))
+            margin = tl.where(second == -float("inf"), 1.0, 2.0 * half / (1.0 + half)) / total
+        tl.store(margins_ptr + out, tl.where(is_lawful, margin, float("nan")))
+    if entropies_ptr is not None:
+        if KEEPS_ONE:
+            entropy = 0.0
+        else:
+            energies = tl.load(records_ptr + tile * RECORD + _ENERGY, mask=in_row, other=0.0)
+            energy = tl.sum(scale * (energies + sums * tl.maximum(maxima - race.finite(top), -1e30)))
+            entropy = tl.maximum(log_total - energy / total, 0.0)
+        tl.store(entropies_ptr + out, tl.where(is_lawful, entropy, float("nan")))
+
+
+# Warps of the programs over tiles, and of the choice.
+_TILE_WARPS = 2  # 64 logits a thread (32 on AMD): what a program costs besides is spread over them
+_CHOICE_WARPS = 2  # 64 lanes race: more warps would draw the same random numbers again
+# Where rows of up to so many ids begin and end at 16 bytes, tiles leave the sums of their sub-tiles to the choice: of
+# longer ones that costs more than to read the winning tile again.
+_SUMMED = 65536
+
+# Rows of a head's chunk of logits: enough for the matrix product.
+HEAD_CHUNK_ROWS = 4096
+
+
+@torch.no_grad()
+def sample_tokens(
+    logits: Tensor | LinearLogits,
+    rows: SampledRows,
+    draws: Draws,
+    sampling: Sampling,
+    kept_ids: Tensor | None,
+    out: Sampled | None,
+) -> Sampled:
+    """See the reference."""
+    if isinstance(logits, LinearLogits):
+        return _sample_behind_head(logits, rows, draws, sampling, kept_ids, out)
+    sampled = _empty_samples(rows.row_indices, sampling) if out is None else out
+    _sample_tokens_(sampled, logits, rows, draws, sampling, kept_ids, out is not None)
+    return sampled
+
+
+def _empty_samples(row_indices: Tensor, sampling: Sampling) -> Sampled:
+    """Room for what is asked for."""
+
+    def figures() -> Tensor:
+        return torch.empty_like(row_indices, dtype=torch.float32)
+
+    return Sampled(
+        torch.empty_like(row_indices),
+        figures(),
+        figures() if sampling.with_margin else None,
+        figures() if sampling.with_entropy else None,
+    )
+
+
+def _sample_behind_head(
+    head: LinearLogits,
+    rows: SampledRows,
+    draws: Draws,
+    sampling: Sampling,
+    kept_ids: Tensor | None,
+    out: Sampled | None,
+) -> Sampled:
+    """Samples behind a linear head, one chunk of logits at a time."""
+    device_type, dtype = head.embeddings.device.type, head.embeddings.dtype
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    weight, bias = head.weight.to(dtype).mT, None if head.bias is None else head.bias.to(dtype)
+    # Rows of logits begin at 16 bytes whatever V is, so that a row's sample does not depend on its neighbours.
+    num_rows, num_ids, vector = rows.row_indices.shape[0], head.weight.shape[0], 16 // dtype.itemsize
+    width = triton.cdiv(num_ids, vector) * vector
+    buffer = head.embeddings.new_empty((min(HEAD_CHUNK_ROWS, num_rows), width), dtype=dtype)
+    parts = []
+    for chunk in range(max(1, triton.cdiv(num_rows, HEAD_CHUNK_ROWS))):  # traced, this fixes the chunks, not the rows
+        part = slice(chunk * HEAD_CHUNK_ROWS, (chunk + 1) * HEAD_CHUNK_ROWS)
+        x = head.scaled(rows.of(head.embeddings, part)).to(dtype)
+        logits = buffer[: x.shape[0], :num_ids]
+        _head_product(x, weight, bias, out=logits)
+        kept = None if kept_ids is None else kept_ids[part]
+        parts.append(sample_tokens(logits, rows.part(part), draws, sampling, kept, out))
+    if out is not None or len(parts) == 1:
+        return parts[0]
+    joined = (None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
+    return Sampled(*joined)  # type: ignore[arg-type]
+
+
+def _head_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    with torch.autocast(x.device.type, enabled=False):
+        if bias is None:
+            torch.mm(x, weight, out=out)
+        else:
+            torch.addmm(bias, x, weight, out=out)
+
+
+@operator("sample_tokens_", mutates=("out",))
+def _sample_tokens_(
+    out: Sampled,
+    logits: Tensor,
+    rows: SampledRows,
+    draws: Draws,
+    sampling: Sampling,
+    kept_ids: Tensor | None,
+    in_place: bool,
+) -> None:
+    """Samples the listed rows: into outputs of as many elements or, in place, of every position."""
+    num_rows, num_ids = rows.row_indices.shape[0], logits.shape[-1]
+    if num_rows == 0:
+        return
+    listed = logit_rows.LogitRows(
+        logits if logits.stride(-1) == 1 else logits.contiguous(),
+        rows.row_indices.contiguous(),
+        rows.is_compact,
+        sampling.mask_id,
+        None if sampling.forbidden is None else sampling.forbidden.contiguous(),
+    )
+    of_rows, factor = listed.arguments(), _factor(sampling)
+    num_tiles = triton.cdiv(num_ids, _TILE.value)
+    lanes = max(_SUB_TILE.value, min(_TILE.value, triton.next_power_of_2(num_ids)))
+    sub_tiles = lanes // _SUB_TILE.value
+    loads_vectors = of_rows["offset_x"] == 0 and _holds_whole_vectors(listed)
+    leaves_sums = factor is not None and loads_vectors and num_ids % listed.vector == 0 and num_ids <= _SUMMED
+    keeps_one = sampling.top_k == 1
+    with_margin, with_entropy = (wanted and not keeps_one for wanted in (sampling.with_margin, sampling.with_entropy))
+
+    def room(*shape: int) -> Tensor:
+        return logits.new_empty((num_rows, *shape), dtype=torch.float32)
+
+    record = _LONG_RECORD if with_margin or with_entropy else _SHORT_RECORD
+    of_tiles = {
+        "thresholds_ptr": None if keeps_one else vocabulary_filter.thresholds(listed, sampling.top_k, sampling.top_p),
+        "records_ptr": room(num_tiles, record),
+        "sub_tiles_ptr": room(num_tiles, sub_tiles) if leaves_sums else None,
+        "RECORD": record,
+    }
+    _launch.launch(
+        _tiles_kernel,
+        (num_rows, num_tiles),
+        logits,
+        **of_rows,
+        **of_tiles,
+        factor=None if sampling.temperature == 1.0 else factor,
+        WITH_MARGIN=with_margin,
+        WITH_ENTROPY=with_entropy,
+        BLOCK=lanes,
+        num_warps=_TILE_WARPS,
+    )
+    del of_rows["offset_x"]  # the choice counts from a row's first
+    of_rows["VECTOR"] = listed.vector if loads_vectors else 1
+    _launch.launch(
+        _choose_kernel,
+        (num_rows,),
+        logits,
+        **of_rows,
+        **of_tiles,
+        scratch_ptr=None if factor is None or leaves_sums else room(sub_tiles),
+        seed_ptr=draws.seed,
+        kept_ids_ptr=None if kept_ids is None else kept_ids.contiguous(),
+        ids_ptr=out.ids,
+        log_probs_ptr=out.log_probs,
+        margins_ptr=out.margins,
+        entropies_ptr=out.entropies,
+        num_tiles=num_tiles,
+        seq_len=rows.seq_len,
+        sample_offset=draws.sample_offset,
+        step=draws.step,
+        factor=factor,
+        IN_PLACE=in_place,
+        KEEPS_ONE=keeps_one,
+        TILE_LANES=triton.next_power_of_2(num_tiles),
+        SUB_TILES=sub_tiles,
+        num_warps=1 if leaves_sums else _CHOICE_WARPS,
+    )
+
+
+def _factor(sampling: Sampling) -> float | None:
+    """log2(e) / T; None where nothing races."""
+    if sampling.is_greedy:
+        return None
+    # It stays finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf.
+    limits = torch.finfo(torch.float32)
+    return max(limits.tiny, min(race.LOG2E.value / sampling.temperature, limits.max))
+
+
+def _holds_whole_vectors(rows: logit_rows.LogitRows) -> bool:
+    """Whether each row may be read by vectors from its first logit on: what lies behind its last is memory too."""
+    logits, (num_rows, num_ids) = rows.logits, rows.logits.shape
+    width = triton.cdiv(num_ids, rows.vector) * rows.vector
+    end = logits.storage_offset() + (num_rows - 1) * logits.stride(0) + width
+    return logits.stride(0) % rows.vector == 0 and end * logits.element_size() <= logits.untyped_storage().nbytes()
