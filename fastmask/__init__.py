@@ -1,9 +1,10 @@
 """fastmask: masked-token models, trained and sampled at the speed of memory."""
 
-from fastmask import functional
+from fastmask import data, functional
+from fastmask.records import Losses, Trajectory
 from fastmask.schedules import Schedule
-from fastmask.wrapper import Losses, NonAutoregressiveWrapper, Trajectory
+from fastmask.wrapper import NonAutoregressiveWrapper
 
 __version__ = "0.1.0"
 
-__all__ = ["Losses", "NonAutoregressiveWrapper", "Schedule", "Trajectory", "functional"]
+__all__ = ["Losses", "NonAutoregressiveWrapper", "Schedule", "Trajectory", "data", "functional"]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastmask demo`` and ``python -m fastmask doctor``."""
+"""The command line: ``python -m fastmask demo``, ``python -m fastmask doctor``, ``fastmask --version``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ PACKAGES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="fastmask", description=fastmask.__doc__)
+    parser.add_argument("--version", action="version", version=f"fastmask {fastmask.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_arguments(commands.add_parser("demo", help="train a MaskGIT on handwritten digits, and sample it"))
     commands.add_parser("doctor", help="versions, devices and backends: the first thing a bug report contains")

@@ -12,12 +12,11 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastmask import _copies, functional
-from fastmask.functional import MaskedTokens, Sampled
+from fastmask import _devices, functional
+from fastmask.records import LinearLogits, MaskedTokens
 
 
 class Head(NamedTuple):
@@ -27,67 +26,56 @@ class Head(NamedTuple):
     bias: Tensor | None
     scale: float
 
-    def scaled(self, embeddings: Tensor) -> Tensor:
-        return embeddings if self.scale == 1.0 else embeddings * self.scale
+    def logits(self, embeddings: Tensor) -> LinearLogits:
+        """The logits of embeddings [B, N, D]; nothing is computed yet."""
+        return LinearLogits(embeddings, self.weight, self.bias, self.scale)
 
 
 class Output(NamedTuple):
-    """What a network gave for [B, N] ids: logits [B, N, V], or embeddings [B, N, D] with the head."""
+    """What a network gave for [B, N] ids.
 
-    logits: Tensor | None
+    logits: [B, N, V], or those of a linear head that nobody has computed yet. embeddings: [B, N, D]; None where it
+    was not asked for them.
+    """
+
+    logits: Tensor | LinearLogits
     embeddings: Tensor | None
-    head: Head | None
+
+    @property
+    def num_tokens(self) -> int:
+        """V."""
+        return self.logits.shape[-1] if isinstance(self.logits, Tensor) else len(self.logits.weight)
 
     def loss(
         self,
         targets: Tensor,
         masked: MaskedTokens,
         weights: Tensor | None,
-        denominator: Any,
+        denominator: Tensor | float,
         num_masked: int | None,
     ) -> Tensor:
         """Masked cross-entropy, "mean"; arguments as in :func:`fastmask.functional.linear_masked_cross_entropy`."""
-        if self.head is None:
-            assert self.logits is not None
-            out = functional.masked_cross_entropy(
-                self.logits, targets, masked.is_masked, weights, denominator=denominator
-            )
-        else:
-            assert self.embeddings is not None
-            out = functional.linear_masked_cross_entropy(
-                self.head.scaled(self.embeddings),
-                self.head.weight,
-                targets,
-                weights=weights,
-                bias=self.head.bias,
-                row_indices=masked.row_indices,
-                num_masked=num_masked,
-                denominator=denominator,
-            )
-        return out.loss
-
-    def sample(self, row_indices: Tensor, **options: Any) -> Sampled:
-        """Samples the rows ``row_indices`` [M]; options and result as :func:`fastmask.functional.sample_tokens`."""
-        if self.head is None:
-            assert self.logits is not None
-            return functional.sample_tokens(self.logits, row_indices=row_indices, **options)
-        assert self.embeddings is not None
-        return functional.linear_sample_tokens(
-            self.head.scaled(self.embeddings),
-            self.head.weight,
-            bias=self.head.bias,
-            row_indices=row_indices,
-            **options,
-        )
+        logits = self.logits
+        if isinstance(logits, Tensor):
+            return functional.masked_cross_entropy(
+                logits, targets, masked.is_masked, weights, denominator=denominator
+            ).loss
+        return functional.linear_masked_cross_entropy(
+            logits.scaled(logits.embeddings),
+            logits.weight,
+            targets,
+            weights=weights,
+            bias=logits.bias,
+            row_indices=masked.row_indices,
+            num_masked=num_masked,
+            denominator=denominator,
+        ).loss
 
     def logits_of(self, row_indices: Tensor) -> Tensor:
         """The logits [M, V] of the rows ``row_indices`` [M]."""
-        if self.head is None:
-            assert self.logits is not None
+        if isinstance(self.logits, Tensor):
             return rearrange(self.logits, "b n v -> (b n) v")[row_indices]
-        assert self.embeddings is not None
-        rows = rearrange(self.embeddings, "b n d -> (b n) d")[row_indices]
-        return F.linear(self.head.scaled(rows), self.head.weight, self.head.bias)
+        return self.logits.of_rows(rearrange(self.logits.embeddings, "b n d -> (b n) d")[row_indices])
 
 
 def run(net: Any, ids: Tensor, *, with_embeddings: bool = False, **kwargs: Any) -> Output:
@@ -100,11 +88,12 @@ def run(net: Any, ids: Tensor, *, with_embeddings: bool = False, **kwargs: Any) 
     # x-transformers cuts prepended embeddings off again on its way to logits only.
     head = None if kwargs.get("excise_prepend_embeds") else linear_head(net)
     if head is not None:
-        return Output(None, _of_each_token("embeddings", "D", net(ids, return_embeddings=True, **kwargs), ids), head)
+        embeddings = _of_each_token("embeddings", "D", net(ids, return_embeddings=True, **kwargs), ids)
+        return Output(head.logits(embeddings), embeddings)
     if with_embeddings:
         logits, embeddings = net(ids, return_logits_and_embeddings=True, **kwargs)
-        return Output(_of_each_token("logits", "V", logits, ids), embeddings, None)
-    return Output(_of_each_token("logits", "V", net(ids, **kwargs), ids), None, None)
+        return Output(_of_each_token("logits", "V", logits, ids), embeddings)
+    return Output(_of_each_token("logits", "V", net(ids, **kwargs), ids), None)
 
 
 def embeddings(net: Any, ids: Tensor, **kwargs: Any) -> Tensor:
@@ -124,7 +113,7 @@ def _of_each_token(name: str, letter: str, output: object, ids: Tensor) -> Tenso
 
 def device_of(net: Any) -> torch.device:
     """The device of the network's first parameter or buffer; torch's default where it has none."""
-    return _copies.device_of(net, torch.get_default_device())
+    return _devices.device_of(net, torch.get_default_device())
 
 
 def linear_head(net: Any) -> Head | None:

@@ -60,9 +60,8 @@ def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Ten
     return logits
 
 
-def critic_loss(logits: Tensor, is_wrong: Tensor, maskable: Tensor | None) -> Tensor:
-    """Mean binary cross-entropy, nats, of logits [B, N] against is_wrong [B, N] bool, over ``maskable``."""
+def critic_loss(logits: Tensor, is_wrong: Tensor, maskable: Tensor | None, num_maskable: Tensor | int) -> Tensor:
+    """Binary cross-entropy, nats, of logits [B, N] against is_wrong [B, N] bool: the mean over what is maskable."""
     losses = F.binary_cross_entropy_with_logits(logits.float(), is_wrong.float(), reduction="none")
-    if maskable is None:
-        return losses.sum() / max(1, losses.numel())
-    return losses.where(maskable, 0.0).sum() / maskable.sum().clamp(min=1)
+    losses = losses if maskable is None else losses.where(maskable, 0.0)
+    return losses.sum() / num_maskable

@@ -258,12 +258,14 @@ def from_text(
 
 
 def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -> TokenSequences:
-    """Images as sequences of levels, the values of each in C order; the mask is the first free id.
+    r"""Images as sequences of levels, the values of each in C order; the mask is the first free id.
 
-    .. math:: id = round((value - low) / (high - low) * (levels - 1)), halves to the even id
+    .. math::
+        \mathrm{id} = \mathrm{round}\left(\frac{\mathrm{value} - \mathrm{low}}{\mathrm{high} - \mathrm{low}}
+        (\mathrm{levels} - 1)\right)
 
-    so the levels are evenly spaced and both ends are levels: the integers 0 to 16 are kept exactly by
-    levels=17 and value_range=(0, 16), bytes by 256 and (0, 255). `dequantise` is the inverse.
+    halves to the even id, so the levels are evenly spaced and both ends are levels: the integers 0 to 16 are
+    kept exactly by levels=17 and value_range=(0, 16), bytes by 256 and (0, 255). `dequantise` is the inverse.
 
     Args:
         images: [S, ...] any real dtype, S >= 1: array, tensor, or sequence of images of one shape.
@@ -307,9 +309,10 @@ def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -
 
 
 def dequantise(ids: Tensor, *, levels: int, value_range: tuple[float, float]) -> Tensor:
-    """The values of levels, to draw the images of `from_images` again, right to half a level.
+    r"""The values of levels, to draw the images of `from_images` again, right to half a level.
 
-    .. math:: value = low + id * (high - low) / (levels - 1)
+    .. math::
+        \mathrm{value} = \mathrm{low} + \mathrm{id} \, \frac{\mathrm{high} - \mathrm{low}}{\mathrm{levels} - 1}
 
     Args:
         ids: any shape, any integer dtype, in [0, levels).

@@ -23,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastmask import data
-from fastmask.wrapper import NonAutoregressiveWrapper, Trajectory
+from fastmask.records import Trajectory
+from fastmask.wrapper import NonAutoregressiveWrapper
 
 SIDE = 8
 GREY_LEVELS = 5
@@ -38,7 +39,7 @@ NUM_GENERATED = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is built, trained and sampled; the search behind it stands in CHANGELOG.md."""
+    """How the network is built, trained and sampled; docs/sampling.md says what its temperatures are for."""
 
     dim: int = 64
     depth: int = 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmask._copies import device_of
+from fastmask._devices import device_of
 
 TensorFn = Callable[[Tensor], Tensor]
 

@@ -2,78 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastmask import _check, _cuda_graph, backbone, compat, functional
-from fastmask._copies import moved
-from fastmask._generation import Plan, Step
-from fastmask._generation import plan as make_plan
+from fastmask import _check, backbone, functional, generation, upstream
 from fastmask._host_count import HostCount
-from fastmask._progress import Progress, track
+from fastmask._modes import evaluating
+from fastmask._progress import Progress
 from fastmask.critic import SelfCritic, critic_logits, critic_loss
-from fastmask.functional import MaskedTokens, Sampled
+from fastmask.ops.sample_tokens import as_forbidden
+from fastmask.records import Draws, Losses, MaskedTokens, Sampling, Trajectory
 from fastmask.schedules import Schedule, TensorFn, as_schedule
 
-# Upstream's floors: temperature never reaches 0, neither in generate nor in the critic's training sample.
-MIN_TEMPERATURE = 1e-3
-MIN_CRITIC_TEMPERATURE = 1e-10
-
-
-class Losses(NamedTuple):
-    """Scalars, float32, nats: what to call backward on, and its two parts (None where not computed)."""
-
-    loss: Tensor
-    generator_loss: Tensor | None
-    critic_loss: Tensor | None
-
-
-class Trajectory(NamedTuple):
-    """A generation, step by step; a step that was not run repeats the one before.
-
-    ids: [steps, B, N] int64, mask_id where masked; is_masked: [steps, B, N] bool; log_probs: [steps, B, N]
-    float32, nats, of the id last proposed at each position (0 where it was given).
-    """
-
-    ids: Tensor
-    is_masked: Tensor
-    log_probs: Tensor
-
-
-class _Options(NamedTuple):
-    """What stays the same through one generation, and through the replays of its graph."""
-
-    start_temperature: float
-    filter_thres: float | None
-    top_p: float | None
-    noise_level_scale: float
-    choice_temperature: float
-    min_score: float | None
-    sample_offset: int
-
-
-class _Canvas(NamedTuple):
-    """What a generation works on, written in place.
-
-    ids, is_masked, log_probs: [B, N]; row_indices: flat positions of what is masked, -1 for none; maskable: [B, N]
-    bool; maskable_rows: flat positions of what is maskable; counts, row_starts: the plan's; seed: [] int64.
-    """
-
-    ids: Tensor
-    is_masked: Tensor
-    log_probs: Tensor
-    row_indices: Tensor
-    maskable: Tensor
-    maskable_rows: Tensor
-    counts: Tensor
-    row_starts: Tensor
-    seed: Tensor
+_FLAGS = ("self_cond", "can_mask_prev_unmasked", "use_simple_mdlm_loss_weight", "stratified_times", "compat")
 
 
 class NonAutoregressiveWrapper(nn.Module):
@@ -107,7 +51,7 @@ class NonAutoregressiveWrapper(nn.Module):
             masked tokens.
         mask_mode: "exact" counts, or "bernoulli" (each position by itself, as MDLM and LLaDA).
         stratified_times: spread the batch's times evenly over [0, 1).
-        compat: restore the formulas of x-transformers 2.31.10 where fastmask corrects them (README).
+        compat: restore the formulas of x-transformers 2.31.10 where fastmask corrects them (docs/compat.md).
 
     Raises:
         TypeError, ValueError: arguments that do not fit, each with its remedy.
@@ -174,6 +118,22 @@ class NonAutoregressiveWrapper(nn.Module):
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
         self.critic_loss_weight = critic_loss_weight
 
+    @property
+    def _schedule(self) -> Schedule:
+        return as_schedule(self.schedule_fn)
+
+    @property
+    def _formulas(self) -> upstream.Formulas:
+        return upstream.X_TRANSFORMERS if self.compat else upstream.FASTMASK
+
+    def extra_repr(self) -> str:
+        """The numbers, the schedule, and the flags that are on."""
+        ratio = self._schedule.ratio
+        schedule = self._schedule.name or getattr(ratio, "__name__", type(ratio).__name__)
+        numbers = [f"{name}={getattr(self, name)}" for name in ("num_tokens", "max_seq_len", "mask_id", "steps")]
+        flags = [f"{name}=True" for name in _FLAGS if getattr(self, name)]
+        return ", ".join([*numbers, f"schedule={schedule!r}", f"mask_mode={self.mask_mode!r}", *flags])
+
     # Training
 
     def forward(
@@ -224,38 +184,46 @@ class NonAutoregressiveWrapper(nn.Module):
             )
         if num_tokens is not None and not isinstance(num_tokens, Tensor):
             _check.number("num_tokens", num_tokens, 1.0)
-        share = 1.0 if num_tokens is None else _num_maskable(x, maskable) / num_tokens
-        seed = functional.draw_seed(x.device, generator)
-        masked = self._mask(x, maskable, seed, sample_offset, global_batch_size)
+        draws = Draws(functional.draw_seed(x.device, generator), sample_offset)
+        masked = self._mask(
+            x,
+            maskable,
+            draws,
+            global_batch_size,
+            stratified=self.stratified_times,
+            no_replace_prob=self.no_replace_prob,
+            random_token_prob=self.random_token_prob,
+            random_may_be_mask=self._formulas.random_may_be_mask,
+        )
         num_masked = HostCount(masked.num_masked)
-        sum_embeds = self._training_self_cond(masked.masked_ids, generator, kwargs)
+        num_maskable = _num_maskable(x, maskable)
+        share = 1.0 if num_tokens is None else num_maskable / num_tokens
+        condition = self._training_condition(masked.masked_ids, generator, kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
-            out = backbone.run(self.net, masked.masked_ids, **sum_embeds, **kwargs)
+            out = backbone.run(self.net, masked.masked_ids, **condition, **kwargs)
         loss = None
         if not only_train_critic:
-            loss = self._generator_loss(out, x, masked, maskable, num_masked, share)
+            loss = self._generator_loss(out, x, masked, num_masked, num_maskable, share)
         if loss is not None and (self.token_critic is None or only_train_generator):
             return Losses(loss, loss, None)
 
-        assert self.token_critic is not None
         temperature = generator_sample_temperature
-        if temperature is None:
-            temperature = _host_uniform(generator)
-        generated, is_wrong = self._corrupt(
-            out, x, masked, num_masked.wait(), temperature, seed, generator, sample_offset
-        )
-        critic_kwargs = {} if self.compat else kwargs
-        critic = share * critic_loss(critic_logits(self.token_critic, generated, critic_kwargs), is_wrong, maskable)
+        sampling = Sampling(_host_uniform(generator) if temperature is None else temperature, mask_id=self.mask_id)
+        with torch.no_grad():
+            rows = masked.row_indices[: num_masked.wait()]
+            generated, is_wrong = self._formulas.critic_sample(out, x, masked, rows, sampling, draws, generator)
+        assert self.token_critic is not None
+        logits = critic_logits(self.token_critic, generated, self._formulas.critic_arguments(kwargs))
+        critic = share * critic_loss(logits, is_wrong, maskable, num_maskable)
         if loss is None:
             return Losses(critic, None, critic)
         return Losses(loss + critic * self.critic_loss_weight, loss, critic)
 
-    @property
-    def _schedule(self) -> Schedule:
-        return as_schedule(self.schedule_fn)
+    if TYPE_CHECKING:  # nn.Module's returns Any
+        __call__ = forward
 
     def _mask(
-        self, x: Tensor, maskable: Tensor | None, seed: Tensor, sample_offset: int, global_batch_size: int | None
+        self, x: Tensor, maskable: Tensor | None, draws: Draws, global_batch_size: int | None, **options: Any
     ) -> MaskedTokens:
         return functional.mask_sampling(
             x,
@@ -263,29 +231,27 @@ class NonAutoregressiveWrapper(nn.Module):
             num_tokens=self.num_tokens,
             schedule=self._schedule,
             mode=self.mask_mode,
-            stratified=self.stratified_times,
             maskable=maskable,
-            no_replace_prob=self.no_replace_prob,
-            random_token_prob=self.random_token_prob,
-            random_may_be_mask=self.compat,
-            seed=seed,
-            sample_offset=sample_offset,
+            seed=draws.seed,
+            sample_offset=draws.sample_offset,
             global_batch_size=global_batch_size,
+            **options,
         )
 
-    def _training_self_cond(
+    def _training_condition(
         self, ids: Tensor, generator: torch.Generator | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
+        """What conditions a training step: in some of them, the embeddings of an earlier pass."""
         if not self.self_cond:
             return {}
-        condition: Tensor = self.null_embed
+        embeddings: Tensor = self.null_embed
         if _host_uniform(generator) < self.self_cond_train_prob:
             with torch.no_grad():
-                first = {} if self.compat else self._condition(self.null_embed)
-                earlier = backbone.embeddings(self.net, ids, **first, **kwargs)
+                first = self._formulas.first_condition(self.null_embed)
+                earlier = backbone.embeddings(self.net, ids, **self._condition(first), **kwargs)
             # The null embedding stays in the graph: data parallelism expects a gradient of each parameter.
-            condition = earlier.detach() + 0.0 * self.null_embed
-        return self._condition(condition)
+            embeddings = earlier.detach() + 0.0 * self.null_embed
+        return self._condition(embeddings)
 
     def _condition(self, embeddings: Tensor | None) -> dict[str, Any]:
         """The network's argument that conditions it on embeddings [B, N, D] or [D]."""
@@ -296,49 +262,17 @@ class NonAutoregressiveWrapper(nn.Module):
         out: backbone.Output,
         x: Tensor,
         masked: MaskedTokens,
-        maskable: Tensor | None,
         num_masked: HostCount,
+        num_maskable: Tensor | int,
         share: Tensor | float,
     ) -> Tensor:
         """The loss, of which this batch is a share: in the denominator, where the kernels need no second pass."""
-        at_most = num_masked.at_most(x.numel())
-        if self.use_simple_mdlm_loss_weight and not self.compat:
-            denominator = _num_maskable(x, maskable) / share
-            return out.loss(x, masked, masked.loss_weights, denominator, at_most)
-        weights = compat.loss_weights(self._schedule, masked.times) if self.use_simple_mdlm_loss_weight else None
-        return out.loss(x, masked, weights, masked.num_masked.clamp(min=1) / share, at_most)
-
-    @torch.no_grad()
-    def _corrupt(
-        self,
-        out: backbone.Output,
-        x: Tensor,
-        masked: MaskedTokens,
-        num_masked: int | None,
-        temperature: float,
-        seed: Tensor,
-        generator: torch.Generator | None,
-        sample_offset: int,
-    ) -> tuple[Tensor, Tensor]:
-        """x [B, N] with the masked positions sampled, and where the critic should say wrong."""
-        temperature = max(temperature, MIN_CRITIC_TEMPERATURE)
-        if self.compat:
-            everywhere = torch.arange(x.numel(), device=x.device)
-            logits = out.logits_of(everywhere)
-            sampled = compat.sample_tokens(logits, temperature=temperature, filter_thres=None, generator=generator)
-            ids = sampled.ids.view_as(x)
-            return x.where(~masked.is_masked, ids.to(x.dtype)), ids != x
-        generated = x.long().contiguous().clone()
-        out.sample(
-            masked.row_indices if num_masked is None else masked.row_indices[:num_masked],
-            temperature=temperature,
-            mask_id=self.mask_id,
-            out=Sampled(generated, torch.zeros(x.shape, device=x.device)),
-            seed=seed,
-            sample_offset=sample_offset,
-        )
-        generated = generated.to(x.dtype)
-        return generated, generated != x
+        if self.use_simple_mdlm_loss_weight:
+            weights = self._formulas.loss_weights(self._schedule, masked)
+            denominator = self._formulas.loss_denominator(masked, num_maskable)
+        else:
+            weights, denominator = None, masked.num_masked.clamp(min=1)
+        return out.loss(x, masked, weights, denominator / share, num_masked.at_most(x.numel()))
 
     # Evaluation
 
@@ -380,20 +314,10 @@ class NonAutoregressiveWrapper(nn.Module):
         denominator = _num_maskable(tokens, maskable)
         condition = self._condition(self.null_embed if self.self_cond else None)
         total = torch.zeros((), device=tokens.device)
-        with _evaluating(self):
+        with evaluating(self):
             for draw in range(num_samples):
-                masked = functional.mask_sampling(
-                    tokens,
-                    mask_id=self.mask_id,
-                    num_tokens=self.num_tokens,
-                    schedule=self._schedule,
-                    mode=self.mask_mode,
-                    stratified=True,
-                    maskable=maskable,
-                    seed=seed,
-                    sample_offset=draw * len(tokens),
-                    global_batch_size=num_samples * len(tokens),
-                )
+                draws = Draws(seed, sample_offset=draw * len(tokens))
+                masked = self._mask(tokens, maskable, draws, num_samples * len(tokens), stratified=True)
                 num_masked = HostCount(masked.num_masked)
                 out = backbone.run(self.net, masked.masked_ids, **condition, **kwargs)
                 at_most = num_masked.at_most(tokens.numel())
@@ -401,6 +325,24 @@ class NonAutoregressiveWrapper(nn.Module):
         return total / num_samples
 
     # Generation
+
+    @overload
+    def generate(
+        self, batch_size: int | None = None, start_temperature: float = 1.0, filter_thres: float | None = 0.7,
+        noise_level_scale: float = 1.0, *, return_trajectory: Literal[False] = False, **options: Any,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, batch_size: int | None = None, start_temperature: float = 1.0, filter_thres: float | None = 0.7,
+        noise_level_scale: float = 1.0, *, return_trajectory: Literal[True], **options: Any,
+    ) -> tuple[Tensor, Trajectory]: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, batch_size: int | None = None, start_temperature: float = 1.0, filter_thres: float | None = 0.7,
+        noise_level_scale: float = 1.0, *, return_trajectory: bool, **options: Any,
+    ) -> Tensor | tuple[Tensor, Trajectory]: ...  # fmt: skip
 
     @torch.no_grad()
     def generate(
@@ -423,7 +365,7 @@ class NonAutoregressiveWrapper(nn.Module):
         return_trajectory: bool = False,
         cuda_graph: bool = False,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Trajectory]:
         """Generates sequences, or fills in the positions that a prompt leaves open.
 
         Args:
@@ -439,8 +381,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 (their probability; with a critic, that of being right) is above it, and one of each sequence at
                 least; the last step commits everything. With can_mask_prev_unmasked a step masks again what is not
                 above it (a token that the filter leaves out has probability 0). All steps run, since nothing waits
-                to see what is left: give few, or write the loop with ``functional.demask_step`` and stop when you
-                have looked.
+                to see what is still masked: give few, or write the loop with ``functional.demask_step`` and stop when
+                you have looked.
             prompt: [N] or [B, N] int32|int64; with
             prompt_mask: likewise bool, True where the prompt's id is given: it is never changed, even if it
                 equals mask_id.
@@ -466,100 +408,47 @@ class NonAutoregressiveWrapper(nn.Module):
         Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); the threshold: Fast-dLLM
         (https://arxiv.org/abs/2505.22618, section 3.3).
         """
-        steps = self.steps if steps is None else steps
-        steps = _check.integer("steps", steps, 1, 2**24)
-        _check.number("start_temperature", start_temperature, 0.0)
-        if filter_thres is not None:
-            _check.number("filter_thres", filter_thres, 0.0, 1.0, below_high=True)
-        if top_p is not None:
-            _check.number("top_p", top_p, 0.0, 1.0)
-        _check.number("noise_level_scale", noise_level_scale, 0.0)
-        _check.number("choice_temperature", choice_temperature, 0.0)
-        if threshold is not None:
-            _check.number("threshold", threshold, 0.0, 1.0)
-        _check.integer("sample_offset", sample_offset, 0, 2**32)
-        self._check_combination(top_p, forbidden, threshold, progress, return_trajectory, cuda_graph)
-        device = backbone.device_of(self.net)
-        forbidden = functional.as_forbidden(forbidden, self.num_tokens, device)
-        ids, given, num_maskable, sample_one = self._canvas(batch_size, prompt, prompt_mask, device)
-        plan = self._plan(steps, num_maskable, device, threshold is not None, cuda_graph and prompt is not None)
-        options = _Options(
-            start_temperature,
-            filter_thres,
-            top_p,
-            noise_level_scale,
-            choice_temperature,
-            None if threshold is None else self._min_score(threshold),
-            sample_offset,
+        steps = _check.integer("steps", self.steps if steps is None else steps, 1, 2**24)
+        options = generation.Options(
+            start_temperature=start_temperature,
+            filter_thres=filter_thres,
+            top_p=top_p,
+            noise_level_scale=noise_level_scale,
+            choice_temperature=choice_temperature,
+            threshold=threshold,
+            sample_offset=sample_offset,
         )
-        canvas = self._start(ids, given, plan, functional.draw_seed(device, generator))
-        with _evaluating(self):
-            if cuda_graph and any(step.runs for step in plan.steps):
-                ids = self._replay(canvas, plan, options, forbidden, kwargs)
-                return ids[0] if sample_one else ids
-            run = self._loop(canvas, plan, options, forbidden, generator, kwargs)
-            trajectory = []
-            for _ in track(steps, progress, "demasking"):
-                next(run)
-                if return_trajectory:
-                    trajectory.append([x.clone() for x in canvas[:3]])
-        result = canvas.ids[0] if sample_one else canvas.ids
-        if return_trajectory:
-            return result, Trajectory(*(torch.stack(values) for values in zip(*trajectory, strict=True)))
-        return result
-
-    def _check_combination(
-        self,
-        top_p: float | None,
-        forbidden: Tensor | Sequence[int] | None,
-        threshold: float | None,
-        progress: Progress,
-        return_trajectory: bool,
-        cuda_graph: bool,
-    ) -> None:
-        ours = {"top_p": top_p, "forbidden": forbidden, "threshold": threshold, "cuda_graph": cuda_graph or None}
-        received = [name for name, value in ours.items() if value is not None]
-        if self.compat and received:
-            raise ValueError(f"expected compat=False with {', '.join(received)}=, which x-transformers does not have")
+        options.check()
+        self._formulas.check_options(
+            top_p=top_p, forbidden=forbidden, threshold=threshold, cuda_graph=cuda_graph or None
+        )
         if cuda_graph and (progress or return_trajectory):
             raise ValueError(
                 "expected cuda_graph=True without progress= and return_trajectory=: a graph runs all steps at once; "
                 "leave one out"
             )
-
-    def _canvas(
-        self, batch_size: int | None, prompt: Tensor | None, prompt_mask: Tensor | None, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """The ids to start from, [B, N] int64, where they are given, how many of each are not, [B] on the host, and
-        whether one sequence is wanted."""
-        if batch_size is not None:
-            batch_size = _check.integer("batch_size", batch_size, 0)
-        if (prompt is None) != (prompt_mask is None):
-            raise ValueError("expected prompt and prompt_mask together, received one of them; give both")
-        if prompt is None or prompt_mask is None:
-            shape = (1 if batch_size is None else batch_size, self.max_seq_len)
-            ids = torch.full(shape, self.mask_id, dtype=torch.int64, device=device)
-            num_maskable = torch.full(shape[:1], self.max_seq_len, device="cpu")
-            return ids, torch.zeros_like(ids, dtype=torch.bool), num_maskable, batch_size is None
-        _check.tensor("prompt", prompt, _check.INTEGER)
-        _check.tensor("prompt_mask", prompt_mask, [torch.bool])
-        _check.shape("prompt_mask", prompt_mask, prompt.shape, "as prompt")
-        sample_one = prompt.ndim == 1 and batch_size is None
-        if prompt.ndim == 1:
-            rows = 1 if batch_size is None else batch_size
-            prompt, prompt_mask = prompt.expand(rows, -1), prompt_mask.expand(rows, -1)
-        expected = [len(prompt) if batch_size is None else batch_size, self.max_seq_len]
-        _check.shape("prompt", prompt, expected, "B, max_seq_len")
-        num_maskable = (~prompt_mask).sum(dim=-1).cpu()  # the one wait for a device, if the prompt is on one
-        prompt, prompt_mask = (moved(x, device) for x in (prompt, prompt_mask))
-        return prompt.long().where(prompt_mask, self.mask_id), prompt_mask, num_maskable, sample_one
+        device = backbone.device_of(self.net)
+        forbidden = as_forbidden(forbidden, self.num_tokens, device)
+        start = generation.start(batch_size, prompt, prompt_mask, self.max_seq_len, self.mask_id, device)
+        plan = self._plan(steps, start.num_maskable, device, threshold is not None, cuda_graph and prompt is not None)
+        state = generation.first_state(start, plan, functional.draw_seed(device, generator), forbidden)
+        ids, trajectory = state.ids, None
+        with evaluating(self):
+            if cuda_graph and any(step.runs for step in plan.steps):
+                ids = generation.replayed(self, self._model(), state, plan, options, kwargs)
+            else:
+                run = generation.run(self._model(), state, plan, options, kwargs, generator)
+                if return_trajectory:
+                    trajectory = generation.recorded(run, state, steps, progress)
+                else:
+                    generation.watched(run, steps, progress)
+        ids = ids[0] if batch_size is None and (prompt is None or prompt.ndim == 1) else ids
+        return ids if trajectory is None else (ids, trajectory)
 
     def _plan(
         self, steps: int, num_maskable: Tensor, device: torch.device, by_threshold: bool, for_any_prompt: bool
-    ) -> Plan:
-        eighth = math.ceil(self.max_seq_len / 8)
-        most = int(num_maskable.max()) if len(num_maskable) else 0
-        return make_plan(
+    ) -> generation.Plan:
+        return generation.plan(
             self._schedule,
             steps,
             num_maskable,
@@ -567,139 +456,19 @@ class NonAutoregressiveWrapper(nn.Module):
             may_remask=self.can_mask_prev_unmasked,
             by_threshold=by_threshold,
             always_runs=self.self_cond or self.can_mask_prev_unmasked,
-            bound=min(self.max_seq_len, math.ceil(most / eighth) * eighth) if for_any_prompt else None,
+            num_places=generation.places_for_any_prompt(num_maskable, self.max_seq_len) if for_any_prompt else None,
         )
 
-    @property
-    def _rescores_all(self) -> bool:
-        """Whether committed positions need a probability too: they compete to be masked again."""
-        return self.can_mask_prev_unmasked and self.token_critic is None
-
-    def _min_score(self, threshold: float) -> float:
-        """The score from which on a token is not confident enough: of its probability, or of the critic's."""
-        if self.token_critic is None:
-            return functional.confidence_floor(threshold)
-        return functional.confidence_floor(threshold) - functional.confidence_floor(1.0 - threshold)
-
-    def _start(self, ids: Tensor, given: Tensor, plan: Plan, seed: Tensor) -> _Canvas:
-        ids, maskable = ids.contiguous(), (~given).contiguous()
-        rows = torch.nonzero_static(maskable.flatten(), size=plan.steps[0].num_rows).squeeze(-1)
-        return _Canvas(
-            ids,
-            maskable.clone(),
-            torch.zeros(ids.shape, device=ids.device),
-            rows.clone(),
-            maskable,
-            rows,
-            plan.counts,
-            plan.row_starts,
-            seed,
-        )
-
-    def _loop(
-        self,
-        canvas: _Canvas,
-        plan: Plan,
-        options: _Options,
-        forbidden: Tensor | None,
-        generator: torch.Generator | None,
-        kwargs: dict[str, Any],
-    ) -> Iterator[None]:
-        """Runs the steps on the canvas, and yields after each."""
-        condition: Tensor | None = self.null_embed if self.self_cond else None
-        for step in plan.steps:
-            if step.runs:
-                sum_embeds = self._condition(condition)
-                out = backbone.run(self.net, canvas.ids, with_embeddings=self.self_cond, **sum_embeds, **kwargs)
-                self._propose(out, canvas, step, options, forbidden, generator)
-                self._remask(canvas, step, options, kwargs)
-                condition = out.embeddings if self.self_cond else None
-            yield
-
-    def _propose(
-        self,
-        out: backbone.Output,
-        canvas: _Canvas,
-        step: Step,
-        options: _Options,
-        forbidden: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> None:
-        """Samples every masked position, and finds the log-probability of each."""
-        temperature = max(options.start_temperature * step.left, MIN_TEMPERATURE)
-        rows = canvas.maskable_rows if self._rescores_all else canvas.row_indices[: step.num_rows]
-        if self.compat:
-            sampled = compat.sample_tokens(
-                out.logits_of(rows),
-                temperature=temperature,
-                filter_thres=options.filter_thres,
-                generator=generator,
-            )
-            canvas.log_probs.view(-1)[rows] = sampled.log_probs
-            flat = canvas.ids.view(-1)
-            flat[rows] = sampled.ids.where(canvas.is_masked.flatten()[rows], flat[rows])
-            return
-        kept = canvas.ids.masked_fill(canvas.is_masked, -1).flatten()[rows] if self._rescores_all else None
-        out.sample(
-            rows,
-            temperature=temperature,
-            filter_thres=options.filter_thres,
-            top_p=options.top_p,
+    def _model(self) -> generation.Model:
+        return generation.Model(
+            net=self.net,
+            critic=self.token_critic,
+            condition=self._condition,
+            null_embed=self.null_embed if self.self_cond else None,
             mask_id=self.mask_id,
-            forbidden=forbidden,
-            kept_ids=kept,
-            out=Sampled(canvas.ids, canvas.log_probs),
-            seed=canvas.seed,
-            step=step.number,
-            sample_offset=options.sample_offset,
+            may_remask=self.can_mask_prev_unmasked,
+            formulas=self._formulas,
         )
-
-    def _remask(self, canvas: _Canvas, step: Step, options: _Options, kwargs: dict[str, Any]) -> None:
-        """Masks again what deserves it most, and lists it."""
-        values, scale = canvas.log_probs, options.choice_temperature
-        if self.token_critic is not None:
-            values = critic_logits(self.token_critic, canvas.ids, {} if self.compat else kwargs)
-            scale = options.noise_level_scale
-        counts = canvas.counts[step.number]
-        if options.min_score is not None and not self.can_mask_prev_unmasked:
-            counts = functional.counts_that_commit(counts, canvas.is_masked)
-        functional.remask_(
-            canvas.ids,
-            canvas.is_masked,
-            canvas.row_indices[: step.num_left],
-            canvas.row_starts[step.number],
-            values,
-            counts,
-            mask_id=self.mask_id,
-            is_confidence=self.token_critic is None,
-            noise_scale=scale * step.left,
-            min_score=options.min_score,
-            eligible=canvas.maskable if self.can_mask_prev_unmasked else None,
-            seed=canvas.seed,
-            step=step.number,
-            sample_offset=options.sample_offset,
-        )
-
-    def _replay(
-        self, canvas: _Canvas, plan: Plan, options: _Options, forbidden: Tensor | None, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """The ids of the whole loop by one CUDA graph."""
-        leaves, structure = tree_flatten((kwargs, forbidden))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        others = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-
-        def function(inputs: list[Tensor]) -> list[Tensor]:
-            static, given = _Canvas(*inputs[: len(canvas)]), iter(inputs[len(canvas) :])
-            arguments = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            static_kwargs, static_forbidden = tree_unflatten(arguments, structure)
-            for _ in self._loop(static, plan, options, static_forbidden, None, static_kwargs):
-                pass
-            return [static.ids]
-
-        own = (self.mask_id, self.can_mask_prev_unmasked, self.self_cond)
-        return _cuda_graph.replay(
-            self, (own, plan.steps, options, others, str(structure)), function, [*canvas, *tensors]
-        )[0]
 
     def _check_tokens(self, name: str, tokens: Tensor) -> None:
         _check.tensor(name, tokens, _check.INTEGER, ndim=2)
@@ -720,15 +489,3 @@ def _host_uniform(generator: torch.Generator | None) -> float:
     if generator is not None and generator.device.type != "cpu":
         generator = None
     return torch.rand((), generator=generator, device="cpu").item()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards, and after an exception, each submodule in the mode it had."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

@@ -1,0 +1,391 @@
+"""One generation: the plan, which the host makes beforehand; the state, which lies on the device; and the loop.
+
+No step waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastmask import _check, _cuda_graph, backbone, functional
+from fastmask._devices import to_device
+from fastmask._progress import Progress, track
+from fastmask.critic import critic_logits
+from fastmask.ops.demask_step import counts_that_commit, remask_key_of_threshold
+from fastmask.records import Draws, Sampled, Sampling, Trajectory
+from fastmask.schedules import Schedule, step_counts
+from fastmask.upstream import Formulas
+
+# What is handed in
+
+
+class Model(NamedTuple):
+    """Who proposes ids, and who judges them.
+
+    critic: None where the network's confidence judges. condition: embeddings to the network's arguments that
+    condition it on them. null_embed: [D], what the first step is conditioned on; None without self-conditioning.
+    may_remask: whether what is committed may be masked again.
+    """
+
+    net: Any
+    critic: nn.Module | None
+    condition: Callable[[Tensor], dict[str, Any]]
+    null_embed: Tensor | None
+    mask_id: int
+    may_remask: bool
+    formulas: Formulas
+
+    @property
+    def rescores_committed(self) -> bool:
+        """Whether what is committed needs a probability too, since it competes to be masked again."""
+        return self.may_remask and self.critic is None
+
+
+class Options(NamedTuple):
+    """Numbers of ``generate`` that stay the same through all steps, and through the replays of their graph."""
+
+    start_temperature: float
+    filter_thres: float | None
+    top_p: float | None
+    noise_level_scale: float
+    choice_temperature: float
+    threshold: float | None
+    sample_offset: int
+
+    def check(self) -> None:
+        """Refuses numbers that do not fit."""
+        _check.number("start_temperature", self.start_temperature, 0.0)
+        if self.filter_thres is not None:
+            _check.number("filter_thres", self.filter_thres, 0.0, 1.0, below_high=True)
+        if self.top_p is not None:
+            _check.number("top_p", self.top_p, 0.0, 1.0)
+        _check.number("noise_level_scale", self.noise_level_scale, 0.0)
+        _check.number("choice_temperature", self.choice_temperature, 0.0)
+        if self.threshold is not None:
+            _check.number("threshold", self.threshold, 0.0, 1.0)
+        _check.integer("sample_offset", self.sample_offset, 0, 2**32)
+
+    def top_k(self, num_tokens: int) -> int | None:
+        """How many logits filter_thres keeps; None for all."""
+        return None if self.filter_thres is None else math.ceil((1 - self.filter_thres) * num_tokens)
+
+    def min_remask_key(self, is_confidence: bool) -> float | None:
+        """The remask key from which on a token is not sure enough: of its log-probability, or of a critic's logit."""
+        if self.threshold is None:
+            return None
+        key = remask_key_of_threshold(self.threshold)
+        return key if is_confidence else key - remask_key_of_threshold(1.0 - self.threshold)
+
+
+# The start
+
+
+class Start(NamedTuple):
+    """What a generation starts from.
+
+    ids: [B, N] int64, mask_id where nothing is given. is_given: [B, N] bool. num_maskable: [B] int64 on the CPU, how
+    many positions of each sequence are not given.
+    """
+
+    ids: Tensor
+    is_given: Tensor
+    num_maskable: Tensor
+
+
+def start(
+    batch_size: int | None,
+    prompt: Tensor | None,
+    prompt_mask: Tensor | None,
+    length: int,
+    mask_id: int,
+    device: torch.device,
+) -> Start:
+    """The start from what ``generate`` was given; batch_size None takes the prompt's own, else 1."""
+    if batch_size is not None:
+        batch_size = _check.integer("batch_size", batch_size, 0)
+    if (prompt is None) != (prompt_mask is None):
+        raise ValueError("expected prompt and prompt_mask together, received one of them; give both")
+    if prompt is None or prompt_mask is None:
+        return _all_masked(1 if batch_size is None else batch_size, length, mask_id, device)
+    _check.tensor("prompt", prompt, _check.INTEGER)
+    _check.tensor("prompt_mask", prompt_mask, [torch.bool])
+    _check.shape("prompt_mask", prompt_mask, prompt.shape, "as prompt")
+    if prompt.ndim == 1:
+        rows = 1 if batch_size is None else batch_size
+        prompt, prompt_mask = prompt.expand(rows, -1), prompt_mask.expand(rows, -1)
+    expected = [len(prompt) if batch_size is None else batch_size, length]
+    _check.shape("prompt", prompt, expected, "B, max_seq_len")
+    return _prompted(prompt, prompt_mask, mask_id, device)
+
+
+def _all_masked(batch_size: int, length: int, mask_id: int, device: torch.device) -> Start:
+    ids = torch.full((batch_size, length), mask_id, dtype=torch.int64, device=device)
+    return Start(ids, torch.zeros_like(ids, dtype=torch.bool), torch.full((batch_size,), length, device="cpu"))
+
+
+def _prompted(prompt: Tensor, prompt_mask: Tensor, mask_id: int, device: torch.device) -> Start:
+    num_maskable = (~prompt_mask).sum(dim=-1).cpu()  # the one wait for a device, if the prompt is on one
+    prompt, is_given = to_device(prompt, device), to_device(prompt_mask, device)
+    return Start(prompt.long().where(is_given, mask_id), is_given, num_maskable)
+
+
+# The plan
+
+
+class Step(NamedTuple):
+    """One step of a plan.
+
+    number: from 0. remaining: the share of steps that follow. num_rows, num_rows_after: the places in the list of
+    masked positions before the step and after it. runs: whether the step can change anything.
+    """
+
+    number: int
+    remaining: float
+    num_rows: int
+    num_rows_after: int
+    runs: bool
+
+
+class Plan(NamedTuple):
+    """All steps, with what they need on the device.
+
+    counts: [steps, B] int64, how many positions of each sequence stay masked at most. row_starts: [steps, B + 1]
+    int64, where in the list of masked positions after a step those of each sequence begin.
+    """
+
+    steps: tuple[Step, ...]
+    counts: Tensor
+    row_starts: Tensor
+
+
+def plan(
+    schedule: Schedule,
+    steps: int,
+    num_maskable: Tensor,
+    device: torch.device,
+    *,
+    may_remask: bool,
+    by_threshold: bool,
+    always_runs: bool,
+    num_places: int | None = None,
+) -> Plan:
+    """Every step of a generation.
+
+    Args:
+        num_maskable: [B] int64 on the CPU.
+        may_remask: whether what is committed may be masked again.
+        by_threshold: whether a step commits one position at least and as many as it likes, rather than as the
+            schedule says.
+        always_runs: whether even a step that commits nothing can change what follows.
+        num_places: a number that no element of num_maskable exceeds: the plan's steps then depend on it alone.
+    """
+    counts = _counts(schedule, steps, num_maskable, may_remask, by_threshold)
+    places, first = counts, num_maskable
+    if num_places is not None:
+        first = torch.full_like(num_maskable, num_places)
+        places = _counts(schedule, steps, first, may_remask, by_threshold)
+    before = torch.cat([first[None], places[:-1]])
+    runs = _runs(before, places, always_runs or num_places is not None)
+    row_starts = torch.cat([torch.zeros_like(places[:, :1]), places.cumsum(dim=-1)], dim=-1)
+    sizes = zip(before.sum(dim=-1).tolist(), places.sum(dim=-1).tolist(), runs.tolist(), strict=True)
+    return Plan(
+        tuple(Step(number, (steps - 1 - number) / steps, *size) for number, size in enumerate(sizes)),
+        to_device(counts, device),
+        to_device(row_starts, device),
+    )
+
+
+def places_for_any_prompt(num_maskable: Tensor, length: int) -> int:
+    """The most open positions, rounded up to an eighth of the length: so many shapes of plans serve all prompts."""
+    most = int(num_maskable.max()) if len(num_maskable) else 0
+    eighth = math.ceil(length / 8)
+    return min(length, math.ceil(most / eighth) * eighth)
+
+
+def _counts(schedule: Schedule, steps: int, num_maskable: Tensor, may_remask: bool, by_threshold: bool) -> Tensor:
+    """How many positions of each sequence stay masked after each step at most, [steps, B]."""
+    if by_threshold:
+        counts = (num_maskable - torch.arange(1, steps + 1, device="cpu")[:, None]).clamp(min=0)
+        counts[-1:] = 0
+        return counts
+    counts = step_counts(schedule, steps, num_maskable)
+    # What is committed stays committed.
+    return counts if may_remask else torch.cat([num_maskable[None], counts]).cummin(dim=0).values[1:]
+
+
+def _runs(before: Tensor, after: Tensor, always_runs: bool) -> Tensor:
+    """Which steps can change anything, [steps] bool, of masked positions before and after each, [steps, B]."""
+    is_open_later = after.any(dim=-1).flip(0).cummax(dim=0).values.flip(0)
+    # A step that commits nothing changes nothing, unless the next one is conditioned on it.
+    return (before.any(dim=-1) | is_open_later) & ((after < before).any(dim=-1) | always_runs)
+
+
+# The state
+
+
+class State(NamedTuple):
+    """All that a generation reads and writes on the device, but for the network's arguments.
+
+    Written in place:
+        ids, is_masked, log_probs: [B, N].
+        row_indices: flat positions of what is masked, -1 where a place is free.
+
+    Read:
+        maskable: [B, N] bool; maskable_rows: its flat positions.
+        counts, row_starts: the plan's. seed: [] int64. forbidden: [V] bool or None.
+    """
+
+    ids: Tensor
+    is_masked: Tensor
+    log_probs: Tensor
+    row_indices: Tensor
+    maskable: Tensor
+    maskable_rows: Tensor
+    counts: Tensor
+    row_starts: Tensor
+    seed: Tensor
+    forbidden: Tensor | None
+
+
+def first_state(start: Start, plan: Plan, seed: Tensor, forbidden: Tensor | None) -> State:
+    """The state before the first step."""
+    ids, maskable = start.ids.contiguous(), (~start.is_given).contiguous()
+    rows = torch.nonzero_static(maskable.flatten(), size=plan.steps[0].num_rows).squeeze(-1)
+    return State(
+        ids=ids,
+        is_masked=maskable.clone(),
+        log_probs=torch.zeros(ids.shape, device=ids.device),
+        row_indices=rows.clone(),
+        maskable=maskable,
+        maskable_rows=rows,
+        counts=plan.counts,
+        row_starts=plan.row_starts,
+        seed=seed,
+        forbidden=forbidden,
+    )
+
+
+# The loop
+
+
+def run(
+    model: Model,
+    state: State,
+    plan: Plan,
+    options: Options,
+    arguments: dict[str, Any],
+    generator: torch.Generator | None = None,
+) -> Iterator[None]:
+    """Runs the steps on the state, and yields after each; ``arguments`` are the network's."""
+    condition = model.null_embed
+    for step in plan.steps:
+        if step.runs:
+            out = _network(model, state, condition, arguments)
+            _propose(out, state, step, model, options, generator)
+            _remask(state, step, model, options, arguments)
+            condition = None if condition is None else out.embeddings
+        yield
+
+
+def _network(model: Model, state: State, condition: Tensor | None, arguments: dict[str, Any]) -> backbone.Output:
+    if condition is None:
+        return backbone.run(model.net, state.ids, **arguments)
+    return backbone.run(model.net, state.ids, with_embeddings=True, **model.condition(condition), **arguments)
+
+
+def _propose(
+    out: backbone.Output,
+    state: State,
+    step: Step,
+    model: Model,
+    options: Options,
+    generator: torch.Generator | None,
+) -> None:
+    """Samples every masked position, and finds the log-probability of each."""
+    rows, kept_ids = state.row_indices[: step.num_rows], None
+    if model.rescores_committed:
+        rows = state.maskable_rows
+        kept_ids = state.ids.masked_fill(state.is_masked, -1).flatten()[rows]
+    sampling = Sampling(
+        temperature=model.formulas.temperature(options.start_temperature, step.remaining),
+        top_k=options.top_k(out.num_tokens),
+        top_p=options.top_p,
+        mask_id=model.mask_id,
+        forbidden=state.forbidden,
+    )
+    sampled = Sampled(state.ids, state.log_probs)
+    model.formulas.sample_(out, rows, kept_ids, sampled, sampling, _draws(state, step, options), generator)
+
+
+def _remask(state: State, step: Step, model: Model, options: Options, arguments: dict[str, Any]) -> None:
+    """Masks again what deserves it most, and lists it."""
+    values, noise_scale = state.log_probs, options.choice_temperature
+    if model.critic is not None:
+        values = critic_logits(model.critic, state.ids, model.formulas.critic_arguments(arguments))
+        noise_scale = options.noise_level_scale
+    counts = state.counts[step.number]
+    if options.threshold is not None and not model.may_remask:
+        counts = counts_that_commit(counts, state.is_masked)
+    functional.remask_(
+        state.ids,
+        state.is_masked,
+        state.row_indices[: step.num_rows_after],
+        state.row_starts[step.number],
+        values,
+        counts,
+        mask_id=model.mask_id,
+        is_confidence=model.critic is None,
+        noise_scale=noise_scale * step.remaining,
+        min_remask_key=options.min_remask_key(model.critic is None),
+        eligible=state.maskable if model.may_remask else None,
+        **_draws(state, step, options)._asdict(),
+    )
+
+
+def _draws(state: State, step: Step, options: Options) -> Draws:
+    return Draws(state.seed, options.sample_offset, step.number)
+
+
+# Ways to run it
+
+
+def watched(steps: Iterator[None], total: int, progress: Progress) -> None:
+    """Runs all the steps, and reports each."""
+    for _ in track(total, progress, "demasking"):
+        next(steps)
+
+
+def recorded(steps: Iterator[None], state: State, total: int, progress: Progress) -> Trajectory:
+    """Runs all the steps, reports each, and keeps the state after it."""
+    states = []
+    for _ in track(total, progress, "demasking"):
+        next(steps)
+        states.append(Trajectory(state.ids.clone(), state.is_masked.clone(), state.log_probs.clone()))
+    return Trajectory(*(torch.stack(values) for values in zip(*states, strict=True)))
+
+
+def replayed(
+    owner: nn.Module, model: Model, state: State, plan: Plan, options: Options, arguments: dict[str, Any]
+) -> Tensor:
+    """The ids after all steps, by one CUDA graph that lives as long as the module whose parameters it reads."""
+    leaves, structure = tree_flatten((state, arguments))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+    def function(inputs: list[Tensor]) -> list[Tensor]:
+        given = iter(inputs)
+        values = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        static_state, static_arguments = tree_unflatten(values, structure)
+        for _ in run(model, static_state, plan, options, static_arguments):
+            pass
+        return [static_state.ids]
+
+    own = (model.mask_id, model.may_remask, model.null_embed is not None)
+    key = (own, plan.steps, options, others, str(structure))
+    return _cuda_graph.replay(owner, key, function, tensors)[0]

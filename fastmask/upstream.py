@@ -1,0 +1,180 @@
+"""The formulas in which fastmask and x-transformers 2.31.10 differ, as one object for each.
+
+The wrapper takes fastmask's, or under ``compat=True`` x-transformers', and asks no further: for people who must
+reproduce old runs, the loss is then the same for the same masks and ids, and so is the arithmetic of sampling.
+``docs/compat.md`` says why each formula differs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmask import functional
+from fastmask.backbone import Output
+from fastmask.records import Draws, MaskedTokens, Sampled, Sampling
+from fastmask.schedules import Schedule
+
+# Neither library lets a temperature reach 0: in generation, and in the sample that a critic is trained on.
+MIN_TEMPERATURE = 1e-3
+MIN_CRITIC_TEMPERATURE = 1e-10
+
+
+class Formulas:
+    """fastmask's."""
+
+    random_may_be_mask = False
+
+    def check_options(self, **options: object) -> None:
+        """Refuses options of ``generate`` that there is no formula for; None is one not given."""
+
+    # Training
+
+    def loss_weights(self, schedule: Schedule, masked: MaskedTokens) -> Tensor:
+        """What each sequence's loss is multiplied with, [B]."""
+        return masked.loss_weights
+
+    def loss_denominator(self, masked: MaskedTokens, num_maskable: Tensor | int) -> Tensor | int:
+        """What the sum of the weighted losses is divided by."""
+        return num_maskable
+
+    def first_condition(self, null_embed: Tensor) -> Tensor | None:
+        """The embedding that the earlier pass of a training step is conditioned on; None for none."""
+        return null_embed
+
+    def critic_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of the network's arguments that its critic gets too."""
+        return arguments
+
+    def critic_sample(
+        self,
+        out: Output,
+        x: Tensor,
+        masked: MaskedTokens,
+        rows: Tensor,
+        sampling: Sampling,
+        draws: Draws,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, N] with its masked rows sampled, and where the critic should find it wrong, [B, N] bool."""
+        sampled = Sampled(x.long().contiguous().clone(), torch.zeros(x.shape, device=x.device))
+        sampling = sampling._replace(temperature=max(sampling.temperature, MIN_CRITIC_TEMPERATURE))
+        self.sample_(out, rows, None, sampled, sampling, draws, generator)
+        generated = sampled.ids.to(x.dtype)
+        return generated, generated != x
+
+    # Generation
+
+    def temperature(self, start: float, remaining: float) -> float:
+        """The temperature of a step after which this share of the steps remains."""
+        return max(start * remaining, MIN_TEMPERATURE)
+
+    def sample_(
+        self,
+        out: Output,
+        rows: Tensor,
+        kept_ids: Tensor | None,
+        sampled: Sampled,
+        sampling: Sampling,
+        draws: Draws,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Samples rows, in place.
+
+        Args:
+            rows: [M] int64, flat positions; -1 for no row.
+            kept_ids: [M] int64, an id that is kept there, or -1 to sample one; None samples all.
+            sampled: ids and log_probs [B, N], written at the rows.
+            draws: where fastmask's random numbers come from.
+            generator: where x-transformers' come from.
+        """
+        functional.sample_tokens(
+            out.logits, row_indices=rows, kept_ids=kept_ids, out=sampled, **sampling._asdict(), **draws._asdict()
+        )
+
+
+class XTransformersFormulas(Formulas):
+    """x-transformers' own."""
+
+    random_may_be_mask = True
+
+    def check_options(self, **options: object) -> None:
+        received = [name for name, value in options.items() if value is not None]
+        if received:
+            raise ValueError(f"expected compat=False with {', '.join(received)}=, which x-transformers does not have")
+
+    def loss_weights(self, schedule: Schedule, masked: MaskedTokens) -> Tensor:
+        """schedule' / (1 - schedule), taken on the mask ratio: negative."""
+        return schedule.slope(masked.times) / (1.0 - schedule(masked.times))
+
+    def loss_denominator(self, masked: MaskedTokens, num_maskable: Tensor | int) -> Tensor | int:
+        return masked.num_masked.clamp(min=1)
+
+    def first_condition(self, null_embed: Tensor) -> Tensor | None:
+        return None
+
+    def critic_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def critic_sample(
+        self,
+        out: Output,
+        x: Tensor,
+        masked: MaskedTokens,
+        rows: Tensor,
+        sampling: Sampling,
+        draws: Draws,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same; but wrong is every position, masked or not, where the sample is not the token."""
+        logits = out.logits_of(torch.arange(x.numel(), device=x.device))
+        ids = sample_tokens(logits, temperature=sampling.temperature, top_k=None, generator=generator).ids.view_as(x)
+        return x.where(~masked.is_masked, ids.to(x.dtype)), ids != x
+
+    def sample_(
+        self,
+        out: Output,
+        rows: Tensor,
+        kept_ids: Tensor | None,
+        sampled: Sampled,
+        sampling: Sampling,
+        draws: Draws,
+        generator: torch.Generator | None,
+    ) -> None:
+        """The same; but a kept id has the probability of the one that was sampled."""
+        ids, log_probs, *_ = sample_tokens(
+            out.logits_of(rows), temperature=sampling.temperature, top_k=sampling.top_k, generator=generator
+        )
+        sampled.ids.view(-1)[rows] = ids if kept_ids is None else kept_ids.where(kept_ids >= 0, ids)
+        sampled.log_probs.view(-1)[rows] = log_probs
+
+
+FASTMASK = Formulas()
+X_TRANSFORMERS = XTransformersFormulas()
+
+
+def sample_tokens(
+    logits: Tensor, *, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Sampled:
+    """x-transformers' Gumbel-max over logits [M, V].
+
+    Noise and probabilities are in the logits' dtype. Exactly top_k logits are kept. mask_id is not excluded.
+    """
+    if top_k is not None:
+        values, indices = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter_(-1, indices, values)
+    if generator is not None and generator.device != logits.device:
+        seed = torch.randint(2**62, (), device=generator.device, generator=generator)
+        generator = torch.Generator(logits.device).manual_seed(int(seed))
+    uniform = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
+    noise = -_log(-_log(uniform))
+    ids = (logits / max(temperature, MIN_CRITIC_TEMPERATURE) + noise).argmax(dim=-1)
+    probs = logits.softmax(dim=-1).gather(-1, ids[:, None]).squeeze(-1)
+    return Sampled(ids, probs.float().log())
+
+
+def _log(x: Tensor) -> Tensor:
+    # The uniform 0, one in 256 of bfloat16's, becomes noise of -3.1, not of -inf.
+    return torch.log(x + 1e-10)
