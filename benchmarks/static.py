@@ -1,29 +1,24 @@
 """What the compilers make of the kernels, without a GPU: ``python -m benchmarks static``.
 
-The programs are the launch plans that the tests keep bounds for (tests/test_*.py, tests/offline.py; needs the "test"
-extra). Instructions an element are those of the two loops over a row where a program has two passes, else of the
-whole program; each counts once, rare branches included. Where every element passes each of them once at most, they
-imply a bandwidth that the program reaches at least, if nothing but instructions held it up.
+The programs are those of ``benchmarks/programs.py``, for which the tests keep bounds (``tests/test_compiled_*.py``).
+Instructions an element are those of the two loops over a row where a program has two passes, else of the whole
+program; each counts once, rare branches included. Where every element passes each of them once at most, they imply a
+bandwidth that the program reaches at least, if nothing but instructions held it up.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import pathlib
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import compiled, machine
+from benchmarks.compiled import Figures
+from benchmarks.programs import DTYPES, PROGRAMS
 
-TESTS = pathlib.Path(__file__).parents[1] / "tests"
-
-Plan = dict[str, Any]
 Row = dict[str, Any]
 
 
@@ -45,58 +40,33 @@ GPUS = {
 }
 
 
-def _dense(tests: ModuleType) -> list[Plan]:
-    """The loss's programs without options, and what backward runs."""
-    plans = {name: plan for name, plan in tests.PROGRAMS.items() if "plain, bf16" in name or name == "backward"}
-    changes = {"backward": tests.BACKWARD}
-    return [tests.launch_plan(*plan, **changes.get(name, {})) | {"name": name} for name, plan in plans.items()]
-
-
-def _masking(tests: ModuleType) -> list[Plan]:
-    return [*(tests.launch_plan(name, **plan) for name, plan in tests.PLANS.items()), tests.row_list_plan(1024)]
-
-
-def _demasking(tests: ModuleType) -> list[Plan]:
-    return [plan for plan in tests.offline_plans() if plan["name"].split()[-1] not in ("fp16", "fp32", "fp64")]
-
-
-# Of each operation: its plans; and by how a program's name begins, the bytes that it moves an element, where its
-# instructions imply a bandwidth.
-OPERATIONS: dict[str, tuple[Callable[[ModuleType], list[Plan]], dict[str, int]]] = {
-    "mask_sampling": (_masking, {}),
-    "masked_cross_entropy": (_dense, {"split, plain, bf16, records": 4, "split": 2, "": 4}),
-    "demask": (_demasking, {"tiles": 2}),
+# Where instructions imply a bandwidth: the bytes that a program moves an element, by how its name begins.
+BYTES_OF_AN_ELEMENT = {
+    "masked_cross_entropy": {"split, plain, bf16, records": 4, "split": 2, "": 4},
+    "sample_tokens": {"tiles": 2},
 }
 
 
-def plans() -> Iterator[tuple[str, Plan]]:
-    """Operation and launch plan of each program."""
-    for operation, (collect, _) in OPERATIONS.items():
-        for plan in collect(_load(f"test_{operation}")):
-            yield operation, plan
+def programs() -> Iterator[tuple[str, list[str]]]:
+    """Operation and names of its programs: of bfloat16, and of the loss those without options."""
+    for operation, of_operation in PROGRAMS.items():
+        names = [name for name in of_operation if name.split()[-1] not in DTYPES]
+        if operation == "masked_cross_entropy":
+            names = [name for name in of_operation if "plain, bf16" in name or name == "backward"]
+        yield operation, names
 
 
-def _load(name: str) -> ModuleType:
-    """A module of tests/, which is no package."""
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
-    return importlib.import_module(name)
-
-
-def describe(operation: str, plan: Plan, target: str, figures: dict[str, Any]) -> Row:
-    """A row of the table, from what tests/offline.py tells of a compiled program."""
-    gpu, (_, bytes_of) = GPUS[target], OPERATIONS[operation]
-    changed = plan.get(target, {})
-    args = plan["args"] | changed.get("args", {})
-    warps = (plan["options"] | changed.get("options", {}))["num_warps"]
-    block = next((args[name] for name in ("BLOCK_V", "BLOCK_N", "BLOCK") if name in args), None)
-    row = {"operation": operation, "program": plan["name"], "kernel": plan["kernel"], "target": target} | {
+def describe(operation: str, program: str, target: str, figures: Figures) -> Row:
+    """A row of the table, from what ``benchmarks/compiled.py`` tells of a program."""
+    gpu = GPUS[target]
+    row = {"operation": operation, "program": program, "kernel": figures["kernel"], "target": target} | {
         name: figures.get(name) for name in ("registers", "spills", "shared", "load_bits", "instructions")
     }
-    moved = next((size for prefix, size in bytes_of.items() if plan["name"].startswith(prefix)), None)
+    sizes = BYTES_OF_AN_ELEMENT.get(operation, {})
+    moved = next((size for prefix, size in sizes.items() if program.startswith(prefix)), None)
     counted = figures["instructions"] if operation != "masked_cross_entropy" else sum(figures.get("loops", [])[:2])
-    if block and counted:
-        row["per_element"] = counted / (block / (warps * gpu.warp_size))
+    if figures["block"] and counted:
+        row["per_element"] = counted / (figures["block"] / (figures["num_warps"] * gpu.warp_size))
         if moved is not None:
             row["ceiling"] = gpu.lanes / row["per_element"] * moved
     return row
@@ -122,20 +92,14 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def main(directory: pathlib.Path) -> int:
     """Compiles, prints the table, and writes static.json."""
-    os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported, which is below
-    offline = _load("offline")
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for operation, plan in plans():
-            for target in GPUS:
-                print(f"{operation}, {plan['name']}, {target}", file=sys.stderr, flush=True)
-                figures = offline._figures(plan, target)
-                figures["shared"] = offline._compile(plan, target).metadata.shared  # from the cache
-                rows.append(describe(operation, plan, target, figures))
+    for operation, names in programs():
+        print(f"{operation}, {len(names)} programs", file=sys.stderr, flush=True)
+        found = compiled.figures(operation, {name: list(GPUS) for name in names})
+        rows += [describe(operation, name, target, found[name][target]) for name in names for target in GPUS]
     print(table(rows))
     directory.mkdir(exist_ok=True)
     (directory / "static.json").write_text(
-        json.dumps({"versions": harness.versions(), "rows": rows}, indent=1) + "\n"
+        json.dumps({"versions": machine.versions(), "rows": rows}, indent=1) + "\n"
     )
     return 0

@@ -1,7 +1,7 @@
-"""What every test shares: the backends, poisoned memory, and compilation without a device.
+"""What every test shares: the backends, poisoned memory, and figures of compiled kernels.
 
 Without a GPU, or where the user exports TRITON_INTERPRET=1, kernels run in Triton's interpreter on the CPU; with
-``--ptx`` on the CPU too, but as compiled for a GPU (see ``tests/ptx.py``). Triton reads that variable when it is
+``--ptx`` on the CPU too, but as compiled for a GPU (``tests/ptx/README.md``). Triton reads that variable when it is
 imported, so it is set here, before any test module is.
 """
 
@@ -11,11 +11,8 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 torch.set_num_threads(1)  # the tests run side by side, and most tensors are small
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+collect_ignore = [] if _HAS_TRITON else ["ptx"]
 _KERNEL_BACKEND = "cuda"  # or "interpreter", "ptx": see pytest_configure
 
 
@@ -35,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--ptx",
         choices=["first", "last", "both"],
-        help="run kernels as compiled for sm_90 on the CPU; which warp of a program goes ahead: see tests/ptx.py",
+        help="run kernels as compiled for sm_90 on the CPU; which warp goes ahead: see tests/ptx/README.md",
     )
 
 
@@ -52,8 +50,12 @@ def pytest_configure(config: pytest.Config) -> None:
         _KERNEL_BACKEND = "interpreter"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--ptx`` only what runs on it is run."""
+    """What the interpreter takes long for is slow there; with ``--ptx`` only what runs on it is run."""
+    for item in items:
+        if item.get_closest_marker("slow_interpreted") and "interpreter" in re.split(r"[\[\]-]", item.name):
+            item.add_marker("slow")
     if config.getoption("--ptx"):
         runs = [isinstance(item, pytest.Function) and "ptx" in re.split(r"[\[\]-]", item.name) for item in items]
         config.hook.pytest_deselected(items=[item for item, is_run in zip(items, runs, strict=True) if not is_run])
@@ -67,7 +69,7 @@ def pytest_collection_finish() -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operation: its twin, or its kernel in the interpreter, on a GPU or what stands in for one."""
+    """One way to run an operation: the reference, or the kernel, interpreted, on a GPU or on its stand-in."""
 
     name: str
     device: torch.device
@@ -139,8 +141,8 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def compile_offline() -> Callable[[list[dict]], dict[str, dict[str, dict]]]:
-    """Launch plans to figures, by plan and target; see ``tests/offline.py``.
+def compiled_figures() -> Callable[..., dict[str, dict[str, dict]]]:
+    """An operation's programs to figures, by program and target; see ``benchmarks/compiled.py``.
 
     Registers, spills and instructions are of one compiler: elsewhere the tests that hold them to bounds are skipped.
     """
@@ -149,14 +151,5 @@ def compile_offline() -> Callable[[list[dict]], dict[str, dict[str, dict]]]:
     version = importlib.metadata.version("triton") if _HAS_TRITON else "missing"
     if version != pinned:
         pytest.skip(f"the figures are of Triton {pinned} (constraints.txt), which is {version} here")
-
-    def compile_offline(plans: list[dict]) -> dict[str, dict[str, dict]]:
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        script = Path(__file__).with_name("offline.py")
-        result = subprocess.run(
-            [sys.executable, script], input=json.dumps(plans), capture_output=True, text=True, env=environment
-        )
-        assert result.returncode == 0, result.stderr[-4000:]
-        return json.loads(result.stdout)
-
-    return compile_offline
+    importlib.import_module("benchmark_helpers")  # which finds benchmarks/
+    return importlib.import_module("benchmarks.compiled").figures

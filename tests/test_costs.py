@@ -14,7 +14,7 @@ from oracles import draw
 from fastmask import _streams as streams
 from fastmask import functional as F
 
-OPERATION = "demask"
+OPERATION = "sample_tokens"
 pytestmark = pytest.mark.ptx
 ROWS, MASKED = 8, 6
 
@@ -38,7 +38,7 @@ def costs(kernel):
 @pytest.fixture
 def many_rows(kernel, monkeypatch):
     """The loss and the filter as with many rows: a program of few warps for each."""
-    for operation in ("masked_cross_entropy", "top_k_filter"):
+    for operation in ("masked_cross_entropy", "vocabulary_filter"):
         monkeypatch.setattr(kernel.module(operation), "_FEW_ROWS", 0)
 
 
@@ -68,13 +68,13 @@ def test_sampling_reads_each_row_once(costs, vocabulary, dtype, most_read, most_
 @pytest.mark.parametrize(
     ("vocabulary", "options", "most_read", "most_written", "most_instructions"),
     [
-        (1000, {"filter_thres": 0.9}, 1.15, 0.02, 80),
-        (8192, {"filter_thres": 0.9}, 2.0, 1.0, 35),
-        (8192, {"filter_thres": 0.9999}, 1.5, 0.2, 32),  # nothing of the sample lies above its bracket
-        (8192, {"filter_thres": 0.5}, 2.2, 1.0, 47),
+        (1000, {"top_k": 100}, 1.15, 0.02, 80),
+        (8192, {"top_k": 820}, 2.0, 1.0, 35),
+        (8192, {"top_k": 2}, 1.5, 0.2, 32),  # nothing of the sample lies above its bracket
+        (8192, {"top_k": 4096}, 2.2, 1.0, 47),
         (8192, {"top_p": 0.9}, 2.8, 0.8, 46),  # twice, first for the total
-        (50257, {"filter_thres": 0.9}, 1.7, 0.5, 31),
-        (50257, {"filter_thres": 0.5}, 2.0, 0.6, 42),
+        (50257, {"top_k": 5026}, 1.7, 0.5, 31),
+        (50257, {"top_k": 25129}, 2.0, 0.6, 42),
         (50257, {"top_p": 0.9}, 2.5, 0.3, 41),
     ],
     ids=str,
@@ -115,8 +115,8 @@ def test_peaked_rows_cost_a_nucleus_little_more(costs, many_rows, kind, most_rea
 def test_ties_do_not_multiply_the_passes(costs, many_rows, mean, deviation, dtype):
     """Logits that bfloat16 has rounded far from 0: of one value more than there are places for."""
     logits = (mean + deviation * draw(2, 3, 50257)).bfloat16().to(dtype)
-    for thres in (0.5, 0.9):
-        filter, _, _ = costs(F.sample_tokens, logits, filter_thres=thres, mask_id=7, seed=0).values()
+    for top_k in (25129, 5026):
+        filter, _, _ = costs(F.sample_tokens, logits, top_k=top_k, mask_id=7, seed=0).values()
         assert filter.read <= 7 * logits.nbytes
 
 
@@ -166,5 +166,5 @@ def test_a_search_among_many_exponents_is_short(costs):
     """Where each logit is a little larger than the one before, by a factor, only half of all numbers on bounds the
     turns."""
     logits = (2.0 ** torch.linspace(-120, 120, 2048)).view(1, 1, -1)
-    search, *_ = costs(F.sample_tokens, logits, filter_thres=0.5, seed=0).values()
+    search, *_ = costs(F.sample_tokens, logits, top_k=1024, seed=0).values()
     assert search.statements * 32 <= 250 * logits.numel()
