@@ -1,25 +1,26 @@
 """Head and loss with gradients, against eager PyTorch (the baseline), every peer, and three bare products.
 
-``pytest benchmarks`` or ``python -m benchmarks --only linear_masked_cross_entropy``.
+``python -m benchmarks --only linear_masked_cross_entropy``.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, losses, peers
-from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Benchmark, Ceilings, Contender, Floor, Runs
+from benchmarks import losses, machine, peers
+from benchmarks.benchmark import Benchmark
 from benchmarks.losses import LossProblem
+from benchmarks.records import ALL_ROWS, COMPACTED, WITH_MASK, Ceilings, Contender, Floor, Runs
 from fastmask import _dispatch, functional
+from fastmask.reference import linear_masked_cross_entropy as reference
 
-OPERATION = "linear_masked_cross_entropy"
 MASK_RATIOS = (0.15, 0.5, 1.0)
 CUDA_SHAPES = ((16384, 32768), (8192, 50304), (8192, 50257), (8192, 128256), (4096, 151936))
 CUDA_WIDTHS = (768, 2048, 4096)
@@ -47,7 +48,7 @@ class Case:
 
 def cases(quick: bool) -> list[Case]:
     """Every shape, width and mask ratio; ``quick``: the largest and the smallest product at mask ratio .5."""
-    device = harness.default_device()
+    device = machine.default_device()
     shapes, widths = (CUDA_SHAPES, CUDA_WIDTHS) if device.type == "cuda" else (CPU_SHAPES, CPU_WIDTHS)
     everything = [Case(*shape, dim, ratio, device) for shape in shapes for dim in widths for ratio in MASK_RATIOS]
     if quick:
@@ -61,12 +62,12 @@ def problem(case: Case) -> LossProblem:
     """Embeddings and head of which the logits are spread as in the dense benchmark."""
     generator = torch.Generator(case.device).manual_seed(0)
     draw = functools.partial(
-        torch.randn, generator=generator, device=case.device, dtype=harness.default_dtype(case.device)
+        torch.randn, generator=generator, device=case.device, dtype=machine.default_dtype(case.device)
     )
     x = draw(case.num_rows, case.dim)
     weight = draw(case.num_tokens, case.dim).mul_(losses.LOGIT_SPREAD / case.dim**0.5)
     targets = torch.randint(case.num_tokens, (case.num_rows,), generator=generator, device=case.device)
-    is_masked = harness.draw_mask(case.num_rows, case.mask_ratio, case.device, generator)
+    is_masked = losses.draw_mask(case.num_rows, case.mask_ratio, case.device, generator)
     return LossProblem(x, (weight,), targets, is_masked)
 
 
@@ -95,7 +96,7 @@ def bare_products(case: Case, problem: LossProblem) -> Callable[[], None]:
     """
     x = problem.arguments(COMPACTED)[0].detach()
     weight = problem.parameters[0]
-    chunk = min(len(x), _dispatch.module(OPERATION, case.device, "auto").CHUNK_ROWS)
+    chunk = min(len(x), _chunk_rows(case.device))
     padded = -(-case.num_tokens // 8) * 8
     buffer = torch.randn(chunk, padded, device=x.device, dtype=x.dtype)
     logits, gradient = torch.empty_like(buffer)[:, : case.num_tokens], buffer[:, : case.num_tokens]
@@ -119,18 +120,13 @@ def bare_products(case: Case, problem: LossProblem) -> Callable[[], None]:
     return run
 
 
+def _chunk_rows(device: torch.device) -> int:
+    """How many rows our operation takes at once there."""
+    loss = _dispatch.implementation(reference.linear_masked_cross_entropy, device)
+    rows: int = sys.modules[loss.__module__].CHUNK_ROWS
+    return rows
+
+
 BENCHMARK = Benchmark(
-    OPERATION,
-    cases,
-    contenders,
-    problem,
-    floors,
-    bounds=bounds,
-    published=peers.QUACK_LINEAR,
+    "linear_masked_cross_entropy", cases, contenders, problem, floors, bounds=bounds, published=peers.QUACK_LINEAR
 )
-
-
-@pytest.mark.parametrize("contender", contenders(), ids=str)
-@pytest.mark.parametrize("case", cases(quick=False), ids=str)
-def test_linear_masked_cross_entropy(benchmark: Any, case: Case, contender: Contender) -> None:
-    BENCHMARK.run_pytest(benchmark, case, contender)

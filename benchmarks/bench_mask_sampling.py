@@ -1,20 +1,19 @@
 """Mask sampling with BERT gating, against x-transformers' own lines (five argsorts).
 
-``pytest benchmarks`` or ``python -m benchmarks --only mask_sampling``.
+``python -m benchmarks --only mask_sampling``.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, peers
-from benchmarks.harness import Benchmark, Ceilings, Contender, Floor, Step
+from benchmarks import machine, peers
+from benchmarks.benchmark import Benchmark
+from benchmarks.records import Ceilings, Contender, Floor, Step
 from fastmask import functional
 
 MASK_ID = 8191
@@ -43,7 +42,7 @@ class Case:
 
 def cases(quick: bool) -> list[Case]:
     """Every shape, with and without padding; ``quick``: the aim's shape and a small one, without."""
-    device = harness.default_device()
+    device = machine.default_device()
     shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
     if quick:
         return [Case(*shape, False, device) for shape in shapes[:2]]
@@ -162,9 +161,3 @@ def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
 
 
 BENCHMARK = Benchmark("mask_sampling", cases, contenders, problem, floors)
-
-
-@pytest.mark.parametrize("contender", contenders(), ids=str)
-@pytest.mark.parametrize("case", cases(quick=False), ids=str)
-def test_mask_sampling(benchmark: Any, case: Case, contender: Contender) -> None:
-    BENCHMARK.run_pytest(benchmark, case, contender)

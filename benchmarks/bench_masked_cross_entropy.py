@@ -1,23 +1,21 @@
 """Loss and gradient from logits, against eager PyTorch (the baseline) and every peer.
 
-``pytest benchmarks`` or ``python -m benchmarks --only masked_cross_entropy``.
+``python -m benchmarks --only masked_cross_entropy``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, losses, peers
-from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Benchmark, Ceilings, Contender, Floor
+from benchmarks import losses, machine, peers
+from benchmarks.benchmark import Benchmark
 from benchmarks.losses import Loss, LossProblem
+from benchmarks.records import ALL_ROWS, COMPACTED, WITH_MASK, Ceilings, Contender, Floor
 from fastmask import functional
 
-OPERATION = "masked_cross_entropy"
 MASK_RATIOS = (0.15, 0.5, 1.0)
 CUDA_SHAPES = ((16384, 32768), (8192, 50304), (8192, 50257), (8192, 128256), (4096, 151936))
 CPU_SHAPES = ((512, 8192), (128, 50257))
@@ -38,7 +36,7 @@ class Case:
 
 def cases(quick: bool) -> list[Case]:
     """Every shape and mask ratio; ``quick``: a large and a small shape at mask ratio .5."""
-    device = harness.default_device()
+    device = machine.default_device()
     shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
     if quick:
         by_size = sorted(shapes, key=lambda shape: shape[0] * shape[1])
@@ -49,10 +47,10 @@ def cases(quick: bool) -> list[Case]:
 def problem(case: Case) -> LossProblem:
     """Logits so spread that the softmax weighs in the gradient's norm, beside the targets' ones."""
     generator = torch.Generator(case.device).manual_seed(0)
-    shape, dtype = (case.num_rows, case.num_tokens), harness.default_dtype(case.device)
+    shape, dtype = (case.num_rows, case.num_tokens), machine.default_dtype(case.device)
     logits = torch.randn(shape, generator=generator, device=case.device, dtype=dtype).mul_(losses.LOGIT_SPREAD)
     targets = torch.randint(case.num_tokens, shape[:1], generator=generator, device=case.device)
-    is_masked = harness.draw_mask(case.num_rows, case.mask_ratio, case.device, generator)
+    is_masked = losses.draw_mask(case.num_rows, case.mask_ratio, case.device, generator)
     return LossProblem(logits, (), targets, is_masked)
 
 
@@ -72,25 +70,12 @@ def contenders() -> list[Contender]:
 
 
 def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
-    """Bytes: masked rows read once and written once, unmasked rows only zeroed: (1 + m) S of DESIGN 4. On
-    compacted rows nothing is zeroed: 2 m S, of the smaller job."""
-    row = case.num_tokens * harness.default_dtype(case.device).itemsize
+    """Bytes: masked rows read once and written once, unmasked rows only zeroed: 1 + m times the logits. On
+    compacted rows nothing is zeroed: 2 m times the logits, for the smaller job."""
+    row = case.num_tokens * machine.default_dtype(case.device).itemsize
     masked = round(case.mask_ratio * case.num_rows)
     whole = Floor((case.num_rows + masked) * row, limits.copy, "GB/s")
     return {WITH_MASK: whole, ALL_ROWS: whole, COMPACTED: Floor(2 * masked * row, limits.copy, "GB/s")}
 
 
-BENCHMARK = Benchmark(
-    OPERATION,
-    cases,
-    contenders,
-    problem,
-    floors,
-    published=peers.QUACK_DENSE,
-)
-
-
-@pytest.mark.parametrize("contender", contenders(), ids=str)
-@pytest.mark.parametrize("case", cases(quick=False), ids=str)
-def test_masked_cross_entropy(benchmark: Any, case: Case, contender: Contender) -> None:
-    BENCHMARK.run_pytest(benchmark, case, contender)
+BENCHMARK = Benchmark("masked_cross_entropy", cases, contenders, problem, floors, published=peers.QUACK_DENSE)

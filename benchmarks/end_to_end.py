@@ -21,8 +21,10 @@ import x_transformers
 from torch import Tensor
 
 import fastmask
-from benchmarks import harness
-from benchmarks.harness import Benchmark, Ceilings, Contender, Floor, Row, Runs, Step
+from benchmarks import machine
+from benchmarks.benchmark import Benchmark
+from benchmarks.gate import relative_error
+from benchmarks.records import Ceilings, Contender, Floor, Row, Runs, Step
 
 TASKS = ("train", "generate")
 STEPS = 18  # the default of both
@@ -62,7 +64,7 @@ CUDA_SIZES = tuple(
 
 def cases(task: str, quick: bool) -> list[Case]:
     """Every size; ``quick``: the smallest network, whose compilation is short, at a large and a small one."""
-    device = harness.default_device()
+    device = machine.default_device()
     sizes = CUDA_SIZES if device.type == "cuda" else CPU_SIZES
     if quick:
         sizes = ((16, 1024, 50257, *NETWORKS[0]), CUDA_SIZES[0]) if device.type == "cuda" else (sizes[0], sizes[-1])
@@ -160,7 +162,7 @@ class WrapperProblem:
             results.append((loss.detach().float(), torch.cat(gradients)))
             self.net.zero_grad()
         pairs = zip(*results, strict=True)
-        return {name: harness.relative_error(*pair) for name, pair in zip(self.limits, pairs, strict=True)}
+        return {name: relative_error(*pair) for name, pair in zip(self.limits, pairs, strict=True)}
 
     def _generate_errors(self, step: Step) -> dict[str, float]:
         """Ids of a whole generation; and a generation of one step, which is greedy (T 1e-3, filtered), against the

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import ALL_ROWS, COMPACTED, Contender, Step, relative_error
+from benchmarks.gate import relative_error
+from benchmarks.records import ALL_ROWS, COMPACTED, Contender, Step
 
 Loss = Callable[..., Tensor]
 
@@ -100,6 +101,12 @@ class LossProblem:
         expected = (loss, rows[self.is_masked] if step.contender.given == COMPACTED else rows, *parameters)
         pairs = zip(outputs, expected, strict=True)
         return {name: relative_error(*pair) for name, pair in zip(_NAMES, pairs, strict=False)}
+
+
+def draw_mask(num_rows: int, mask_ratio: float, device: torch.device, generator: torch.Generator) -> Tensor:
+    """[num_rows] bool with exactly round(mask_ratio num_rows) masked, so that the floor is exact."""
+    ranks = torch.randperm(num_rows, generator=generator, device=device)
+    return ranks < round(mask_ratio * num_rows)
 
 
 def _reference(problem: LossProblem) -> tuple[Tensor, ...]:

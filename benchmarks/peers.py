@@ -1,5 +1,5 @@
 """The peers, each with its exact call: of the two losses, on all rows (labels -100) and on compacted rows; of the
-sampler; of the masking.
+sampler; of the masking; of the choice of what is masked again.
 
 Nothing is imported before a contender is loaded. Signatures were read in liger-kernel 0.8.5, cut-cross-entropy
 25.1.1, fla-core 0.6.0, quack-kernels 0.6.5, flash-attention's and FlashInfer's repositories and torch 2.13.
@@ -8,7 +8,6 @@ Nothing is imported before a contender is loaded. Signatures were read in liger-
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Published
 from benchmarks.losses import IGNORE_INDEX, Loss
+from benchmarks.records import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Published
 
 Function = Callable[..., Any]
-Sampler = Callable[[Tensor, float, float | None], tuple[Tensor, Tensor]]
+Sampler = Callable[[Tensor, float, int | None], tuple[Tensor, Tensor]]
+Remasker = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 QUACK_DENSE = Published(
     "QuACK's cross-entropy on an H100",
@@ -32,7 +32,7 @@ QUACK_LINEAR = Published(
     "QuACK's linear cross-entropy on all rows on an H100",
     769,
     "TFLOP/s",
-    "as quoted in fastmask's issue 3; no public page with it was found",
+    "as it was quoted to us; no public page with it was found",
 )
 
 
@@ -219,52 +219,48 @@ def linear() -> list[Contender]:
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------
-# From logits [1, M, V], a temperature and a filter: ids [1, M], and the probability of each under the softmax that
+# From logits [1, M, V], a temperature and top_k: ids [1, M], and the probability of each under the softmax that
 # is filtered and not heated.
-
-
-def num_kept(num_tokens: int, filter_thres: float) -> int:
-    """Upstream's formula."""
-    return math.ceil((1 - filter_thres) * num_tokens)
 
 
 def _probability(probs: Tensor, ids: Tensor) -> Tensor:
     return probs.gather(-1, ids[..., None]).squeeze(-1)
 
 
-def _filtered(logits: Tensor, filter_thres: float | None) -> Tensor:
+def _filtered(logits: Tensor, top_k: int | None) -> Tensor:
     """The largest logits and their ties; the others -inf."""
-    if filter_thres is None:
+    if top_k is None:
         return logits
-    least = logits.topk(num_kept(logits.shape[-1], filter_thres), dim=-1).values[..., -1:]
+    least = logits.topk(top_k, dim=-1).values[..., -1:]
     return logits.masked_fill(logits < least, -torch.inf)
 
 
 def _upstream_step(precision: torch.dtype | None) -> Sampler:
     """The lines of its ``generate``, without the softmax there that nothing uses."""
-    from x_transformers.nonautoregressive_wrapper import gumbel_sample, top_k
+    from x_transformers import nonautoregressive_wrapper as upstream
 
-    def sample(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
+    def sample(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
         if precision is not None:
             logits = logits.to(precision)
-        if filter_thres is not None:
-            logits = top_k(logits, filter_thres)
-        ids = gumbel_sample(logits, temperature=temperature)
+        if top_k is not None:
+            # It keeps ceil((1 - thres) V) logits: exactly top_k.
+            logits = upstream.top_k(logits, 1 - (top_k - 0.5) / logits.shape[-1])
+        ids = upstream.gumbel_sample(logits, temperature=temperature)
         return ids, _probability(logits.softmax(dim=-1), ids)
 
     return sample
 
 
-def _float64_gumbel(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
+def _float64_gumbel(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
     """Of LLaDA's generation: argmax exp(z) / (-log u)^T, and the confidence, in float64."""
-    wide = _filtered(logits, filter_thres).double()
+    wide = _filtered(logits, top_k).double()
     noise = (-torch.rand_like(wide).log()) ** temperature
     ids = (wide.exp() / noise).argmax(dim=-1)
     return ids, _probability(wide.softmax(dim=-1), ids)
 
 
-def _multinomial(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
-    kept = _filtered(logits, filter_thres).float()
+def _multinomial(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    kept = _filtered(logits, top_k).float()
     ids = torch.multinomial((kept / temperature).softmax(dim=-1).squeeze(0), 1).T
     return ids, _probability(kept.softmax(dim=-1), ids)
 
@@ -272,15 +268,14 @@ def _multinomial(logits: Tensor, temperature: float, filter_thres: float | None)
 def _flashinfer() -> Sampler:
     from flashinfer import sampling
 
-    def sample(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
+    def sample(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
         rows = logits.squeeze(0).float()  # which it would do itself, several times
         probs = sampling.softmax(rows)
-        if filter_thres is None:
+        if top_k is None:
             ids = sampling.sampling_from_logits(rows / temperature)
         else:
-            kept = num_kept(rows.shape[-1], filter_thres)
-            ids = sampling.top_k_sampling_from_probs(sampling.softmax(rows, temperature), kept)
-            probs = sampling.top_k_renorm_probs(probs, kept)
+            ids = sampling.top_k_sampling_from_probs(sampling.softmax(rows, temperature), top_k)
+            probs = sampling.top_k_renorm_probs(probs, top_k)
         ids = ids.long()
         return ids[None], _probability(probs, ids)[None]
 
@@ -330,4 +325,63 @@ def maskers(no_replace_prob: float, random_token_prob: float, mask_id: int) -> l
     return [
         Contender("x-transformers", "", load, is_baseline=True),
         Contender("x-transformers, torch.compile", "", _compiled(load), needs_cuda=True),
+    ]
+
+
+# --- remasking --------------------------------------------------------------------------------------------------
+# From ids [B, N], whether each was masked, its probability, and how many of each sequence are masked again ([B], and
+# as the one int that they all are): ids, and what is masked.
+
+
+def _upstream_remasking(mask_id: int) -> Remasker:
+    """The lines of its ``generate`` after the probabilities of the sampled ids."""
+
+    def remask(
+        ids: Tensor, is_masked: Tensor, confidences: Tensor, counts: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        scores = 1 - confidences
+        scores = scores.masked_fill(~is_masked, -torch.finfo(scores.dtype).max)
+        chosen = scores.topk(count, dim=-1).indices
+        is_masked = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+        return ids.masked_fill(is_masked, mask_id), is_masked
+
+    return remask
+
+
+def _ranks(mask_id: int) -> Remasker:
+    """A number of its own for each sequence, by ranks."""
+
+    def remask(
+        ids: Tensor, is_masked: Tensor, confidences: Tensor, counts: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        ranks = confidences.masked_fill(~is_masked, torch.inf).argsort(dim=-1).argsort(dim=-1)
+        chosen = (ranks < counts[:, None]) & is_masked
+        return ids.masked_fill(chosen, mask_id), chosen
+
+    return remask
+
+
+def _kth_value(mask_id: int) -> Remasker:
+    """Whatever is at most as probable as the last that is masked again, ties too."""
+
+    def remask(
+        ids: Tensor, is_masked: Tensor, confidences: Tensor, counts: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        eligible = confidences.masked_fill(~is_masked, torch.inf)
+        chosen = (eligible <= eligible.kthvalue(count, dim=-1, keepdim=True).values) & is_masked
+        return ids.masked_fill(chosen, mask_id), chosen
+
+    return remask
+
+
+def remaskers(mask_id: int) -> list[Contender]:
+    """The peers of ``remask_`` and ``select_to_remask``."""
+    upstream, ranks, kth_value = (
+        functools.partial(load, mask_id) for load in (_upstream_remasking, _ranks, _kth_value)
+    )
+    return [
+        Contender("x-transformers", "", upstream, is_baseline=True),
+        Contender("x-transformers, torch.compile", "", _compiled(upstream), needs_cuda=True),
+        Contender("PyTorch, ranks", "", ranks),
+        Contender("PyTorch, kthvalue", "", kth_value),
     ]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
-from benchmarks.harness import Row
+from benchmarks import machine
+from benchmarks.records import Ceilings, Row
 
 Results = dict[str, Any]
 
@@ -28,11 +28,11 @@ def about(device: torch.device, quick: bool) -> Results:
     """Where, when and with what: the head of a results file."""
     return {
         "device": device.type,
-        "name": harness.device_name(device),
+        "name": machine.device_name(device),
         "date": str(datetime.date.today()),
         "quick": quick,
         "commit": _output("git", "describe", "--always", "--dirty"),
-        "versions": harness.versions(),
+        "versions": machine.versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -42,7 +42,7 @@ def about(device: torch.device, quick: bool) -> Results:
 
 def state(device: torch.device) -> Results:
     """What changes during a run."""
-    limits = harness.ceilings(device, harness.default_dtype(device))
+    limits = machine.ceilings(device)
     return {"clocks": _clocks() if device.type == "cuda" else None, "ceilings": dataclasses.asdict(limits)}
 
 
@@ -56,8 +56,7 @@ def begin(device: torch.device, quick: bool, directory: pathlib.Path) -> Results
     earlier = json.loads(file.read_text())
     if any(earlier[key] != results[key] for key in ("name", "threads", "versions", "commit")):
         return results
-    dtype = harness.default_dtype(device)
-    harness.remember_ceilings(device, dtype, harness.Ceilings(**earlier["ceilings"]))
+    machine.remember_ceilings(device, Ceilings(**earlier["ceilings"]))
     return results | {key: earlier[key] for key in (*SECTIONS, "seconds")} | state(device)
 
 
@@ -66,7 +65,7 @@ def part(row: Row) -> tuple[str, ...]:
     return row["operation"], row["case"], row.get("field", "")
 
 
-def put(rows: list[Row], found: Sequence[Row]) -> None:
+def replace_parts(rows: list[Row], found: Sequence[Row]) -> None:
     """Rows of some parts in place of what there was of them."""
     parts = {part(row) for row in found}
     place = next((place for place, row in enumerate(rows) if part(row) in parts), len(rows))
@@ -96,21 +95,22 @@ def path(results: Results, directory: pathlib.Path) -> pathlib.Path:
 def write(results: Results, directory: pathlib.Path = DIRECTORY) -> pathlib.Path:
     directory.mkdir(exist_ok=True)
     file = path(results, directory)
-    file.write_text(json.dumps(_rounded(results), indent=1) + "\n")
+    file.write_text(json.dumps(rounded(results), indent=1) + "\n")
     return file
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four significant digits, which is more than two runs agree in."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def newest(is_cuda: bool, directory: pathlib.Path = DIRECTORY) -> Results | None:
-    """The latest results of a kind of device; of one day a full run rather than a quick one."""
+def newest_of_each_machine(directory: pathlib.Path = DIRECTORY) -> list[Results]:
+    """The latest results of each machine, GPUs first, then by date; of one day a full run rather than a quick one."""
     found = [json.loads(file.read_text()) for file in sorted(directory.glob("*-????-??-??*.json"))]
-    found = [results for results in found if (results["device"] == "cuda") == is_cuda]
-    return max(found, key=lambda results: (results["date"], not results["quick"]), default=None)
+    found.sort(key=lambda results: (results["date"], not results["quick"]))
+    newest = {results["name"]: results for results in found}.values()
+    return sorted(newest, key=lambda results: (results["device"] == "cuda", results["date"]), reverse=True)

@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import (
-    bench_demask,
-    bench_generate,
-    bench_linear_masked_cross_entropy,
-    bench_mask_sampling,
-    bench_masked_cross_entropy,
-    end_to_end,
-)
-from benchmarks.harness import QUICK, Benchmark, Row
+from benchmarks import bench_generate, bench_mask_sampling, bench_remask, bench_sample_tokens, end_to_end
+from benchmarks import bench_linear_masked_cross_entropy as linear
+from benchmarks import bench_masked_cross_entropy as dense
+from benchmarks.benchmark import Benchmark
+from benchmarks.records import Row
+from benchmarks.timing import QUICK
 
 
 @dataclass(frozen=True)
@@ -36,30 +33,34 @@ class Sweep:
 
 def sweeps(device: torch.device) -> list[Sweep]:
     """Sizes by powers of 4; a CPU's end where a GPU's begin to be interesting."""
-    is_cuda = device.type == "cuda"
-    rows, vocabulary = ((8192, 50257), (512, 8192))[not is_cuda]
-    many_rows, many_ids = ((512, 2048, 8192, 32768), (2048, 8192, 32768, 131072)) if is_cuda else (
-        (32, 128, 512), (2048, 8192, 32768)
-    )  # fmt: skip
-    masks = bench_mask_sampling.Case(16, 1024, False, device)
-    dense = bench_masked_cross_entropy.Case(rows, vocabulary, 0.5, device)
-    linear = bench_linear_masked_cross_entropy.Case(rows, vocabulary, 768 if is_cuda else 256, 0.5, device)
-    sample = bench_demask.Case(rows, vocabulary, None, device)
-    network = (*end_to_end.NETWORKS[0],) if is_cuda else (64, 2)
-    generation = end_to_end.Case("generate", 16 if is_cuda else 4, 256 if is_cuda else 64, 8192, *network, device)
+    lengths = (256, 1024, 4096, 16384, 65536)
+    many_rows: tuple[int, ...]
+    many_tokens: tuple[int, ...]
+    if device.type == "cuda":
+        num_rows, num_tokens, dim = 8192, 50257, 768
+        many_rows, many_tokens = (512, 2048, 8192, 32768), (2048, 8192, 32768, 131072)
+        generation, batches = (16, 256, 8192, *end_to_end.NETWORKS[0]), (4, 16, 64)
+    else:
+        num_rows, num_tokens, dim = 512, 8192, 256
+        many_rows, many_tokens = (32, 128, 512), (2048, 8192, 32768)
+        generation, batches = (4, 64, 8192, 64, 2), (1, 2, 4)
+    masking = bench_mask_sampling.BENCHMARK, bench_mask_sampling.Case(16, 1024, False, device)
+    remasking = bench_remask.BENCHMARK, bench_remask.Case(16, 1024, device)
+    on_rows: list[tuple[Benchmark, Any]] = [
+        (dense.BENCHMARK, dense.Case(num_rows, num_tokens, 0.5, device)),
+        (linear.BENCHMARK, linear.Case(num_rows, num_tokens, dim, 0.5, device)),
+        (bench_sample_tokens.BENCHMARK, bench_sample_tokens.Case(num_rows, num_tokens, None, device)),
+    ]
     return [
-        Sweep(bench_mask_sampling.BENCHMARK, masks, "seq_len", (256, 1024, 4096, 16384, 65536)),
-        Sweep(bench_mask_sampling.BENCHMARK, masks, "batch", (4, 16, 64, 256)),
+        Sweep(*masking, "seq_len", lengths),
+        Sweep(*masking, "batch", (4, 16, 64, 256)),
         *(
-            Sweep(benchmark, case, field, values)
-            for benchmark, case in (
-                (bench_masked_cross_entropy.BENCHMARK, dense),
-                (bench_linear_masked_cross_entropy.BENCHMARK, linear),
-                (bench_demask.BENCHMARK, sample),
-            )
-            for field, values in (("num_rows", many_rows), ("num_tokens", many_ids))
+            Sweep(*of_rows, field, values)
+            for of_rows in on_rows
+            for field, values in (("num_rows", many_rows), ("num_tokens", many_tokens))
         ),
-        Sweep(bench_generate.BENCHMARK, generation, "batch", (4, 16, 64) if is_cuda else (1, 2, 4)),
+        Sweep(*remasking, "seq_len", lengths),
+        Sweep(bench_generate.BENCHMARK, end_to_end.Case("generate", *generation, device), "batch", batches),
     ]
 
 

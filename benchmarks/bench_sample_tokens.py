@@ -1,24 +1,24 @@
 """Sampling and scoring of logit rows, against x-transformers' own step (the baseline) and every peer.
 
-``pytest benchmarks`` or ``python -m benchmarks --only demask``.
+``python -m benchmarks --only sample_tokens``.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, peers
-from benchmarks.harness import Benchmark, Ceilings, Contender, Floor, Step
+from benchmarks import machine, peers
+from benchmarks.benchmark import Benchmark
+from benchmarks.records import Ceilings, Contender, Floor, Step
 from fastmask import functional
 
 TEMPERATURE = 0.7
-FILTER_THRES = 0.9  # the default of upstream's top_k
+KEPT_SHARE = 1 - 0.9  # of the logits, by the default of upstream's top_k
 CUDA_SHAPES = tuple(itertools.product((32, 256, 2048, 8192), (8192, 50257, 126464, 152064)))
 CPU_SHAPES = ((512, 8192), (64, 50257), (32, 8192))
 CUDA_QUICK, CPU_QUICK = ((2048, 50257), (32, 8192)), ((64, 50257), (32, 8192))
@@ -38,44 +38,49 @@ class Case:
 
     num_rows: int
     num_tokens: int
-    filter_thres: float | None
+    top_k: int | None
     device: torch.device
 
     def __str__(self) -> str:
-        return f"{self.num_rows}x{self.num_tokens}, filter_thres {self.filter_thres}, T {TEMPERATURE}"
+        kept = "" if self.top_k is None else f", top_k {self.top_k}"
+        return f"{self.num_rows}x{self.num_tokens}{kept}, T {TEMPERATURE}"
 
 
 def cases(quick: bool) -> list[Case]:
     """Every shape, filtered and not; ``quick``: a large and a small shape."""
-    device = harness.default_device()
+    device = machine.default_device()
     shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
     if quick:
         shapes = CUDA_QUICK if device.type == "cuda" else CPU_QUICK
-    return [Case(*shape, filter_thres, device) for shape in shapes for filter_thres in (None, FILTER_THRES)]
+    return [
+        Case(num_rows, num_tokens, top_k, device)
+        for num_rows, num_tokens in shapes
+        for top_k in (None, math.ceil(KEPT_SHARE * num_tokens))
+    ]
 
 
 @dataclass
 class SamplingProblem:
     """Logits [1, M, V] with -inf at the mask's id, the last, and what is known of a right sample.
 
-    ids and probabilities are judged by the float64 softmax of the same logits. Upstream's filter keeps exactly k
+    Ids and probabilities are judged by the float64 softmax of the same logits. Upstream's filter keeps exactly k
     logits, ours also those that tie with the last of them: an id that ties is allowed, and a probability may be of
     either normaliser.
 
-    kept: [M] the least logit that the filter keeps; log_totals: [M, 2] log-sum-exp with ties and without;
+    least_kept: [M] the least logit that the filter keeps. log_totals: [M, 2] log-sum-exp with ties and without.
     mean, variance: [M] of the log-probability of an id sampled at TEMPERATURE.
     """
 
     logits: Tensor
-    filter_thres: float | None
-    kept: Tensor = field(init=False)
+    top_k: int | None
+    least_kept: Tensor = field(init=False)
     log_totals: Tensor = field(init=False)
     mean: Tensor = field(init=False)
     variance: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        parts = [_expect(chunk, self.filter_thres) for chunk in self.logits[0].split(256)]
-        self.kept, self.log_totals, self.mean, self.variance = map(torch.cat, zip(*parts, strict=True))
+        parts = [_expect(chunk, self.top_k) for chunk in self.logits[0].split(256)]
+        self.least_kept, self.log_totals, self.mean, self.variance = map(torch.cat, zip(*parts, strict=True))
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +102,7 @@ class SamplingProblem:
         pass
 
     def run(self, contender: Contender, function: peers.Sampler) -> tuple[Tensor, Tensor]:
-        return function(self.logits, TEMPERATURE, self.filter_thres)
+        return function(self.logits, TEMPERATURE, self.top_k)
 
     def errors(self, step: Step) -> dict[str, float]:
         """Of at least MIN_DRAWS samples: how many are not allowed, the worst probability, and the distribution."""
@@ -108,7 +113,7 @@ class SamplingProblem:
             ids, probs = (out.squeeze(0) for out in step.run())
             in_range = (ids >= 0) & (ids < self.logits.shape[-1])
             chosen = self.logits[0].gather(-1, ids.where(in_range, 0)[:, None]).squeeze(-1).double()
-            not_allowed += (~in_range | chosen.isneginf() | (chosen < self.kept)).sum()
+            not_allowed += (~in_range | chosen.isneginf() | (chosen < self.least_kept)).sum()
             log_probs = chosen[:, None] - self.log_totals
             relative = (probs.double()[:, None] / log_probs.exp() - 1).abs().amin(dim=-1)
             worst = torch.maximum(worst, relative.max())  # NaN stays
@@ -118,37 +123,34 @@ class SamplingProblem:
         return dict(zip(self.limits, (figure.item() for figure in figures), strict=True))
 
 
-def _expect(logits: Tensor, filter_thres: float | None) -> tuple[Tensor, ...]:
+def _expect(logits: Tensor, top_k: int | None) -> tuple[Tensor, ...]:
     """The fields of SamplingProblem for some rows [M, V]."""
     z = logits.double()
-    num_kept = z.shape[-1] if filter_thres is None else peers.num_kept(z.shape[-1], filter_thres)
-    largest = z.topk(num_kept, dim=-1).values
-    kept = largest[:, -1]
-    z = z.masked_fill(z < kept[:, None], -torch.inf)
+    largest = z.topk(z.shape[-1] if top_k is None else top_k, dim=-1).values
+    least_kept = largest[:, -1]
+    z = z.masked_fill(z < least_kept[:, None], -torch.inf)
     log_total = z.logsumexp(dim=-1)
     heated = (z / TEMPERATURE).softmax(dim=-1)
     log_probs = (z - log_total[:, None]).where(heated > 0, 0.0)
     mean = (heated * log_probs).sum(dim=-1)
     variance = (heated * (log_probs - mean[:, None]).square()).sum(dim=-1)
-    return kept, torch.stack([log_total, largest.logsumexp(dim=-1)], dim=-1), mean, variance
+    return least_kept, torch.stack([log_total, largest.logsumexp(dim=-1)], dim=-1), mean, variance
 
 
 def problem(case: Case) -> SamplingProblem:
     generator = torch.Generator(case.device).manual_seed(0)
-    shape, dtype = (1, case.num_rows, case.num_tokens), harness.default_dtype(case.device)
+    shape, dtype = (1, case.num_rows, case.num_tokens), machine.default_dtype(case.device)
     logits = torch.randn(shape, generator=generator, device=case.device, dtype=dtype).mul_(LOGIT_SPREAD)
     logits[..., -1] = -torch.inf
-    return SamplingProblem(logits, case.filter_thres)
+    return SamplingProblem(logits, case.top_k)
 
 
 def ours() -> peers.Sampler:
     seeds = itertools.count()
 
-    def sample(logits: Tensor, temperature: float, filter_thres: float | None) -> tuple[Tensor, Tensor]:
+    def sample(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
         mask_id, seed = logits.shape[-1] - 1, next(seeds)
-        sampled = functional.sample_tokens(
-            logits, temperature=temperature, filter_thres=filter_thres, mask_id=mask_id, seed=seed
-        )
+        sampled = functional.sample_tokens(logits, temperature=temperature, top_k=top_k, mask_id=mask_id, seed=seed)
         return sampled.ids, sampled.log_probs.exp()
 
     return sample
@@ -161,13 +163,7 @@ def contenders() -> list[Contender]:
 def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
     """Bytes: the rows read once."""
     logits = case.num_rows * case.num_tokens
-    return {"": Floor(logits * harness.default_dtype(case.device).itemsize, limits.copy, "GB/s", logits)}
+    return {"": Floor(logits * machine.default_dtype(case.device).itemsize, limits.copy, "GB/s", logits)}
 
 
-BENCHMARK = Benchmark("demask", cases, contenders, problem, floors)
-
-
-@pytest.mark.parametrize("contender", contenders(), ids=str)
-@pytest.mark.parametrize("case", cases(quick=False), ids=str)
-def test_demask(benchmark: Any, case: Case, contender: Contender) -> None:
-    BENCHMARK.run_pytest(benchmark, case, contender)
+BENCHMARK = Benchmark("sample_tokens", cases, contenders, problem, floors)
