@@ -13,6 +13,7 @@ from torch import nn
 from x_transformers import Encoder, TransformerWrapper
 
 from fastmask import NonAutoregressiveWrapper, backbone
+from fastmask.records import LinearLogits
 
 V, N, D, MASK = 13, 6, 16, 12
 
@@ -106,8 +107,10 @@ def test_head_times_embeddings_are_the_networks_logits(name, device):
     with torch.no_grad():
         logits, embeddings = net(ids, return_logits_and_embeddings=True)
     torch.testing.assert_close(F.linear(embeddings * head.scale, head.weight, head.bias), logits)
+    torch.testing.assert_close(head.logits(embeddings).of_rows(embeddings), logits)
     out = backbone.run(net, ids)
-    assert out.logits is None
+    assert isinstance(out.logits, LinearLogits)
+    assert out.num_tokens == V
     rows = torch.tensor([0, 7, 8, 29], device=device)
     torch.testing.assert_close(out.logits_of(rows), logits.flatten(0, 1)[rows])
 

@@ -22,13 +22,13 @@ from unittest import mock
 
 import pytest
 import torch
+from graph_recorder import WAITS, OnCuda, Recorder
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from x_transformers import Encoder, TransformerWrapper
 
 from fastmask import NonAutoregressiveWrapper, _cuda_graph
-from fastmask.reference import top_k_filter
+from fastmask.reference import vocabulary_filter
 
 V, N, MASK = 11, 16, 4
 
@@ -61,6 +61,13 @@ class Net(nn.Module):
 class Critic(nn.Module):
     def forward(self, ids):
         return torch.sin(7.0 * ids + torch.arange(ids.shape[1], device=ids.device))
+
+
+class Optional(Net):
+    """Takes None for what it need not apply."""
+
+    def forward(self, ids, shift=None, scale=None, **options):
+        return super().forward(ids, 0.0, 0.0 if shift is None else shift, 1.0 if scale is None else scale, **options)
 
 
 class Branching(Net):
@@ -103,41 +110,6 @@ def drawn(wrapper, seed: int, **options) -> torch.Tensor:
 # ---- without a GPU ----
 
 
-WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
-
-
-class Recorder(TorchDispatchMode):
-    """A torch.cuda.CUDAGraph's likeness, and a torch.cuda.graph's."""
-
-    REFUSED = (*WAITS, torch.ops.aten.flip)  # the last stands for what only a capture refuses
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-        self.num_replays = 0
-
-    def capture_begin(self, **options) -> None:
-        self.__enter__()
-
-    def capture_end(self) -> None:
-        self.__exit__(None, None, None)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in self.REFUSED:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more about it")
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        self.num_replays += 1
-        for func, args, kwargs, out in self.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                is_view = old is not None and old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
-                if old is not None and not is_view:
-                    old.copy_(new.reshape(old.shape))  # squeeze_ may have changed it since
-
-
 class SyncDebugMode(TorchDispatchMode):
     """torch.cuda.set_sync_debug_mode's likeness: warns, and gives values all the same."""
 
@@ -159,13 +131,6 @@ class SyncDebugMode(TorchDispatchMode):
             message = "called a synchronizing CUDA operation (Triggered internally)"
             warnings.warn_explicit(message, UserWarning, frame.filename, frame.lineno)
         return func(*args, **(kwargs or {}))
-
-
-class OnCuda(torch.Tensor):
-    """Says so, and is on the CPU; what is computed from it says the truth."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    device = property(lambda self: torch.device("cuda", 0))
 
 
 @pytest.fixture
@@ -197,7 +162,7 @@ def graphs(monkeypatch) -> list[Recorder]:
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", sync_debug.set)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: sync_debug.mode)
     # What the reference does by numpy on a CPU only.
-    monkeypatch.setattr(top_k_filter, "np", None)
+    monkeypatch.setattr(vocabulary_filter, "np", None)
     monkeypatch.setenv("FASTMASK_BACKEND", "reference")
     return captured
 
@@ -363,6 +328,14 @@ def test_what_the_network_is_passed_is_read_at_each_replay(graphs):
         shared = {"batch_size": 2, "shift": 3.0 * torch.randn(V, generator=torch.Generator().manual_seed(seed))}
         assert torch.equal(drawn(wrapper, 0, cuda_graph=True, **shared), drawn(wrapper, 0, **shared))
     assert len(graphs) == 1
+
+
+def test_which_argument_is_a_tensor_and_which_none_is_seen(graphs):
+    wrapper, tensor = wrap(Optional()), torch.linspace(0, 3, V)
+    for shared in ({"shift": tensor, "scale": None}, {"shift": None, "scale": tensor}):
+        shared = {"batch_size": 4, **shared}
+        assert torch.equal(drawn(wrapper, 0, cuda_graph=True, **shared), drawn(wrapper, 0, **shared))
+    assert len(graphs) == 2
 
 
 def test_tensors_inside_what_the_network_is_passed_are_not_forgotten(graphs):

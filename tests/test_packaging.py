@@ -1,7 +1,8 @@
-"""The house itself: layout, imports without Triton, the doctor, the command line, README's commands."""
+"""The house itself: layout, directions of imports, the doctor, the command line, documents, versions."""
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import math
 import pathlib
@@ -11,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import fastmask
 from fastmask import __main__, _dispatch
@@ -51,10 +53,15 @@ print(torch.compile(loss, fullgraph=fullgraph, backend="aot_eager")(*arguments).
 
 
 @in_checkout
-def test_each_kernel_has_a_twin_and_a_test():
+def test_each_kernel_has_a_reference_and_a_test():
     for kernel in (ROOT / "kernels").glob("[!_]*.py"):
         assert (ROOT / "fastmask" / "reference" / kernel.name).exists(), kernel.name
-        assert (ROOT / "tests" / f"test_{kernel.name}").exists(), kernel.name
+        assert_tested(kernel.stem)
+
+
+def assert_tested(name: str) -> None:
+    """By a file of that name, or by several, one a subject."""
+    assert [*(ROOT / "tests").glob(f"test_{name}.py"), *(ROOT / "tests").glob(f"test_{name}_*.py")], name
 
 
 @in_checkout
@@ -62,7 +69,8 @@ def test_each_operation_has_a_benchmark_and_a_reference():
     for operation in _dispatch.OPERATIONS:
         assert (ROOT / "fastmask" / "reference" / f"{operation}.py").exists()
         assert (ROOT / "benchmarks" / f"bench_{operation}.py").exists()
-        assert (ROOT / "tests" / f"test_{operation}.py").exists()
+        assert (ROOT / "fastmask" / "ops" / f"{operation}.py").exists()
+        assert_tested(operation)
 
 
 def test_typed_marker_is_installed():
@@ -100,24 +108,6 @@ print(*sorted(sys.modules))
     assert not [name for name in loaded if name in extras or name.startswith("fastmask.kernels.")]
 
 
-def test_imports_go_downstairs():
-    """reference and kernels never see each other, and only kernels/ imports triton."""
-    kernels = {path for path in (PACKAGE / "kernels").glob("*.py")}
-    assert {path.name for path in kernels} >= {"mask_sampling.py", "philox.py"}
-    for path in {*PACKAGE.rglob("*.py"), *kernels}:
-        text = path.read_text()
-        imports = "\n".join(re.findall(r"^\s*(?:from|import) .*", text, re.MULTILINE))
-        if path.parent.name == "kernels":
-            assert "reference" not in imports, path
-            assert not re.search(
-                r"fastmask\S* import .*(functional|wrapper)|fastmask\.(functional|wrapper)", imports
-            ), path
-        else:
-            assert not re.search(r"^\s*(import|from) triton", text, re.MULTILINE), path
-        if path.parent.name == "reference":
-            assert not re.search(r"kernels|functional|wrapper", imports.replace("torch.nn.functional", "")), path
-
-
 def test_doctor_names_versions_devices_and_a_reason_for_each_backend():
     report = __main__.doctor()
     assert f"fastmask {fastmask.__version__}" in report
@@ -139,6 +129,9 @@ def test_command_line(capsys):
     assert "mask_sampling" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         __main__.main(["nonsense"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        __main__.main(["--version"])
+    assert capsys.readouterr().out == f"fastmask {fastmask.__version__}\n"
 
 
 @in_checkout
@@ -150,12 +143,72 @@ def test_readme_commands_are_those_that_ci_runs():
     ]
 
 
+PAGES = sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
 @in_checkout
-def test_readme_python_blocks_run():
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_python_blocks_run(page):
+    """Those of a page one after the other, as a reader would type them."""
+    namespace = {"__name__": "page"}
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+def written_files() -> list[pathlib.Path]:
+    """What people write and read: code and documents."""
+    folders = ("fastmask", "kernels", "tests", "benchmarks", "docs")
+    found = [path for folder in folders for kind in ("*.py", "*.md") for path in (ROOT / folder).rglob(kind)]
+    return [*found, *ROOT.glob("*.md")]
+
+
+@in_checkout
+def test_documents_that_are_cited_are_there():
+    for path in written_files():
+        text = path.read_text()
+        for cited in re.findall(r"\bdocs/\w+\.md\b", text):
+            assert (ROOT / cited).exists(), f"{path} cites {cited}"
+        if path.suffix == ".md":
+            for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", text):
+                assert (path.parent / link).exists(), f"{path} links to {link}"
+        assert path.name == "test_packaging.py" or not re.search(r"\bDESIGN\b", text), path
+
+
+# Versions
+
+
+def table(name: str) -> str:
+    """What stands in a list of pyproject.toml, as text: tomllib is not there before Python 3.11."""
+    return re.search(rf"^{name} = (\[.*?\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
+
+
+def declared_pythons() -> list[str]:
+    return re.findall(r'"Programming Language :: Python :: (3\.\d+)"', table("classifiers"))
+
+
+@in_checkout
+def test_classifiers_begin_with_the_oldest_python():
+    assert f'requires-python = ">={declared_pythons()[0]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@in_checkout
+def test_constraints_pin_each_package_once_on_every_python():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    for python in declared_pythons():
+        valid = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+        assert sorted(valid) == sorted({pin.name for pin in pins})
+
+
+@in_checkout
+def test_every_package_is_listed():
+    found = {"fastmask", "fastmask.kernels"}
+    found |= {f"fastmask.{path.parent.name}" for path in (ROOT / "fastmask").glob("*/__init__.py")}
+    assert found == set(ast.literal_eval(table("packages")))
+
+
+def test_data_is_there_after_import():
+    assert run_python("import fastmask; print(fastmask.data.__name__)").strip() == "fastmask.data"
 
 
 def test_doctor_tells_variables_and_packages(monkeypatch):

@@ -1,7 +1,7 @@
-"""compat=True is x-transformers 2.31.10, and where the default differs it differs as DESIGN 3.3b says.
+"""compat=True is x-transformers 2.31.10, and where the default differs it differs as docs/compat.md says.
 
 Each row of that table has a test of our column, and of the left one under compat=True, here or in
-test_wrapper.py and test_generate.py. Not restored, so not tested: coins from Python's ``random`` (the
+the files of the wrapper and of generation. Not restored, so not tested: coins from Python's ``random`` (the
 random stream stays torch's), evaluation mode kept after an exception, modes of submodules overridden;
 and the greedy confidence is the default of both (``choice_temperature=0``).
 """
@@ -9,6 +9,7 @@ and the greedy confidence is the default of both (``choice_temperature=0``).
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -19,7 +20,8 @@ import x_transformers.nonautoregressive_wrapper as upstream
 from torch import nn
 from x_transformers import Encoder, TransformerWrapper
 
-from fastmask import NonAutoregressiveWrapper, compat, functional
+from fastmask import NonAutoregressiveWrapper, functional
+from fastmask import upstream as formulas
 
 V, N, MASK = 12, 8, 11
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "callable": lambda t: 1 - t**2}
@@ -77,7 +79,7 @@ def aligned(monkeypatch) -> None:
 
         return sample
 
-    monkeypatch.setattr(compat, "sample_tokens", reseeded(compat.sample_tokens))
+    monkeypatch.setattr(formulas, "sample_tokens", reseeded(formulas.sample_tokens))
     monkeypatch.setattr(upstream, "gumbel_sample", reseeded(upstream.gumbel_sample))
 
 
@@ -437,7 +439,7 @@ def test_the_restored_noise_is_upstreams_arithmetic(device):
             torch.manual_seed(3)
             expected = upstream.gumbel_sample(logits, temperature=temperature)
             torch.manual_seed(3)
-            sampled = compat.sample_tokens(logits, temperature=temperature, filter_thres=None, generator=None)
+            sampled = formulas.sample_tokens(logits, temperature=temperature, top_k=None, generator=None)
             assert torch.equal(sampled.ids, expected), (dtype, temperature)
             probabilities = logits.softmax(dim=-1).gather(-1, expected[:, None]).squeeze(-1)
             torch.testing.assert_close(sampled.log_probs.exp(), probabilities.float())
@@ -450,15 +452,16 @@ def test_the_restored_filter_is_upstreams():
         torch.manual_seed(3)
         expected = upstream.gumbel_sample(upstream.top_k(logits, threshold)).squeeze(1)
         torch.manual_seed(3)
-        sampled = compat.sample_tokens(logits.squeeze(1), temperature=1.0, filter_thres=threshold, generator=None)
+        top_k = math.ceil((1 - threshold) * 10)
+        sampled = formulas.sample_tokens(logits.squeeze(1), temperature=1.0, top_k=top_k, generator=None)
         assert torch.equal(sampled.ids, expected)
 
 
 def test_the_restored_sampler_takes_a_generator(device):
     logits = torch.zeros(50, 9, device=device)
     ids = [
-        compat.sample_tokens(
-            logits, temperature=1.0, filter_thres=None, generator=torch.Generator(device).manual_seed(seed)
+        formulas.sample_tokens(
+            logits, temperature=1.0, top_k=None, generator=torch.Generator(device).manual_seed(seed)
         ).ids
         for seed in (1, 1, 2)
     ]
@@ -535,7 +538,8 @@ def test_restored_weights(name, device):
     _, theirs = pair(device, schedule=SCHEDULES[name])
     ours, _ = pair(device, schedule=SCHEDULES[name])
     times = torch.linspace(0.01, 0.99, 99, device=device)
-    weights = compat.loss_weights(ours.schedule_fn, times)
+    masked = functional.mask_sampling(clean(device, 99), mask_id=MASK, num_tokens=V, times=times, seed=0)
+    weights = ours._formulas.loss_weights(ours.schedule_fn, masked)
     torch.testing.assert_close(weights, theirs.loss_weight_fn(times), rtol=1e-6, atol=0)
     assert (weights < 0).all()
 

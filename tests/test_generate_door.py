@@ -1,0 +1,104 @@
+"""Generation: arguments that are refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from generating import N, V, wrap
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.9}, {"forbidden": [1]}, {"threshold": 0.5}, {"cuda_graph": True}], ids=str
+)
+def test_upstreams_ways_have_none_of_the_new_options(options):
+    wrapper = wrap("cpu", compat=True)
+    message = f"expected compat=False with {next(iter(options))}=, which x-transformers does not have"
+    with pytest.raises(ValueError, match=message):
+        wrapper.generate(1, **options)
+    assert wrapper.net.calls == []
+
+
+ROW = torch.zeros(N, dtype=torch.int64)
+GIVEN = torch.zeros(N, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": -1}, ValueError, "expected batch_size of at least 0, received -1"),
+        ({"batch_size": 2.0}, TypeError, "expected batch_size to be an int, received float"),
+        ({"steps": 0}, ValueError, "expected steps of at least 1 and below 16777216, received 0"),
+        ({"steps": True}, TypeError, "expected steps to be an int, received bool"),
+        ({"start_temperature": -1.0}, ValueError, r"expected start_temperature in \[0, inf\), received -1.0"),
+        ({"noise_level_scale": math.nan}, ValueError, r"expected noise_level_scale in \[0, inf\), received nan"),
+        ({"choice_temperature": "4"}, TypeError, "expected choice_temperature to be a number, received str"),
+        ({"filter_thres": 1.0}, ValueError, r"expected filter_thres in \[0, 1\), received 1.0"),
+        ({"filter_thres": -0.1}, ValueError, r"expected filter_thres in \[0, 1\), received -0.1"),
+        ({"choice_temperature": -1}, ValueError, r"expected choice_temperature in \[0, inf\), received -1"),
+        ({"sample_offset": -1}, ValueError, "expected sample_offset of at least 0 and below 4294967296, received -1"),
+        ({"prompt": ROW}, ValueError, "expected prompt and prompt_mask together, received one of them; give both"),
+        ({"prompt_mask": GIVEN}, ValueError, "expected prompt and prompt_mask together, received one of them"),
+        ({"prompt": [0] * N, "prompt_mask": GIVEN}, TypeError, "expected prompt to be a torch.Tensor, received list"),
+        (
+            {"prompt": ROW.float(), "prompt_mask": GIVEN},
+            TypeError,
+            r"expected prompt of dtype int32\|int64, received fl",
+        ),
+        ({"prompt": ROW, "prompt_mask": ROW}, TypeError, "expected prompt_mask of dtype bool, received int64"),
+        (
+            {"prompt": ROW, "prompt_mask": GIVEN[1:]},
+            ValueError,
+            r"expected prompt_mask of shape \[as prompt\] = \[18\], received \[17\]",
+        ),
+        (
+            {"prompt": ROW[1:], "prompt_mask": GIVEN[1:]},
+            ValueError,
+            r"expected prompt of shape \[B, max_seq_len\] = \[1, 18\], received \[1, 17\]",
+        ),
+        (
+            {"batch_size": 2, "prompt": ROW.expand(3, -1), "prompt_mask": GIVEN.expand(3, -1)},
+            ValueError,
+            r"expected prompt of shape \[B, max_seq_len\] = \[2, 18\], received \[3, 18\]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("compat", [False, True])
+def test_arguments_that_do_not_fit(options, error, message, compat):
+    wrapper = wrap("cpu", compat=compat)
+    with pytest.raises(error, match=message):
+        wrapper.generate(**options)
+    assert wrapper.net.calls == [] or "sample_offset" in options
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"top_p": 1.5}, ValueError, r"expected top_p in \[0, 1\], received 1.5"),
+        ({"top_p": "0.5"}, TypeError, "expected top_p to be a number, received str"),
+        ({"threshold": -0.1}, ValueError, r"expected threshold in \[0, 1\], received -0.1"),
+        ({"threshold": math.nan}, ValueError, r"expected threshold in \[0, 1\], received nan"),
+        ({"threshold": True}, TypeError, "expected threshold to be a number, received bool"),
+        ({"forbidden": [V]}, ValueError, "expected forbidden ids of at least 0 and below 12, received 12"),
+        ({"forbidden": [0.0]}, TypeError, "expected forbidden ids to be an int, received float"),
+        ({"forbidden": torch.tensor([1])}, TypeError, "as a sequence of ids, received a tensor of torch.int64"),
+        (
+            {"forbidden": torch.zeros(V - 1).bool()},
+            ValueError,
+            r"expected forbidden of shape \[V\] = \[12\], received \[11\]",
+        ),
+    ],
+)
+def test_new_options_that_do_not_fit(options, error, message):
+    wrapper = wrap("cpu")
+    with pytest.raises(error, match=message):
+        wrapper.generate(**options)
+    assert wrapper.net.calls == []
+
+
+def test_a_prompt_of_three_dimensions_is_refused():
+    with pytest.raises(
+        ValueError, match=r"expected prompt of shape \[B, max_seq_len\] = \[1, 18\], received \[1, 1, 18\]"
+    ):
+        wrap("cpu").generate(prompt=ROW[None, None], prompt_mask=GIVEN[None, None])
