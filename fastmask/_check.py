@@ -20,9 +20,14 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def tensor(name: str, value: object, dtypes: Sequence[torch.dtype], ndim: int | None = None) -> None:
-    """``value`` is a tensor of one of these dtypes, of ``ndim`` dimensions if given."""
+    """``value`` is a dense tensor of one of these dtypes, of ``ndim`` dimensions if given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"expected {name} to be a torch.Tensor, received {type(value).__name__}")
+    if value.layout is not torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"expected {name} to be a dense tensor, received layout {layout}; convert it with .to_dense()")
+    if value.is_nested:
+        raise TypeError(f"expected {name} to be a dense tensor, received a nested one; pad it")
     if value.dtype not in dtypes:
         remedy = f"; convert it with {name}.to(torch.{_names(dtypes[-1:])})"
         raise TypeError(f"expected {name} of dtype {_names(dtypes)}, received {_names([value.dtype])}{remedy}")
@@ -44,17 +49,26 @@ def same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"expected all tensors on one device, received {where}; move them with .to(device)")
 
 
+def flag(name: str, value: object) -> None:
+    """``value`` is True or False, not merely something that Python takes for either."""
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be True or False, received {value!r} of type {type(value).__name__}")
+
+
 def option(name: str, value: object, allowed: Sequence[str]) -> None:
     """``value`` is one of the words allowed."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, allowed))}; received {value!r}")
 
 
 def number(name: str, value: object, low: float, high: float = math.inf, *, below_high: bool = False) -> None:
-    """low <= value <= high (or < high); NaN and infinity are refused."""
+    """low <= value <= high (or < high); NaN, infinity and what no float can hold are refused."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"expected {name} to be a number, received {type(value).__name__}")
-    value, below_high = float(value), below_high or math.isinf(high)
+    try:
+        value, below_high = float(value), below_high or math.isinf(high)
+    except OverflowError:
+        raise ValueError(f"expected {name} to be a number that a float can hold, received one past 1e308") from None
     if not (low <= value < high if below_high else low <= value <= high):
         bracket = ")" if below_high else "]"
         raise ValueError(f"expected {name} in [{low:g}, {high:g}{bracket}, received {value!r}")
@@ -64,7 +78,10 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """``value`` as an int; low <= value, and < high if given."""
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"expected {name} to be an int, received {type(value).__name__}")
-    value = operator.index(value)
+    try:
+        value = operator.index(value)
+    except TypeError:  # a NumPy array
+        raise TypeError(f"expected {name} to be an int, received {type(value).__name__}") from None
     if value < low or (high is not None and value >= high):
         upper = "" if high is None else f" and below {high}"
         raise ValueError(f"expected {name} of at least {low}{upper}, received {value}")
