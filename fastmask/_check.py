@@ -25,7 +25,9 @@ def tensor(name: str, value: object, dtypes: Sequence[torch.dtype], ndim: int | 
         raise TypeError(f"expected {name} to be a torch.Tensor, received {type(value).__name__}")
     if value.layout is not torch.strided:
         layout = str(value.layout).removeprefix("torch.")
-        raise TypeError(f"expected {name} to be a dense tensor, received layout {layout}; convert it with .to_dense()")
+        raise TypeError(
+            f"expected {name} to be a dense tensor, received layout {layout}; convert it with .to_dense()"
+        )
     if value.is_nested:
         raise TypeError(f"expected {name} to be a dense tensor, received a nested one; pad it")
     if value.dtype not in dtypes:
