@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fastmask import _devices, functional
-from fastmask.records import LinearLogits, MaskedTokens
+from fastmask.records import CrossEntropy, LinearLogits, MaskedTokens
 
 
 class Head(NamedTuple):
@@ -53,13 +53,14 @@ class Output(NamedTuple):
         weights: Tensor | None,
         denominator: Tensor | float,
         num_masked: int | None,
-    ) -> Tensor:
+        with_correct: bool = False,
+    ) -> CrossEntropy:
         """Masked cross-entropy, "mean"; arguments as in :func:`fastmask.functional.linear_masked_cross_entropy`."""
         logits = self.logits
         if isinstance(logits, Tensor):
             return functional.masked_cross_entropy(
-                logits, targets, masked.is_masked, weights, denominator=denominator
-            ).loss
+                logits, targets, masked.is_masked, weights, denominator=denominator, with_correct=with_correct
+            )
         return functional.linear_masked_cross_entropy(
             logits.scaled(logits.embeddings),
             logits.weight,
@@ -69,7 +70,8 @@ class Output(NamedTuple):
             row_indices=masked.row_indices,
             num_masked=num_masked,
             denominator=denominator,
-        ).loss
+            with_correct=with_correct,
+        )
 
     def logits_of(self, row_indices: Tensor) -> Tensor:
         """The logits [M, V] of the rows ``row_indices`` [M]."""

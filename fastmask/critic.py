@@ -60,7 +60,7 @@ def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Ten
     return logits
 
 
-def critic_loss(logits: Tensor, is_wrong: Tensor, maskable: Tensor | None, num_maskable: Tensor | int) -> Tensor:
+def critic_loss(logits: Tensor, is_wrong: Tensor, maskable: Tensor | None, num_maskable: Tensor | float) -> Tensor:
     """Binary cross-entropy, nats, of logits [B, N] against is_wrong [B, N] bool: the mean over what is maskable."""
     losses = F.binary_cross_entropy_with_logits(logits.float(), is_wrong.float(), reduction="none")
     losses = losses if maskable is None else losses.where(maskable, 0.0)

@@ -248,6 +248,18 @@ class Losses(NamedTuple):
     critic_loss: Tensor | None
 
 
+class Metrics(NamedTuple):
+    """What one logs of a training step, of its masked tokens; on the device, without gradient.
+
+    accuracy: [] float32, the share whose likeliest id is the token. nll: [] float32, nats, the mean without weights.
+    num_masked: [] int64, how many they are; the others are 0 where there is none.
+    """
+
+    accuracy: Tensor
+    nll: Tensor
+    num_masked: Tensor
+
+
 class Trajectory(NamedTuple):
     """A generation, step by step; a step that was not run repeats the one before.
 

@@ -179,7 +179,7 @@ def _checked_sampling(sampling: Sampling, num_ids: int) -> Sampling:
 
 
 def as_forbidden(
-    forbidden: Tensor | Sequence[int] | None, num_tokens: int, device: torch.device | str
+    forbidden: Tensor | Sequence[int] | None, num_tokens: int, device: torch.device | str, name: str = "forbidden"
 ) -> Tensor | None:
     """Forbidden ids as the samplers take them without copying: [num_tokens] bool on the device.
 
@@ -190,18 +190,18 @@ def as_forbidden(
         if forbidden is not None:
             if forbidden.dtype != torch.bool:
                 raise TypeError(
-                    "expected forbidden as [V] bool or as a sequence of ids, received a tensor of "
-                    f"{forbidden.dtype}; give ids as forbidden.tolist()"
+                    f"expected {name} as [V] bool or as a sequence of ids, received a tensor of "
+                    f"{forbidden.dtype}; give ids as {name}.tolist()"
                 )
-            _check.shape("forbidden", forbidden, [num_tokens], "V")
+            _check.shape(name, forbidden, [num_tokens], "V")
             if forbidden.device != torch.empty(0, device=device).device:
                 raise ValueError(
-                    f"expected forbidden on {device}, received {forbidden.device}; move it with .to(device)"
+                    f"expected {name} on {device}, received {forbidden.device}; move it with .to(device)"
                 )
         return forbidden
     is_forbidden = torch.zeros(num_tokens, dtype=torch.bool, device="cpu")
     for id in forbidden:
-        is_forbidden[_check.integer("forbidden ids", id, 0, num_tokens)] = True
+        is_forbidden[_check.integer(f"{name} ids", id, 0, num_tokens)] = True
     return to_device(is_forbidden, device)
 
 
