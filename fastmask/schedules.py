@@ -67,7 +67,7 @@ class Schedule:
     def ends(self) -> Tensor:
         """schedule(0) and schedule(1), [2] float32, computed where the schedule's parameters lie and left there."""
         times = torch.arange(2, dtype=torch.float32, device=device_of(self.ratio, torch.device("cpu")))
-        return torch.as_tensor(self(times)).to(torch.float32).expand(2)
+        return torch.as_tensor(self(times), dtype=torch.float32, device=times.device).expand(2)
 
     def check_falls(self, purpose: str, remedy: str) -> Tensor | None:
         """Refuses a schedule that does not fall from 1 to 0, to within .01 at both ends.
@@ -198,4 +198,4 @@ def step_ratios(schedule: Schedule, steps: int, dtype: torch.dtype) -> Tensor:
     times = torch.linspace(0.0, 1.0, steps + 1, dtype=dtype, device="cpu")[1:]
     times = times.to(device_of(schedule.ratio, times.device))  # a schedule that is learned may lie on a GPU
     with torch.no_grad():
-        return torch.as_tensor(schedule(times)).to("cpu", torch.float64).expand(steps)
+        return torch.as_tensor(schedule(times), dtype=torch.float64, device="cpu").expand(steps)
