@@ -336,7 +336,7 @@ class NonAutoregressiveWrapper(nn.Module):
             out = backbone.run(self.net, masked.masked_ids, **condition, **kwargs)
         loss = metrics = None
         if with_metrics or not only_train_critic:
-            denominator = self._denominator(masked, num_maskable, num_masked) / share
+            denominator = self._denominator(masked, num_maskable, share, num_masked)
             entropy = self._generator_loss(out, x, masked, counted, denominator, with_metrics)
             loss = None if only_train_critic else entropy.loss
             metrics = _metrics(entropy, masked.num_masked) if with_metrics else None
@@ -394,14 +394,18 @@ class NonAutoregressiveWrapper(nn.Module):
         return {} if embeddings is None else {"sum_embeds": self.to_self_cond(embeddings)}
 
     def _denominator(
-        self, masked: MaskedTokens, num_maskable: Tensor | float, num_masked: Tensor | float | None
+        self,
+        masked: MaskedTokens,
+        num_maskable: Tensor | float,
+        share: Tensor | float,
+        num_masked: Tensor | float | None,
     ) -> Tensor | float:
-        """What the sum of this batch's losses is divided by, were it the whole."""
+        """What the sum of the losses is divided by, for a batch that is a share of the whole."""
         if num_masked is not None:
             return _scalar("num_masked", num_masked)
         if self.use_simple_mdlm_loss_weight:
-            return self._formulas.loss_denominator(masked, num_maskable)
-        return masked.num_masked.clamp(min=1).float()
+            return self._formulas.loss_denominator(masked, num_maskable) / share
+        return masked.num_masked.clamp(min=1).float() / share
 
     def _generator_loss(
         self,
