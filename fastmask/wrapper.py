@@ -187,6 +187,7 @@ class NonAutoregressiveWrapper(nn.Module):
             schedule.check_falls(
                 "the weighted loss",
                 "use_simple_mdlm_loss_weight=False takes the mean loss, schedule=0.15 a constant ratio with it",
+                may_wait=True,
             )
         return use_simple_mdlm_loss_weight
 
@@ -475,7 +476,9 @@ class NonAutoregressiveWrapper(nn.Module):
         num_samples = _check.integer("num_samples", num_samples, 1)
         _check.option("reduction", reduction, ["mean", "none"])
         falls = self._schedule.check_falls(
-            "nelbo", "NonAutoregressiveWrapper(net, mask_id=...) evaluates the same network at a linear schedule"
+            "nelbo",
+            "NonAutoregressiveWrapper(net, mask_id=...) evaluates the same network at a linear schedule",
+            may_wait=False,
         )
         source = evaluation.source(tokens, chunk_size, maskable, kwargs)
         home = tokens.device if isinstance(tokens, Tensor) else torch.get_default_device()
@@ -674,7 +677,7 @@ def _scalar(name: str, count: Tensor | float) -> Tensor | float:
 def _metrics(entropy: CrossEntropy, num_masked: Tensor) -> Metrics:
     assert entropy.correct is not None
     divisor = num_masked.clamp(min=1).float()
-    return Metrics(entropy.correct.sum() / divisor, entropy.nll.detach().sum() / divisor, num_masked)
+    return Metrics(entropy.correct.sum() / divisor, entropy.nll.sum() / divisor, num_masked)
 
 
 def _with_metrics(losses: Losses, metrics: Metrics | None) -> Losses | tuple[Losses, Metrics]:

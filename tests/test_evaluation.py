@@ -277,7 +277,7 @@ def test_a_schedule_on_a_gpu_that_does_not_fall_gives_nan(device, monkeypatch):
     """It cannot be refused without waiting; here told in its place what a GPU's would be."""
     wrapper = build(device, schedule=lambda t: 1 - t)
     for falls in (True, False):
-        monkeypatch.setattr(Schedule, "check_falls", lambda *_, falls=falls: torch.tensor(falls))
+        monkeypatch.setattr(Schedule, "check_falls", lambda *_, falls=falls, **__: torch.tensor(falls))
         assert wrapper.nelbo(clean(device)).isnan() != falls
         assert wrapper.nelbo(clean(device), reduction="none").isnan().all() != falls
 

@@ -95,24 +95,33 @@ class Ends(torch.nn.Module):
 def test_a_schedule_falls_from_1_to_0_to_within_a_hundredth(first, last):
     schedule = as_schedule(Ends(first, last))
     if abs(first - 1) < 0.01 and abs(last) < 0.01:
-        assert schedule.check_falls("a bound", "...") is None
+        assert schedule.check_falls("a bound", "...", may_wait=False) is None
     else:
         with pytest.raises(ValueError, match=f"expected a bound with .* from {first:g} to {last:g}, .*; do this"):
-            schedule.check_falls("a bound", "do this")
+            schedule.check_falls("a bound", "do this", may_wait=False)
 
 
 @pytest.mark.parametrize("ratio", [lambda t: t, lambda t: 0.0 * t / 0.0, lambda t: 0.5], ids=["rises", "nan", "flat"])
 def test_what_does_not_fall_is_refused(ratio):
     with pytest.raises(ValueError, match="that falls from 1 to 0"):
-        as_schedule(ratio).check_falls("a bound", "...")
+        as_schedule(ratio).check_falls("a bound", "...", may_wait=False)
 
 
-def test_ends_on_another_device_are_not_waited_for():
-    """What falls comes back as a tensor; meta tensors, like a GPU's, cannot be read at once."""
-    falls = as_schedule(Ends(1.0, 0.0).to("meta")).check_falls("a bound", "...")
+@pytest.mark.parametrize("may_wait", [False, True])
+def test_ends_on_another_device_are_not_waited_for(may_wait):
+    """What falls comes back as a tensor; meta tensors, like a GPU's, cannot be read at once, nor ever."""
+    falls = as_schedule(Ends(1.0, 0.0).to("meta")).check_falls("a bound", "...", may_wait=may_wait)
     assert falls.shape == ()
     assert falls.dtype == torch.bool
     assert falls.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_ends_on_a_gpu_are_waited_for_where_that_is_allowed():
+    flat = as_schedule(Ends(0.5, 0.5).cuda())
+    assert not flat.check_falls("a bound", "...", may_wait=False)
+    with pytest.raises(ValueError, match="that falls from 1 to 0"):
+        flat.check_falls("a bound", "...", may_wait=True)
 
 
 # ---- errors ----

@@ -264,17 +264,18 @@ def test_a_number_masks_that_share_and_takes_the_mean_loss(device, drawn):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"schedule": 0.5}, {"compat": True}], ids=str)
-def test_the_default_dtype_has_no_say(dtype, options, device):
-    """257 tokens are 256 in bfloat16."""
-    wrapper, tokens = build(device, critic="self", **options), clean(device, 43)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_default_dtype_has_no_say(dtype, options, padded, given, device):
+    """521 maskable tokens are 520 in bfloat16, and 261 masked ones 260."""
+    wrapper, tokens = build(device, critic="self", **options), clean(device, 87)
     maskable = torch.ones_like(tokens, dtype=torch.bool)
     maskable[0, 0] = False
+    parts = {"num_tokens": torch.tensor(1041, device=device)} if given else {}
 
     def step() -> list[torch.Tensor]:
         torch.manual_seed(0)
-        losses, metrics = wrapper(
-            tokens, maskable=maskable, num_tokens=torch.tensor(515, device=device), with_metrics=True
-        )
+        losses, metrics = wrapper(tokens, maskable=maskable if padded else None, with_metrics=True, **parts)
         return [*losses, *metrics]
 
     expected = step()
