@@ -253,7 +253,8 @@ class NonAutoregressiveWrapper(nn.Module):
             masked_ids: [B, N] int32|int64, what the network sees beside is_masked; by default mask_id at all of
                 them, with no kept and no random tokens.
             complement: mask what the same seed leaves, and leave what it masks, among the maskable: two
-                calls with generators of one seed, one of them with complement=True, mask every token once.
+                calls with generators of one seed, one of them with complement=True, mask every token once. With
+                the weighted loss and exact counts it never masks everything, so its loss is not the bound.
             num_tokens: (maskable) tokens of the whole batch, of which this one is a part (gradient
                 accumulation, data parallelism): the losses are scaled by this part's share of them. The
                 parts of the weighted loss then add up to the whole's; a mean over masked tokens (without the
