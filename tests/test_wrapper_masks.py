@@ -248,6 +248,27 @@ def test_a_mask_and_its_complement_cover_every_token_once(device, drawn):
     assert not (one & other).any()
 
 
+def test_berts_recipe(device, drawn):
+    """15 % masked; of them 80 % the mask, 10 % random and none of them special, 10 % as they were."""
+    net = Recorder()
+    net.max_seq_len = 300
+    wrapper = build(
+        device, net=net, schedule=0.15, gate="token", no_replace_prob=0.1, random_token_prob=0.1,
+        random_excludes=range(6),
+    )  # fmt: skip
+    tokens = torch.randint(0, 6, (200, 300), generator=torch.Generator().manual_seed(0)).to(device)
+    loss = wrapper(tokens).loss
+    is_masked, ids = drawn[0].is_masked, drawn[0].masked_ids
+    assert (is_masked.sum(dim=-1) == 45).all()
+    assert torch.equal(ids[~is_masked], tokens[~is_masked])
+    ids, total = ids[is_masked], 200 * 45
+    shares = {"mask": (ids == MASK), "kept": ids == tokens[is_masked], "random": (ids >= 6) & (ids != MASK)}
+    for name, share in (("mask", 0.8), ("kept", 0.1), ("random", 0.1)):
+        assert abs(shares[name].sum().item() / total - share) < 5 * math.sqrt(share * (1 - share) / total), name
+    assert sum(share.sum().item() for share in shares.values()) == total
+    assert loss > 0
+
+
 # ---- a constant ratio ----
 
 
