@@ -28,12 +28,12 @@ from fastmask.upstream import Formulas
 class Model(NamedTuple):
     """Who proposes ids, and who judges them.
 
-    critic: None where the network's confidence judges. condition: embeddings to the network's arguments that
-    condition it on them. null_embed: [D], what the first step is conditioned on; None without self-conditioning.
+    run: the network, of ids [B, N] and its arguments. critic: None where the network's confidence judges. condition:
+    embeddings to the network's arguments that condition it on them. null_embed: [D], what the first step is conditioned on; None without self-conditioning.
     may_remask: whether what is committed may be masked again.
     """
 
-    net: Any
+    run: Callable[..., backbone.Output]
     critic: nn.Module | None
     condition: Callable[[Tensor], dict[str, Any]]
     null_embed: Tensor | None
@@ -298,8 +298,8 @@ def run(
 
 def _network(model: Model, state: State, condition: Tensor | None, arguments: dict[str, Any]) -> backbone.Output:
     if condition is None:
-        return backbone.run(model.net, state.ids, **arguments)
-    return backbone.run(model.net, state.ids, with_embeddings=True, **model.condition(condition), **arguments)
+        return model.run(state.ids, **arguments)
+    return model.run(state.ids, with_embeddings=True, **model.condition(condition), **arguments)
 
 
 def _propose(
@@ -320,7 +320,8 @@ def _propose(
         top_k=options.top_k(out.num_tokens),
         top_p=options.top_p,
         mask_id=model.mask_id,
-        forbidden=state.forbidden,
+        # A head may lack columns for the last ids.
+        forbidden=None if state.forbidden is None else state.forbidden[: out.num_tokens],
     )
     sampled = Sampled(state.ids, state.log_probs)
     model.formulas.sample_(out, rows, kept_ids, sampled, sampling, _draws(state, step, options), generator)

@@ -126,26 +126,38 @@ class CrossEntropy(NamedTuple):
 
 
 class LinearLogits(NamedTuple):
-    """Logits that nobody has computed yet: ``F.linear(scale * embeddings, weight, bias)``.
+    """Logits that nobody has computed yet: ``F.linear(scale * embeddings, weight, bias)``, or, with a softcap c,
+    c tanh(that / c).
 
     Samplers take it wherever they take logits, and compute those of the rows they sample.
 
     embeddings: [B, N, D] or, of compact rows, [M, D]. weight: [V, D]. bias: [V] or None. Of one dtype, unless under
-    autocast.
+    autocast. softcap: above 0, or None.
     """
 
     embeddings: Tensor
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
+    softcap: float | None = None
 
     def scaled(self, embeddings: Tensor) -> Tensor:
         """Some rows of the embeddings, times the scale."""
         return embeddings if self.scale == 1.0 else embeddings * self.scale
 
+    def capped_(self, logits: Tensor) -> Tensor:
+        """Some rows of ``F.linear(...)`` under the softcap, in place."""
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
     def of_rows(self, embeddings: Tensor) -> Tensor:
         """The logits of some rows of the embeddings."""
-        return torch.nn.functional.linear(self.scaled(embeddings), self.weight, self.bias)
+        logits = torch.nn.functional.linear(self.scaled(embeddings), self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def of_ids(self, num_tokens: int) -> LinearLogits:
+        """The logits of the first num_tokens ids."""
+        bias = None if self.bias is None else self.bias[:num_tokens]
+        return self._replace(weight=self.weight[:num_tokens], bias=bias)
 
 
 # Demasking

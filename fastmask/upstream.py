@@ -30,6 +30,10 @@ class Formulas:
     def check_options(self, **options: object) -> None:
         """Refuses options of ``generate`` that there is no formula for; None is one not given."""
 
+    def of_tokens(self, out: Output, net: Any, num_tokens: int, mask_id: int) -> Output:
+        """What a network gave, for the ids there are: the mask is none of its predictions."""
+        return out.of_tokens(net, num_tokens, mask_id)
+
     # Training
 
     def loss_weights(self, schedule: Schedule, masked: MaskedTokens) -> Tensor:
@@ -108,6 +112,10 @@ class XTransformersFormulas(Formulas):
         received = [name for name, value in options.items() if value is not None]
         if received:
             raise ValueError(f"expected compat=False with {', '.join(received)}=, which x-transformers does not have")
+
+    def of_tokens(self, out: Output, net: Any, num_tokens: int, mask_id: int) -> Output:
+        """The same; but every column is a prediction, the mask's too."""
+        return out
 
     def loss_weights(self, schedule: Schedule, masked: MaskedTokens) -> Tensor:
         """schedule' / (1 - schedule), taken on the mask ratio: negative."""

@@ -15,6 +15,7 @@ from fastmask._host_count import HostCount
 from fastmask._modes import evaluating
 from fastmask._progress import Progress
 from fastmask.critic import SelfCritic, critic_logits, critic_loss
+from fastmask.heads import Heads
 from fastmask.ops.sample_tokens import as_forbidden
 from fastmask.ops.seeds import as_seed
 from fastmask.records import CrossEntropy, Draws, Losses, MaskedTokens, Metrics, Sampling, Trajectory
@@ -39,7 +40,11 @@ class NonAutoregressiveWrapper(nn.Module):
     Args:
         net: ``net(ids [B, N], **kwargs) -> logits [B, N, V]`` with attributes ``num_tokens`` and
             ``max_seq_len`` (and ``emb_dim`` for self_cond): an x_transformers.TransformerWrapper over an
-            Encoder, or any such callable.
+            Encoder, or any such callable (docs/networks.md). More columns than num_tokens are padding and cut off;
+            columns may lack from mask_id on.
+        head: the nn.Linear of ``net`` that makes its logits of what ``net(ids, return_embeddings=True)`` returns:
+            logits then exist for masked positions only. Not needed where the network declares its head, or is a
+            TransformerWrapper: see ``has_linear_head``.
         mask_id: id of the mask token, below ``net.num_tokens``.
         steps: default number of generation steps.
         self_cond: condition on the embeddings of an earlier pass (https://arxiv.org/abs/2208.04202); needs
@@ -78,6 +83,7 @@ class NonAutoregressiveWrapper(nn.Module):
         net: Any,
         *,
         mask_id: int,
+        head: nn.Linear | None = None,
         steps: int = 18,
         self_cond: bool = False,
         self_cond_train_prob: float = 0.75,
@@ -104,9 +110,9 @@ class NonAutoregressiveWrapper(nn.Module):
             ("compat", compat),
         ):
             _check.flag(name, flag)
-        _check.integer("net.num_tokens", getattr(net, "num_tokens", None), 2)
-        for name in ("max_seq_len",) + ("emb_dim",) * self_cond:
-            _check.integer(f"net.{name}", getattr(net, name, None), 1)
+        backbone.check_network(net, needs_embeddings=self_cond)
+        if head is not None:
+            backbone.check_head(net, head)
         mask_id = _check.integer("mask_id", mask_id, 0, net.num_tokens)
         steps = _check.integer("steps", steps, 1, 2**24)
         for name, share in (
@@ -132,6 +138,7 @@ class NonAutoregressiveWrapper(nn.Module):
             )
 
         self.net = net
+        self._heads = Heads(head)
         self.dim: int | None = getattr(net, "emb_dim", None)
         self.num_tokens: int = net.num_tokens
         self.max_seq_len: int = net.max_seq_len
@@ -156,8 +163,16 @@ class NonAutoregressiveWrapper(nn.Module):
             self.to_self_cond = nn.Linear(net.emb_dim, net.emb_dim, bias=False)
             self.self_cond_train_prob = self_cond_train_prob
 
-        self.token_critic = SelfCritic(net) if self_token_critic else token_critic
+        self.token_critic = SelfCritic(net, self._embedding_width()) if self_token_critic else token_critic
         self.critic_loss_weight = critic_loss_weight
+
+    def _embedding_width(self) -> int | None:
+        """D, as far as the network tells."""
+        head = self._heads.way(self.net).head
+        width = getattr(getattr(self.net, "attn_layers", None), "dim", None)
+        if width is None and head is not None:
+            width = head.weight.shape[1]
+        return self.dim if width is None else width
 
     def _checked_excludes(self, random_excludes: Tensor | Sequence[int] | None) -> Tensor | None:
         if random_excludes is None:
@@ -199,13 +214,32 @@ class NonAutoregressiveWrapper(nn.Module):
     def _formulas(self) -> upstream.Formulas:
         return upstream.X_TRANSFORMERS if self.compat else upstream.FASTMASK
 
+    @property
+    def has_linear_head(self) -> bool:
+        """Whether logits are made for masked positions only, of the network's embeddings; its repr says why not.
+
+        A network that does not declare its head is tried, once, on one sequence of masks.
+        """
+        device = backbone.device_of(self.net)
+        ids = torch.full((1, self.max_seq_len), self.mask_id, dtype=torch.int64, device=device)
+        with evaluating(self):
+            self._heads.prove(self.net, ids, {})
+        return self._heads.way(self.net).head is not None
+
     def extra_repr(self) -> str:
-        """The numbers, the schedule, and the flags that are on."""
+        """The numbers, the schedule, the way through the network's head, and the flags that are on."""
         numbers = [f"{name}={getattr(self, name)}" for name in ("num_tokens", "max_seq_len", "mask_id", "steps")]
         flags = [f"{name}=True" for name in _FLAGS if getattr(self, name)]
         words = [f"schedule={self._schedule.label!r}", f"mask_mode={self.mask_mode!r}"]
         gate = [f"gate={self.gate!r}"] if self.gate != "batch" else []
-        return ", ".join([*numbers, *words, *gate, *flags])
+        way = self._heads.way(self.net)
+        head = f"linear_head={way.head is not None} ({way.reason})"
+        return ", ".join([*numbers, *words, *gate, *flags, head])
+
+    def _run(self, ids: Tensor, **arguments: Any) -> backbone.Output:
+        """The network on ids [B, N], for the ids there are."""
+        out = backbone.run(self.net, self._heads, ids, **arguments)
+        return self._formulas.of_tokens(out, self.net, self.num_tokens, self.mask_id)
 
     # Training
 
@@ -335,7 +369,7 @@ class NonAutoregressiveWrapper(nn.Module):
         share = 1.0 if num_tokens is None else num_maskable / _scalar("num_tokens", num_tokens)
         condition = self._training_condition(masked.masked_ids, generator, kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
-            out = backbone.run(self.net, masked.masked_ids, **condition, **kwargs)
+            out = self._run(masked.masked_ids, **condition, **kwargs)
         loss = metrics = None
         if with_metrics or not only_train_critic:
             denominator = self._denominator(masked, num_maskable, share, num_masked)
@@ -498,7 +532,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
         def cost(tokens: Tensor, masked: MaskedTokens, arguments: dict[str, Any]) -> CrossEntropy:
             counted = HostCount(masked.num_masked)
-            out = backbone.run(self.net, masked.masked_ids, **condition, **arguments)
+            out = self._run(masked.masked_ids, **condition, **arguments)
             return out.loss(tokens, masked, masked.loss_weights, 1.0, counted.at_most(tokens.numel()))
 
         return evaluation.Model(self.net, mask, cost)
@@ -641,7 +675,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _model(self) -> generation.Model:
         return generation.Model(
-            net=self.net,
+            run=self._run,
             critic=self.token_critic,
             condition=self._condition,
             null_embed=self.null_embed if self.self_cond else None,

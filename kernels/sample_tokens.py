@@ -315,6 +315,7 @@ def _sample_behind_head(
         x = head.scaled(rows.of(head.embeddings, part)).to(dtype)
         logits = buffer[: x.shape[0], :num_ids]
         _head_product(x, weight, bias, out=logits)
+        head.capped_(logits)
         kept = None if kept_ids is None else kept_ids[part]
         parts.append(sample_tokens(logits, rows.part(part), draws, sampling, kept, out))
     if out is not None or len(parts) == 1:

@@ -21,7 +21,7 @@ FLOORS = [
     ("backbone", "critic", "own_masks", "_cuda_graph"),
     ("functional",),
     ("ops",),
-    ("_check", "_dispatch", "data", "schedules"),
+    ("_check", "_dispatch", "data", "heads", "schedules"),
     ("reference", "kernels"),
     ("_autograd", "_devices", "_host_count", "_modes", "_progress", "_streams", "records"),
 ]
