@@ -100,12 +100,13 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, belo
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """``value`` as an int; low <= value, and < high if given."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-        raise TypeError(f"expected {name} to be an int, received {type(value).__name__}")
-    try:
-        value = operator.index(value)
-    except TypeError:  # a NumPy array
-        raise TypeError(f"expected {name} to be an int, received {type(value).__name__}") from None
+    if isinstance(value, bool) or not isinstance(value, int):  # what torch.compile calls an int stays symbolic
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+            raise TypeError(f"expected {name} to be an int, received {type(value).__name__}")
+        try:
+            value = operator.index(value)
+        except TypeError:  # a NumPy array
+            raise TypeError(f"expected {name} to be an int, received {type(value).__name__}") from None
     if value < low or (high is not None and value >= high):
         upper = "" if high is None else f" and below {high}"
         raise ValueError(f"expected {name} of at least {low}{upper}, received {value}")

@@ -76,7 +76,7 @@ LINEAR = Schedule(_linear, _linear_slope, "linear")
 COSINE = Schedule(_cosine, _cosine_slope, "cosine")
 
 
-def as_schedule(schedule: str | TensorFn | Schedule) -> Schedule:
+def as_schedule(schedule: str | TensorFn | float | Schedule) -> Schedule:
     """The schedule of that name, or a callable as a schedule.
 
     Raises:
@@ -89,6 +89,11 @@ def as_schedule(schedule: str | TensorFn | Schedule) -> Schedule:
         if schedule not in named:
             raise ValueError(f"invalid schedule {schedule!r}: expected 'linear', 'cosine' or a callable on a tensor")
         return named[schedule]
+    if isinstance(schedule, (int, float)) and not isinstance(schedule, bool):
+        if not 0.0 < schedule <= 1.0:
+            raise ValueError(f"expected a constant schedule in (0, 1], received {schedule}")
+        ratio = float(schedule)
+        return Schedule(lambda t: torch.full_like(t, ratio), torch.zeros_like)
     if not callable(schedule):
         raise TypeError(f"expected schedule to be a name or a callable, received {type(schedule).__name__}")
     return Schedule(schedule)

@@ -112,9 +112,7 @@ def test_listed_targets_may_be_ignored(backend, num_masked):
     targets[0, 1] = targets[1, 2] = -100
     run = partial(backend.run, functional.linear_masked_cross_entropy, x, w, targets)
     for check in (False, True):
-        got = run(
-            row_indices=torch.tensor([0, 1, 5, 3, -1]), ignore_index=-100, check=check, num_masked=num_masked
-        )
+        got = run(row_indices=torch.tensor([0, 1, 5, 3, -1]), ignore_index=-100, check=check, num_masked=num_masked)
         torch.testing.assert_close(got, run(row_indices=torch.tensor([0, 3])))
 
 
@@ -164,7 +162,9 @@ def test_other_derivatives_are_refused(backend, name, transform):
         "hessian": lambda: torch.func.hessian(loss)(x),
         "dual": dual,
     }[transform]
-    with pytest.raises(RuntimeError, match=rf"expected {name} to be a plain tensor, received one (inside|with|batch)"):
+    with pytest.raises(
+        RuntimeError, match=rf"expected {name} to be a plain tensor, received one (inside|with|batch)"
+    ):
         run()
 
 

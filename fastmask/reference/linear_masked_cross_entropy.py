@@ -186,7 +186,9 @@ def linear_masked_cross_entropy(
     if not is_reduced:
         loss = scatter_rows(loss, indices, targets.shape)
     if num_masked is not None:
-        falls_short = len(indices) > num_masked if row_indices is None else bool((row_indices[num_masked:] >= 0).any())
+        falls_short = (
+            len(indices) > num_masked if row_indices is None else bool((row_indices[num_masked:] >= 0).any())
+        )
         loss = loss * torch.nan if falls_short else loss  # and so are its gradients
     return CrossEntropy(
         loss,
