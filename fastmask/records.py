@@ -42,7 +42,8 @@ class ScheduleValues(NamedTuple):
 class Masking(NamedTuple):
     """How masks are chosen, and what the network sees there; see ``fastmask.functional.mask_sampling``.
 
-    schedule: "linear" or "cosine", evaluated by the operation; None where its values are given.
+    schedule: "linear" or "cosine", evaluated by the operation; None where its values are given. gates_tokens: each
+    masked position is kept or random by itself, not a share of them after a coin. complement: what the mask leaves.
     """
 
     mask_id: int
@@ -54,6 +55,21 @@ class Masking(NamedTuple):
     no_replace_prob: float = 0.0
     random_token_prob: float = 0.0
     random_may_be_mask: bool = False
+    gates_tokens: bool = False
+    complement: bool = False
+
+    @property
+    def gate_ends(self) -> tuple[int, int]:
+        """Below which of 2**32 words a position keeps its token, and below which else it gets a random one."""
+        kept = self.no_replace_prob
+        return round(kept * 2**32), min(round((kept + self.random_token_prob) * 2**32), 2**32)
+
+
+class RandomIds(NamedTuple):
+    """What random tokens are drawn from, where ids are excluded: the first num_ids [] int64 of ids [V] int64."""
+
+    ids: Tensor | None = None
+    num_ids: Tensor | None = None
 
 
 class MaskedTokens(NamedTuple):
