@@ -43,8 +43,8 @@ class Output(NamedTuple):
             if width > mask_id or width in _embedding_widths(net):
                 raise ValueError(
                     f"expected logits of net.num_tokens = {num_tokens} columns (more are cut off as padding, "
-                    f"the last may lack from mask_id {mask_id} on), received {width}; return logits, no embeddings, and give "
-                    "the head a column for each id"
+                    f"the last may lack from mask_id {mask_id} on), received {width}; return logits, no embeddings, "
+                    "and give the head a column for each id"
                 )
             return self
         logits = self.logits

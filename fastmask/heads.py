@@ -57,7 +57,7 @@ class Heads:
 
     def __init__(self, head: nn.Linear | None = None) -> None:
         self.head = head
-        self._tried: nn.Module | None = None  # a bare to_logits that a run was to prove
+        self._tried: nn.Linear | None = None  # a bare to_logits that a run was to prove
         self._disproof: str | None = None
         self._has_warned = False
 
@@ -72,21 +72,23 @@ class Heads:
 
     def _declared(self, net: Any) -> Way | None:
         if self.head is not None:
-            return Way(Head(self.head.weight, self.head.bias), "head= of the wrapper")
+            return Way(_head_of(self.head), "head= of the wrapper")
         if callable(getattr(net, "linear_head", None)):
             head = net.linear_head()
             if not isinstance(head, Head):
                 raise TypeError(
-                    f"expected net.linear_head() to return fastmask.Head(weight, bias), received {type(head).__name__}"
+                    f"expected net.linear_head() to return fastmask.Head(weight, bias), "
+                    f"received {type(head).__name__}"
                 )
             return Way(head, "net.linear_head()")
         if not has_bare_head(net):
             return None
-        if self._tried is not net.to_logits:
+        linear: nn.Linear = net.to_logits
+        if self._tried is not linear:
             return Way(None, "net.to_logits is tried at the first call")
         if self._disproof is not None:
             return Way(None, self._disproof)
-        return Way(Head(net.to_logits.weight, net.to_logits.bias), "net.to_logits, as a run has shown")
+        return Way(_head_of(linear), "net.to_logits, as a run has shown")
 
     @torch.no_grad()
     def prove(self, net: Any, ids: Tensor, arguments: dict[str, Any]) -> None:
@@ -110,8 +112,9 @@ class Heads:
         self._tried, self._disproof = net.to_logits, _disproof(net.to_logits, *runs)
         if self._disproof is not None:
             warnings.warn(
-                f"fastmask takes the logits of {type(net).__name__}, although it has to_logits and return_embeddings=: "
-                f"{self._disproof}. Declare the head with linear_head() or head=, or rename to_logits",
+                f"fastmask takes the logits of {type(net).__name__}, although it has to_logits and "
+                f"return_embeddings=: {self._disproof}; "
+                "declare the head with linear_head() or head=, or rename to_logits",
                 stacklevel=2,
             )
 
@@ -126,12 +129,14 @@ class Heads:
             )
 
 
+def _head_of(linear: nn.Linear) -> Head:
+    return Head(linear.weight, linear.bias)
+
+
 def has_bare_head(net: Any) -> bool:
-    """Whether a network of one's own has an nn.Linear called to_logits, and a forward that names return_embeddings."""
-    if (
-        _is_transformer_wrapper(getattr(net, "_orig_mod", net))
-        or type(getattr(net, "to_logits", None)) is not nn.Linear
-    ):
+    """Whether a network of one's own has an nn.Linear called to_logits, and a forward with return_embeddings=."""
+    is_linear = type(getattr(net, "to_logits", None)) is nn.Linear
+    if not is_linear or _is_transformer_wrapper(getattr(net, "_orig_mod", net)):
         return False
     return "return_embeddings" in inspect.signature(getattr(net, "forward", net)).parameters
 
@@ -197,11 +202,11 @@ def of_transformer(net: Any) -> Way:
     if between:
         return Way(None, f"{', '.join(between)} between embeddings and logits")
 
-    head = net.to_logits
+    head: Any = net.to_logits
     if type(head) is nn.Linear:
         if _altered(head):
             return Way(None, "hooks on to_logits, or a forward of its own")
-        return Way(Head(head.weight, head.bias), "TransformerWrapper's to_logits")
+        return Way(_head_of(head), "TransformerWrapper's to_logits")
     embedding = getattr(net.token_emb, "emb", None)
     if not _is_tied_lambda(head):
         return Way(None, f"to_logits is a {type(head).__name__}")
