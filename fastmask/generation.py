@@ -28,9 +28,9 @@ from fastmask.upstream import Formulas
 class Model(NamedTuple):
     """Who proposes ids, and who judges them.
 
-    run: the network, of ids [B, N] and its arguments. critic: None where the network's confidence judges. condition:
-    embeddings to the network's arguments that condition it on them. null_embed: [D], what the
-    first step is conditioned on; None without self-conditioning. may_remask: whether what is committed may be masked again.
+    run: the network, of ids [B, N] and its arguments. critic: None where the network's confidence judges.
+    condition: embeddings to the network's arguments that condition it on them. null_embed: [D], what the first step
+    is conditioned on; None without self-conditioning. may_remask: whether what is committed may be masked again.
     """
 
     run: Callable[..., backbone.Output]
