@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -236,10 +237,10 @@ class NonAutoregressiveWrapper(nn.Module):
         head = f"linear_head={way.head is not None} ({way.reason})"
         return ", ".join([*numbers, *words, *gate, *flags, head])
 
-    def _run(self, ids: Tensor, **arguments: Any) -> backbone.Output:
+    def _run(self, formulas: upstream.Formulas, ids: Tensor, **arguments: Any) -> backbone.Output:
         """The network on ids [B, N], for the ids there are."""
         out = backbone.run(self.net, self._heads, ids, **arguments)
-        return self._formulas.of_tokens(out, self.net, self.num_tokens, self.mask_id)
+        return formulas.of_tokens(out, self.net, self.num_tokens, self.mask_id)
 
     # Training
 
@@ -369,7 +370,7 @@ class NonAutoregressiveWrapper(nn.Module):
         share = 1.0 if num_tokens is None else num_maskable / _scalar("num_tokens", num_tokens)
         condition = self._training_condition(masked.masked_ids, generator, kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
-            out = self._run(masked.masked_ids, **condition, **kwargs)
+            out = self._run(self._formulas, masked.masked_ids, **condition, **kwargs)
         loss = metrics = None
         if with_metrics or not only_train_critic:
             denominator = self._denominator(masked, num_maskable, share, num_masked)
@@ -475,7 +476,8 @@ class NonAutoregressiveWrapper(nn.Module):
 
         An average over ``num_samples`` draws of masks per sequence, at times stratified over all of them;
         no kept or random tokens, no dropout, the null embedding where there is self-conditioning. It does not
-        depend on the schedule nor on the training loss.
+        depend on the schedule, on the training loss nor on compat. The mask is no prediction: its column, and what
+        pads the head, leave the softmax as they leave the sampler's.
 
         Args:
             tokens: clean ids, N up to max_seq_len:
@@ -532,7 +534,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
         def cost(tokens: Tensor, masked: MaskedTokens, arguments: dict[str, Any]) -> CrossEntropy:
             counted = HostCount(masked.num_masked)
-            out = self._run(masked.masked_ids, **condition, **arguments)
+            out = self._run(upstream.FASTMASK, masked.masked_ids, **condition, **arguments)
             return out.loss(tokens, masked, masked.loss_weights, 1.0, counted.at_most(tokens.numel()))
 
         return evaluation.Model(self.net, mask, cost)
@@ -675,7 +677,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _model(self) -> generation.Model:
         return generation.Model(
-            run=self._run,
+            run=partial(self._run, self._formulas),
             critic=self.token_critic,
             condition=self._condition,
             null_embed=self.null_embed if self.self_cond else None,

@@ -26,12 +26,20 @@ def without(name: str) -> Recorder:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"net": without("num_tokens")}, TypeError, "expected net.num_tokens to be an int, received NoneType"),
-        ({"net": without("max_seq_len")}, TypeError, "expected net.max_seq_len to be an int, received NoneType"),
+        (
+            {"net": without("num_tokens")},
+            TypeError,
+            "expected a network with net.num_tokens, received Recorder without; set that",
+        ),
+        (
+            {"net": without("max_seq_len")},
+            TypeError,
+            "expected a network with net.max_seq_len, received Recorder without; set that",
+        ),
         (
             {"net": without("emb_dim"), "self_cond": True},
             TypeError,
-            "expected net.emb_dim to be an int, received NoneType",
+            "expected a network with net.emb_dim, received Recorder without; set that",
         ),
         ({"mask_id": V}, ValueError, "expected mask_id of at least 0 and below 12, received 12"),
         ({"mask_id": -1}, ValueError, "expected mask_id of at least 0 and below 12, received -1"),
@@ -113,9 +121,9 @@ def without(name: str) -> Recorder:
             "expected token_critic or self_token_critic=True, received both; leave one out",
         ),
         (
-            {"net": Recorder(), "self_token_critic": True},
+            {"net": without("emb_dim"), "self_token_critic": True},
             ValueError,
-            "a network that has attn_layers.dim and return_embeddings= .*, received Recorder; give token_critic=",
+            "a network that has emb_dim and return_embeddings= .*, received Recorder; give token_critic=",
         ),
     ],
 )
