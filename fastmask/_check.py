@@ -114,7 +114,12 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 
 def clean_tokens(
-    name: str, ids: Tensor, num_tokens: int, forbidden_id: int | None, where: Tensor | None = None
+    name: str,
+    ids: Tensor,
+    num_tokens: int,
+    forbidden_id: int | None,
+    where: Tensor | None = None,
+    remedy: str = "clean the data (fastmask.data refuses such ids when it reads them)",
 ) -> None:
     """Every id (at ``where``) is in [0, num_tokens) and none is forbidden. Reads values: synchronises."""
     wrong = (ids < 0) | (ids >= num_tokens)
@@ -127,5 +132,5 @@ def clean_tokens(
         besides = "" if forbidden_id is None else f" other than {forbidden_id}"
         raise ValueError(
             f"expected {name} in [0, {num_tokens}){besides}, received {int(ids[tuple(position)])} at {position} "
-            f"and {int(wrong.sum()) - 1} more; clean the data (fastmask.data refuses such ids when it reads them)"
+            f"and {int(wrong.sum()) - 1} more; {remedy}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -68,6 +69,9 @@ class NonAutoregressiveWrapper(nn.Module):
             masked tokens. None is True, but False where the schedule is a number.
         mask_mode: "exact" counts, or "bernoulli" (each position by itself, as MDLM and LLaDA).
         stratified_times: spread the batch's times evenly over [0, 1).
+        check: "first" looks at the ids of the first batch of forward or nelbo: each in [0, num_tokens) and, where it
+            may be masked, not mask_id, which would cost infinity. The host waits for that once. "always" looks at
+            each batch, "never" at none; nothing is looked at under torch.compile or in a CUDA graph's capture.
         compat: restore the formulas of x-transformers 2.31.10 where fastmask corrects them (docs/compat.md).
 
     Raises:
@@ -100,6 +104,7 @@ class NonAutoregressiveWrapper(nn.Module):
         use_simple_mdlm_loss_weight: bool | None = None,
         mask_mode: str = "exact",
         stratified_times: bool = False,
+        check: str = "first",
         compat: bool = False,
     ) -> None:
         super().__init__()
@@ -124,6 +129,7 @@ class NonAutoregressiveWrapper(nn.Module):
             _check.number(name, share, 0.0, 1.0)
         _check.number("critic_loss_weight", critic_loss_weight, 0.0)
         _check.option("mask_mode", mask_mode, ["exact", "bernoulli"])
+        _check.option("check", check, ["first", "always", "never"])
         _check.option("gate", gate, ["batch", "token"])
         if gate == "token" and no_replace_prob + random_token_prob > 1.0:
             raise ValueError(
@@ -136,6 +142,13 @@ class NonAutoregressiveWrapper(nn.Module):
             raise TypeError(
                 "expected token_critic to be a module or a callable on ids [B, N], received "
                 f"{type(token_critic).__name__}; self_token_critic=True makes one"
+            )
+
+        if getattr(getattr(net, "attn_layers", None), "causal", False):
+            warnings.warn(
+                f"the attention of {type(net).__name__} is causal: a masked token then sees what lies before it "
+                "only; build the network over an Encoder",
+                stacklevel=2,
             )
 
         self.net = net
@@ -156,6 +169,8 @@ class NonAutoregressiveWrapper(nn.Module):
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
         self.mask_mode = mask_mode
         self.stratified_times = stratified_times
+        self.check = check
+        self._has_checked = False
         self.compat = compat
 
         self.self_cond = self_cond
@@ -327,6 +342,7 @@ class NonAutoregressiveWrapper(nn.Module):
             6
         """
         self._check_tokens("x", x)
+        self._check_ids("x", x, maskable if is_masked is None else is_masked)
         for name, flag in (
             ("only_train_generator", only_train_generator),
             ("only_train_critic", only_train_critic),
@@ -530,6 +546,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
         def mask(tokens: Tensor, maskable: Tensor | None, draws: Draws, global_batch_size: int) -> MaskedTokens:
             self._check_tokens("tokens", tokens)
+            self._check_ids("tokens", tokens, maskable)
             return self._mask(tokens, maskable, draws, global_batch_size, stratified=True)
 
         def cost(tokens: Tensor, masked: MaskedTokens, arguments: dict[str, Any]) -> CrossEntropy:
@@ -694,10 +711,27 @@ class NonAutoregressiveWrapper(nn.Module):
                 f"{list(tokens.shape)}; cut longer sequences (fastmask.data)"
             )
 
+    def _check_ids(self, name: str, tokens: Tensor, maskable: Tensor | None) -> None:
+        """Looks at the values, as often as ``check`` says."""
+        if self.check == "never" or (self._has_checked and self.check == "first") or _cannot_look(tokens):
+            return
+        _check.clean_tokens(name, tokens, self.num_tokens, None)
+        if not self.compat and (maskable is None or maskable.shape == tokens.shape):
+            remedy = "give maskable=, False where the mask is among the ids"
+            _check.clean_tokens(name, tokens, self.num_tokens, self.mask_id, maskable, remedy)
+        self._has_checked = True
+
 
 def _num_maskable(tokens: Tensor, maskable: Tensor | None) -> Tensor | float:
     """sum_b n_b, at least 1."""
     return max(1, tokens.numel()) if maskable is None else maskable.sum().clamp(min=1).float()
+
+
+def _cannot_look(x: Tensor) -> bool:
+    """Whether the values of a tensor cannot be read here."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _scalar(name: str, count: Tensor | float) -> Tensor | float:
