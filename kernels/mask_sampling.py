@@ -206,19 +206,17 @@ def _visible_ids(token, keys, brackets, gates, SKIPS_MASK: tl.constexpr):
     """What the network sees at masked positions."""
     visible = tl.full((), gates.mask_id, token.dtype)
     if brackets.kept is not None or gates.keep_end is not None:
-        if gates.keep_end is not None:
-            is_random = keys.free.to(tl.int64) < gates.random_end
-            is_kept = keys.free.to(tl.int64) < gates.keep_end
-        else:
-            is_random = keys.key < brackets.random.low
-            is_kept = keys.key < brackets.kept.low
         ids = philox.below(gates.num_ids, keys.id_high, keys.id_low)
         if gates.ids_ptr is not None:
-            ids = tl.load(gates.ids_ptr + ids, mask=is_random, other=0)
+            ids = tl.load(gates.ids_ptr + ids)
         elif SKIPS_MASK:
             ids += (ids >= gates.mask_id).to(tl.int64)
-        visible = tl.where(is_random, ids.to(token.dtype), visible)
-        visible = tl.where(is_kept, token, visible)
+        if gates.keep_end is not None:
+            visible = tl.where(keys.free.to(tl.int64) < gates.random_end, ids.to(token.dtype), visible)
+            visible = tl.where(keys.free.to(tl.int64) < gates.keep_end, token, visible)
+        else:
+            visible = tl.where(keys.key < brackets.random.low, ids.to(token.dtype), visible)
+            visible = tl.where(keys.key < brackets.kept.low, token, visible)
     return visible
 
 
