@@ -342,7 +342,6 @@ class NonAutoregressiveWrapper(nn.Module):
             6
         """
         self._check_tokens("x", x)
-        self._check_ids("x", x, maskable if is_masked is None else is_masked)
         for name, flag in (
             ("only_train_generator", only_train_generator),
             ("only_train_critic", only_train_critic),
@@ -381,6 +380,7 @@ class NonAutoregressiveWrapper(nn.Module):
         else:
             own_masks.refuse_what_draws(maskable, complement, self.use_simple_mdlm_loss_weight)
             masked = own_masks.as_drawn(x, is_masked, masked_ids, self.mask_id)
+        self._check_ids("x", x, maskable if is_masked is None else is_masked)
         counted = HostCount(masked.num_masked)
         num_maskable = _num_maskable(x, maskable)
         share = 1.0 if num_tokens is None else num_maskable / _scalar("num_tokens", num_tokens)
@@ -546,8 +546,9 @@ class NonAutoregressiveWrapper(nn.Module):
 
         def mask(tokens: Tensor, maskable: Tensor | None, draws: Draws, global_batch_size: int) -> MaskedTokens:
             self._check_tokens("tokens", tokens)
+            masked = self._mask(tokens, maskable, draws, global_batch_size, stratified=True)
             self._check_ids("tokens", tokens, maskable)
-            return self._mask(tokens, maskable, draws, global_batch_size, stratified=True)
+            return masked
 
         def cost(tokens: Tensor, masked: MaskedTokens, arguments: dict[str, Any]) -> CrossEntropy:
             counted = HostCount(masked.num_masked)
@@ -716,7 +717,7 @@ class NonAutoregressiveWrapper(nn.Module):
         if self.check == "never" or (self._has_checked and self.check == "first") or _cannot_look(tokens):
             return
         _check.clean_tokens(name, tokens, self.num_tokens, None)
-        if not self.compat and (maskable is None or maskable.shape == tokens.shape):
+        if not self.compat:
             remedy = "give maskable=, False where the mask is among the ids"
             _check.clean_tokens(name, tokens, self.num_tokens, self.mask_id, maskable, remedy)
         self._has_checked = True
