@@ -285,7 +285,7 @@ def test_hot_generation_is_upstreams_where_the_noise_can_be_aligned(schedule, fi
 @pytest.mark.parametrize("seed", [0, 1])
 def test_default_learns_what_upstreams_default_unlearns(device, seed):
     """Row 1. x_i = c + i mod 16: any visible token tells all others."""
-    vocabulary, length, steps, batch = 17, 8, 250, 64
+    vocabulary, length, steps, batch = 17, 8, 300, 64
     places = torch.arange(length, device=device)
 
     def draw(count: int, seed: int) -> torch.Tensor:
