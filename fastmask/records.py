@@ -182,21 +182,30 @@ class LinearLogits(NamedTuple):
 class SampledRows(NamedTuple):
     """Which M rows are sampled.
 
-    row_indices: [M] int64, flat positions b N + i; -1 for no row. seq_len: N. is_compact: whether there are logits of
-    these rows only, [M, V], or of every position, [B N, V].
+    row_indices: [M] int64, flat positions b N + i; -1, or what is no position, for no row. seq_len: N. is_compact:
+    whether there are logits of these rows only, [M, V], or of every position, [B N, V]. num_places: B N; None where
+    nothing lies at positions.
     """
 
     row_indices: Tensor
     seq_len: int
     is_compact: bool
+    num_places: int | None = None
+
+    def without_strays(self) -> SampledRows:
+        """The same with -1 for what is no position."""
+        is_row = self.row_indices >= 0
+        if self.num_places is not None:
+            is_row &= self.row_indices < self.num_places
+        return self._replace(row_indices=self.row_indices.where(is_row, -1))
 
     def part(self, part: slice) -> SampledRows:
         """Some of the rows, to go with logits of these only."""
-        return SampledRows(self.row_indices[part], self.seq_len, True)
+        return self._replace(row_indices=self.row_indices[part], is_compact=True)
 
     def of(self, values: Tensor, part: slice) -> Tensor:
         """What belongs to some of the rows; some other's where there is no row."""
-        return values[part] if self.is_compact else values[self.row_indices[part].clamp(min=0)]
+        return values[part] if self.is_compact else values[self.row_indices[part].clamp(0, len(values) - 1)]
 
 
 class Sampling(NamedTuple):

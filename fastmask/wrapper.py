@@ -661,7 +661,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 "leave one out"
             )
         device = backbone.device_of(self.net)
-        forbidden = as_forbidden(forbidden, self.num_tokens, device)
+        forbidden = as_forbidden(forbidden, self.num_tokens, device, mask_id=self.mask_id)
         start = generation.start(batch_size, prompt, prompt_mask, self.max_seq_len, self.mask_id, device)
         plan = self._plan(steps, start.num_maskable, device, threshold is not None, cuda_graph and prompt is not None)
         state = generation.first_state(start, plan, functional.draw_seed(device, generator), forbidden)
