@@ -353,3 +353,47 @@ def test_a_forbidden_id_may_be_kept_and_has_no_probability(door):
     out = door.sample_tokens(torch.zeros(1, 2, 4), forbidden=[2], kept_ids=kept_ids, seed=1)
     assert torch.equal(out.ids, kept_ids)
     torch.testing.assert_close(out.log_probs, torch.tensor([[-math.inf, -math.log(3)]]))
+
+
+STRAYS = [[0, -1, 2], [-1, 1, -1], [3, 1, 0], [0, 2**40, 1], [-2, -(2**60), 2]]
+
+
+@pytest.mark.parametrize("rows", STRAYS, ids=str)
+@pytest.mark.parametrize("kind", ["all", "compact", "head", "compact head"])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+def test_listed_rows_that_are_no_position_are_no_rows(backend, rows, kind, filters):
+    """Neither read nor written through, wherever they stand in the list; the others are what they are alone."""
+    generator = torch.Generator().manual_seed(0)
+    device, row_indices = backend.device, torch.tensor(rows)
+    embeddings, weight = torch.randn(1, 3, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    given = embeddings if "head" in kind else embeddings @ weight.mT
+    is_row = (row_indices >= 0) & (row_indices < 3)
+    compact = {"seq_len": 3} if "compact" in kind else {}
+    if compact:
+        given = given[0][row_indices.clamp(0, 2)]
+
+    def sample(given, row_indices, **options):
+        logits = functional.LinearLogits(given, weight) if "head" in kind else given
+        return backend.run(
+            functional.sample_tokens, logits, row_indices=row_indices, seed=1, **compact, **filters, **options
+        )
+
+    room = torch.full((9,), 7, device=device)
+    figures = torch.full((9,), 7.0, device=device)
+    sample(given, row_indices, out=functional.Sampled(room[3:6].view(1, 3), figures[3:6].view(1, 3)))
+    for memory in (room, figures):
+        assert (memory[:3] == 7).all()
+        assert (memory[6:] == 7).all()
+    places = row_indices[is_row]
+    alone = sample(given[is_row] if compact else given, places)
+    assert torch.equal(room[3:6].cpu()[places], alone.ids)
+    torch.testing.assert_close(figures[3:6].cpu()[places], alone.log_probs)  # a product of other rows rounds otherwise
+    others = torch.ones(3, dtype=torch.bool).index_fill(0, places, False)
+    assert (room[3:6].cpu()[others] == 7).all()
+
+
+def test_kept_ids_that_are_none_give_nan(door):
+    logits = draw(1, 3, 5)
+    out = door.sample_tokens(logits, kept_ids=torch.tensor([[5, 2**40, 1]]), seed=0)
+    assert out.log_probs[0, :2].isnan().all()
+    torch.testing.assert_close(out.log_probs[0, 2], logits[0, 2].log_softmax(dim=-1)[1])
