@@ -387,7 +387,7 @@ def test_listed_rows_that_are_no_position_are_no_rows(backend, rows, kind, filte
     places = row_indices[is_row]
     alone = sample(given[is_row] if compact else given, places)
     assert torch.equal(room[3:6].cpu()[places], alone.ids)
-    torch.testing.assert_close(figures[3:6].cpu()[places], alone.log_probs)  # a product of other rows rounds otherwise
+    torch.testing.assert_close(figures[3:6].cpu()[places], alone.log_probs)  # a product rounds by its rows
     others = torch.ones(3, dtype=torch.bool).index_fill(0, places, False)
     assert (room[3:6].cpu()[others] == 7).all()
 
