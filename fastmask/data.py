@@ -244,7 +244,8 @@ def from_text(
         b'or not'
     """
     num_tokens, mask_id = _vocabulary(num_tokens, mask_id)
-    parts = [torch.empty(0, dtype=torch.int32)]
+    dtype = torch.int32 if num_tokens <= 2**31 else torch.int64
+    parts = [torch.empty(0, dtype=dtype)]
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         try:
             with open(path, encoding="utf-8", newline="") as file:
@@ -252,7 +253,7 @@ def from_text(
         except UnicodeDecodeError as error:
             raise ValueError(f"expected UTF-8 in {path}, received {error}; convert the file") from error
         ids = _integers(f"ids of {path}", _encode(tokenizer, text), ndim=1)
-        parts.append(_clean(ids, num_tokens, mask_id, f"{path}, ", 0).to(torch.int32))
+        parts.append(_clean(ids, num_tokens, mask_id, f"{path}, ", 0).to(dtype))
     joined = torch.cat(parts)
     return TokenWindows(joined, seq_len, num_tokens=num_tokens, mask_id=mask_id, stride=stride, tail=tail)
 
@@ -278,7 +279,7 @@ def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -
 
     Raises:
         TypeError: values not real, or levels not an int.
-        ValueError: no image; images of several shapes; a value outside value_range, or NaN; a bad argument.
+        ValueError: no image; levels > 2**31; images of several shapes; a value outside value_range, or NaN; a bad argument.
 
     Example:
         >>> data = from_images(torch.tensor([[[0.0, 1.0], [0.5, 0.2]]]), levels=3, value_range=(0, 1))
@@ -286,6 +287,8 @@ def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -
         (tensor([0, 2, 1, 0]), 4, 4, 3)
     """
     levels, low, high = _scale(levels, value_range)
+    if levels > 2**31:
+        raise ValueError(f"expected levels <= 2**31, which four bytes hold, received {levels}; give fewer")
     if len(images) == 0:
         raise ValueError("expected at least one image, received none; their shape gives the sequence length")
     shape = _tensor(images[0]).shape
@@ -304,7 +307,9 @@ def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -
         outside = ~((values >= low) & (values <= high))
         remedy = "give the value_range of the data, or clamp the values"
         _refuse(outside, image, f"values in [{low:g}, {high:g}]", remedy, f"image {i}, ")
-        ids[i] = ((values.double() - low) / (high - low) * (levels - 1)).round().flatten()
+        scaled = (values.double() - low) / (high - low) * (levels - 1)
+        # An end rounded to a coarse dtype may lie past it: 100.4 is 100.5 in bfloat16.
+        ids[i] = scaled.round().clamp(0, levels - 1).flatten()
     return TokenSequences(ids, ids.shape[1], num_tokens=levels + 1, mask_id=levels)
 
 
@@ -488,9 +493,9 @@ def _scale(levels: int, value_range: tuple[float, float]) -> tuple[int, float, f
         low, high = map(float, value_range)
     except (TypeError, ValueError):
         low = high = math.nan
-    if not -math.inf < low < high < math.inf:
+    if not (-math.inf < low < high < math.inf and high - low < math.inf):
         raise ValueError(
             f"expected value_range (low, high), finite and low < high, received {value_range}; give the "
-            "least and the largest value there can be"
+            "least and the largest value there can be (their difference finite too)"
         )
     return levels, low, high

@@ -7,9 +7,14 @@ extra ``demo``: tqdm, matplotlib, scikit-learn, x-transformers.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
+import itertools
 import math
+import os
 import pathlib
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from fastmask import data
 from fastmask.records import Trajectory
@@ -75,35 +80,79 @@ class Task:
         return self.num_tokens - 1
 
 
+class Refused(ValueError):
+    """What the command line cannot use: one line for the reader, no traceback."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo's options."""
     parser.add_argument("--text", type=pathlib.Path, help="learn the characters of this UTF-8 file instead of digits")
     parser.add_argument("--steps", type=_positive, default=1500, help="training steps (default 1500)")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("fastmask-demo.png"), help="the picture")
     parser.add_argument(
-        "--checkpoint", type=pathlib.Path, default=pathlib.Path("fastmask-demo.pt"), help="where training is saved"
+        "--output",
+        type=pathlib.Path,
+        help="the picture, a PNG (default fastmask-demo.png); with --text the samples, UTF-8 (fastmask-demo.txt)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        default=pathlib.Path("fastmask-demo.pt"),
+        help="where training is saved (default fastmask-demo.pt); read by torch.load(weights_only=True)",
+    )
+    onto = parser.add_mutually_exclusive_group()
+    onto.add_argument("--resume", action="store_true", help="go on from the checkpoint, with its seed")
+    onto.add_argument("--force", action="store_true", help="overwrite a checkpoint that is there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, received {number}")
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, low: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, received {text!r}") from None
+    if number < low:
+        raise argparse.ArgumentTypeError(f"expected at least {low}, received {number}")
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected less than 2**63, received {number}")
     return number
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains, evaluates, generates, reports; returns the exit status (130 after Ctrl-C)."""
+    """Trains, evaluates, generates, reports; returns the exit status: 2 after an argument or a file that cannot be
+    used, 1 where packages are missing, 130 after Ctrl-C."""
     missing = _missing_packages()
     if missing:
         print(f"the demo needs {', '.join(missing)}: pip install 'fastmask[demo]'", file=sys.stderr)
         return 1
+    try:
+        return _run(arguments)
+    except Refused as error:
+        print(f"fastmask demo: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.output is None:
+        arguments.output = pathlib.Path("fastmask-demo.png" if arguments.text is None else "fastmask-demo.txt")
+    refuse_device(arguments.device)
+    refuse_place("--output", arguments.output)
+    refuse_place("--checkpoint", arguments.checkpoint)
     if arguments.resume and not arguments.checkpoint.exists():
-        print(f"nothing to resume: there is no {arguments.checkpoint}; leave --resume out", file=sys.stderr)
-        return 1
+        raise Refused(f"nothing to resume: there is no {arguments.checkpoint}; leave --resume out")
+    if arguments.checkpoint.exists() and not (arguments.resume or arguments.force):
+        raise Refused(
+            f"expected no file at {arguments.checkpoint}, received a checkpoint to overwrite; --resume goes on "
+            "from it, --force overwrites it, --checkpoint names another"
+        )
     torch.manual_seed(arguments.seed)
     task = digits_task() if arguments.text is None else text_task(arguments.text)
     model = build(task).to(arguments.device)
@@ -112,11 +161,33 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\nstopped; --resume goes on from {arguments.checkpoint}")
         return 130
     report_bound(average, task)
-    if arguments.text is None:
-        report_digits(average, task, arguments.output)
-    else:
-        report_text(average, task.characters)
+    try:
+        if arguments.text is None:
+            report_digits(average, task, arguments.output)
+        else:
+            report_text(average, task.characters, arguments.output)
+    except OSError as error:
+        raise Refused(f"expected to write {arguments.output}, received {error}; --output names another") from error
     return 0
+
+
+def refuse_device(name: str) -> None:
+    """A device that is not here, or that holds no values."""
+    try:
+        torch.zeros(1, device=torch.device(name)).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise Refused(f"expected a device of this machine, received {name!r} ({reason}); try --device cpu") from error
+
+
+def refuse_place(option: str, path: pathlib.Path) -> None:
+    """A path that no file can be written to, found before training and not after."""
+    if path.is_dir():
+        raise Refused(f"expected {option} to name a file, received the folder {path}; add a name")
+    if not path.parent.is_dir():
+        raise Refused(f"expected {option} in a folder that is there, received {path}; make {path.parent} first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Refused(f"expected {option} where it can be written, received {path}; choose another place")
 
 
 def _missing_packages() -> list[str]:
@@ -167,7 +238,13 @@ def digits_task() -> Task:
 
 def text_task(path: pathlib.Path) -> Task:
     """The characters of a text, in windows; the last tenth of the windows is held out."""
-    characters = alphabet(path)
+    text = read_text(path)
+    if len(text) < 20 * TEXT_LENGTH:
+        raise Refused(
+            f"expected a text of at least {20 * TEXT_LENGTH} characters, received {path} with {len(text)}; "
+            "give a longer one"
+        )
+    characters = "".join(sorted(set(text)))
     index = {character: i for i, character in enumerate(characters)}
     windows = data.from_text(
         [path],
@@ -177,11 +254,6 @@ def text_task(path: pathlib.Path) -> Task:
         mask_id=len(characters),
         tail="drop",
     )
-    if len(windows) < 20:
-        raise ValueError(
-            f"expected a text of at least {20 * TEXT_LENGTH} characters, received {path} with "
-            f"{len(windows) * TEXT_LENGTH}; give a longer one"
-        )
     cut = len(windows) - len(windows) // 10
     train = Subset(windows, range(cut))
     held_out = stack(Subset(windows, range(cut, min(len(windows), cut + MAX_HELD_OUT))))
@@ -192,10 +264,15 @@ def text_task(path: pathlib.Path) -> Task:
     return Task(train, held_out, len(characters) + 1, TEXT_LENGTH, independent, None, characters)
 
 
-def alphabet(path: pathlib.Path) -> str:
-    """The characters of a text, line ends as they are."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return "".join(sorted(set(file.read())))
+def read_text(path: pathlib.Path) -> str:
+    """A text, line ends as they are."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except OSError as error:
+        raise Refused(f"expected --text to name a text file, received {path} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise Refused(f"expected UTF-8 in {path}, received {error}; convert the file") from error
 
 
 # Network and training
@@ -239,26 +316,29 @@ def _row_and_column_waves(side: int, dim: int) -> Tensor:
 def train(
     model: NonAutoregressiveWrapper, task: Task, arguments: argparse.Namespace
 ) -> NonAutoregressiveWrapper | None:
-    """The average of the weights over the last steps; None after Ctrl-C. Either way a checkpoint is written."""
+    """The average of the weights over the last steps; None after Ctrl-C. Either way a checkpoint is written.
+
+    A resumed run ends where an uninterrupted one does: the checkpoint holds the random state too, and the order of
+    the data follows from the seed and the step.
+    """
     from tqdm.auto import tqdm
 
     optimizer = torch.optim.AdamW(_parameter_groups(model), lr=RECIPE.learning_rate, betas=RECIPE.betas)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(arguments.steps))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(RECIPE.weight_average))
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    done = 0
+    done, seed = 0, arguments.seed
     if arguments.resume:
-        checkpoint = torch.load(arguments.checkpoint, map_location=arguments.device)
-        done = checkpoint["done"]
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])  # type: ignore[attr-defined]
-    batches = _endless_batches(task.train)
-    smooth = None
+        done, seed = load_checkpoint(arguments.checkpoint, task, parts, arguments.device)
+    random = _random_state(arguments.device)
+    batches = _endless_batches(task.train, seed, done)
+    smooth, stopped = None, False
     # So small a network gains little from a second CPU thread, and beside another program loses a lot by it.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with tqdm(total=arguments.steps, initial=done, desc="training", unit="step") as bar:
+        # disable=None: no bar where standard error is not a terminal.
+        with tqdm(total=arguments.steps, initial=done, desc="training", unit="step", disable=None) as bar:
             while done < arguments.steps:
                 loss = model(next(batches).to(arguments.device)).loss
                 loss.backward()
@@ -268,18 +348,76 @@ def train(
                 scheduler.step()
                 average.update_parameters(model)
                 done += 1
+                random = _random_state(arguments.device)  # of whole steps: Ctrl-C comes at any time
                 smooth = loss.detach() if smooth is None else smooth.lerp(loss.detach(), 0.05)
                 if done % 10 == 0:
                     bar.set_postfix_str(f"bound {smooth.item() / math.log(2):.2f} bits/token", refresh=False)
                 bar.update()
     except KeyboardInterrupt:
-        return None
+        stopped = True
     finally:
         torch.set_num_threads(threads)
-        state = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
-        torch.save({"done": done, **state}, arguments.checkpoint)
+    states = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
+    save_checkpoint(
+        {"done": done, "seed": seed, "task": _identity(task), "random": random, **states}, arguments.checkpoint
+    )
     averaged: NonAutoregressiveWrapper = average.module  # type: ignore[assignment]
-    return averaged
+    return None if stopped else averaged
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    """What a checkpoint must have in common with a task, and a network with another, to go on."""
+    sizes = {"num_tokens": task.num_tokens, "seq_len": task.seq_len, "sequences": len(task.train)}  # type: ignore[arg-type]
+    return {**sizes, "characters": task.characters, "recipe": repr(dataclasses.astuple(RECIPE))}
+
+
+def _random_state(device: str) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if torch.device(device).type == "cuda" else state
+
+
+def save_checkpoint(state: dict[str, Any], path: pathlib.Path) -> None:
+    """Written beside and renamed: a save that fails leaves the checkpoint that was there."""
+    contents = io.BytesIO()
+    torch.save(state, contents)
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(contents.getbuffer())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+        raise Refused(f"expected to save {path}, received {error}; what was there is as it was") from error
+
+
+def load_checkpoint(path: pathlib.Path, task: Task, parts: dict[str, Any], device: str) -> tuple[int, int]:
+    """Puts every part and the random state where they were; returns the steps done and the seed."""
+    remedy = "give the checkpoint that this task wrote, or start again with --force"
+    try:
+        # weights_only: a file from elsewhere must not run code.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        identity = checkpoint["task"]
+    except Exception as error:  # torch.load raises a dozen kinds
+        reason = (str(error).splitlines() or [""])[0]
+        raise Refused(
+            f"expected a checkpoint of this demo in {path}, received {type(error).__name__} ({reason:.120}); {remedy}"
+        ) from error
+    if identity != _identity(task):
+        theirs = identity if isinstance(identity, dict) else {}
+        differ = ", ".join(name for name, value in _identity(task).items() if theirs.get(name) != value)
+        raise Refused(f"expected a checkpoint of this task in {path}, received one of another ({differ}); {remedy}")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if torch.device(device).type == "cuda" and "cuda" in checkpoint["random"]:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+        return int(checkpoint["done"]), int(checkpoint["seed"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise Refused(f"expected a whole checkpoint in {path}, received one with {reason:.120}; {remedy}") from error
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -298,11 +436,17 @@ def _learning_rate(steps: int) -> Callable[[int], float]:
     return lambda step: min((step + 1) / RECIPE.warm_up, 1.0) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def _endless_batches(dataset: Dataset[Tensor]) -> Iterator[Tensor]:
-    size = min(RECIPE.batch_size, len(dataset))  # type: ignore[arg-type]
-    loader = DataLoader(dataset, batch_size=size, shuffle=True, drop_last=True)
-    while True:
-        yield from loader
+def _endless_batches(dataset: Dataset[Tensor], seed: int, start: int) -> Iterator[Tensor]:
+    """The batches of step `start` and after: every epoch in an order of its own, known from seed and epoch alone."""
+    count = len(dataset)  # type: ignore[arg-type]
+    size = min(RECIPE.batch_size, count)
+    order: list[int] = []
+    for step in itertools.count(start):
+        epoch, place = divmod(step, count // size)
+        if place == 0 or not order:
+            generator = torch.Generator().manual_seed((seed + epoch) % 2**63)
+            order = torch.randperm(count, generator=generator).tolist()
+        yield torch.stack([dataset[i] for i in order[place * size : (place + 1) * size]])
 
 
 # Evaluation
@@ -327,7 +471,7 @@ def sample(model: NonAutoregressiveWrapper, count: int) -> tuple[Tensor, Traject
         start_temperature=RECIPE.start_temperature,
         filter_thres=None,
         choice_temperature=RECIPE.choice_temperature,
-        progress=True,
+        progress=sys.stderr.isatty(),
         return_trajectory=True,
     )
     return ids, trajectory
@@ -399,12 +543,16 @@ def draw(real: Tensor, generated: Tensor, trajectory: Trajectory, output: pathli
         for axis in axes[:, column]:
             axis.axis("off")
     panels[2].colorbar(image, ax=axes[1, :], shrink=0.9, label="confidence")
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=110, format="png")
     pyplot.close(figure)
 
 
-def report_text(model: NonAutoregressiveWrapper, characters: str) -> None:
-    """Prints generated windows of text."""
+def report_text(model: NonAutoregressiveWrapper, characters: str, output: pathlib.Path) -> None:
+    """Prints generated windows of text, and writes them."""
     ids, _ = sample(model, 8)
-    for sequence in ids.tolist():
-        print(repr("".join(characters[i] for i in sequence)))
+    samples = ["".join(characters[i] for i in sequence) for sequence in ids.tolist()]
+    for text in samples:
+        encoding = sys.stdout.encoding or "utf-8"  # which may lack characters of the text
+        print(repr(text).encode(encoding, "backslashreplace").decode(encoding))
+    output.write_bytes("\n\n".join(samples).encode())
+    print(f"samples: {output}")

@@ -544,6 +544,26 @@ def test_images_refuse_what_has_no_level():
         from_images([good.to(torch.complex64)], **scale)
 
 
+def test_an_end_rounded_up_in_a_coarse_dtype_is_the_last_level():
+    """100.4 is 100.5 in bfloat16 and lies in (100, 100.4) there: a quarter past the range, 318 of 255 levels."""
+    image = torch.tensor([[100.0, 100.4]], dtype=torch.bfloat16)
+    assert from_images(image, levels=256, value_range=(100, 100.4))[0].tolist() == [0, 255]
+
+
+def test_levels_and_ranges_that_would_overflow_are_refused():
+    with refuses(ValueError, "expected levels <= 2**31", f"received {2**31 + 1}", "give fewer"):
+        from_images(torch.zeros(1, 1), levels=2**31 + 1, value_range=(0, 1))
+    with refuses(ValueError, "expected value_range", "(-1e+308, 1e+308)", "difference finite"):
+        from_images(torch.zeros(1, 1), levels=2, value_range=(-1e308, 1e308))
+
+
+def test_text_ids_past_four_bytes_do_not_wrap(tmp_path):
+    (tmp_path / "a.txt").write_text("A", encoding="utf-8")
+    ids = [2**31, 2**32 + 5]
+    data = from_text(tmp_path / "a.txt", lambda text: ids, 2, num_tokens=2**40, mask_id=0)
+    assert data[0].tolist() == ids
+
+
 @pytest.mark.parametrize("call", [from_images, dequantise])
 def test_a_bad_scale_is_refused(call):
     zeros = torch.zeros(1, 2, dtype=torch.int64)

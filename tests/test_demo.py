@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import pathlib
+import resource
+import signal
 
 import pytest
 import torch
@@ -65,8 +68,8 @@ def _bits(printed: str) -> list[float]:
 def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, monkeypatch, capsys):
     real, calls = demo._endless_batches, []
 
-    def interrupted(dataset):
-        for batch in real(dataset):
+    def interrupted(*order):
+        for batch in real(*order):
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt
@@ -111,6 +114,8 @@ def test_text(tmp_path, monkeypatch, capsys):
     samples = [line for line in lines if line.startswith("'")]
     assert len(samples) == 8
     assert all(len(eval(line)) == demo.TEXT_LENGTH for line in samples)
+    written = (tmp_path / "fastmask-demo.txt").read_bytes().decode()
+    assert written == "\n\n".join(eval(line) for line in samples)
 
 
 def test_text_with_the_line_ends_of_any_system(tmp_path):
@@ -121,11 +126,15 @@ def test_text_with_the_line_ends_of_any_system(tmp_path):
 
 
 def test_resume_without_a_checkpoint_and_steps_below_one_are_refused(tmp_path, capsys):
-    assert demo.run(arguments(tmp_path, "--resume")) == 1
+    assert demo.run(arguments(tmp_path, "--resume")) == 2
     assert "nothing to resume" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         arguments(tmp_path, "--steps", "0")
     assert "expected at least 1, received 0" in capsys.readouterr().err
+    for option in ("--steps", "--seed"):
+        with pytest.raises(SystemExit):
+            arguments(tmp_path, option, "many")
+        assert "expected a whole number, received 'many'" in capsys.readouterr().err
 
 
 def test_text_too_short(tmp_path):
@@ -142,32 +151,132 @@ def test_missing_extras_are_named(tmp_path, monkeypatch, capsys):
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
-    """Weights, their average, the optimiser and the learning rate all go on: same batches, same masks, same end."""
-    task, taken, stop = demo.digits_task(), [], [None]
-    batch = task.held_out[:8]
+    """Bit for bit: weights, their average, optimiser, learning rate, random state and order of the data go on."""
+    task, real, stop = demo.digits_task(), demo._endless_batches, [None]
 
-    def batches(dataset):
-        while len(taken) != stop[0]:
-            torch.manual_seed(len(taken))  # the masks of this step
-            taken.append(1)
+    def batches(*order):
+        for count, batch in enumerate(real(*order)):
+            if count == stop[0]:
+                torch.rand(3)  # Ctrl-C in the middle of a step, which has drawn already
+                raise KeyboardInterrupt
             yield batch
-        raise KeyboardInterrupt
 
     def run(seed: int, *options: str):
         torch.manual_seed(seed)
-        return demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "6", *options))
+        return demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "6", "--seed", str(seed), *options))
 
     monkeypatch.setattr(demo, "_endless_batches", batches)
     whole = run(0)
-    taken.clear()
     stop[0] = 3
     assert run(0) is None
     stop[0] = None
-    resumed = run(1, "--resume")  # another initialisation: nothing of it may remain
-    assert len(taken) == 6
+    resumed = run(1, "--resume")  # another initialisation and seed: nothing of them may remain
     expected = whole.state_dict()
     for name, value in resumed.state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7, msg=name)
+        assert torch.equal(value, expected[name]), name
+
+
+def test_every_epoch_holds_every_batch_once_in_an_order_of_its_own():
+    dataset = list(torch.arange(200))
+    batches = demo._endless_batches(dataset, 0, 0)
+    epochs = [torch.cat([next(batches) for _ in range(3)]) for _ in range(2)]
+    assert all(len(epoch.unique()) == 3 * demo.RECIPE.batch_size for epoch in epochs)
+    assert not torch.equal(*epochs)
+    assert torch.equal(next(demo._endless_batches(dataset, 0, 4)), epochs[1][64:128])
+    assert not torch.equal(next(demo._endless_batches(dataset, 5, 0)), epochs[0][:64])
+
+
+LONG = "the quick brown fox jumps over the lazy dog. " * 60
+
+
+def refused(tmp_path, capsys, *options: str) -> str:
+    """The one line that the command line prints for these options, with exit status 2 and no training."""
+    assert demo.run(arguments(tmp_path, *options)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("fastmask demo: error: expected ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (None, "No such file"),
+        ("folder", "Is a directory"),
+        (b"", "at least 1280 characters"),
+        (b"ab" * 100, "at least 1280 characters"),
+        (bytes(range(256)) * 40, "expected UTF-8"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_one_line(tmp_path, capsys, contents, words):
+    path = tmp_path / "text.txt"
+    if contents == "folder":
+        path.mkdir()
+    elif contents is not None:
+        path.write_bytes(contents)
+    assert words in refused(tmp_path, capsys, "--text", str(path))
+
+
+@pytest.mark.parametrize("device", ["meta", "nonsense", "cuda:99", "cpu:"])
+def test_a_device_that_is_not_here_is_one_line(tmp_path, capsys, device):
+    assert "expected a device of this machine" in refused(tmp_path, capsys, "--device", device)
+
+
+@pytest.mark.parametrize("option", ["--output", "--checkpoint"])
+def test_places_are_looked_at_before_training(tmp_path, capsys, option):
+    assert "in a folder that is there" in refused(tmp_path, capsys, option, str(tmp_path / "none" / "x"))
+    assert "received the folder" in refused(tmp_path, capsys, option, str(tmp_path))
+
+
+def test_a_checkpoint_is_overwritten_by_force_only(tmp_path, capsys, monkeypatch):
+    (tmp_path / "demo.pt").write_bytes(b"precious")
+    assert "--force" in refused(tmp_path, capsys)
+    assert (tmp_path / "demo.pt").read_bytes() == b"precious"
+    monkeypatch.setattr(demo, "train", lambda *_: None)
+    assert demo.run(arguments(tmp_path, "--force")) == 130
+
+
+def test_a_foreign_or_broken_checkpoint_is_one_line(tmp_path, capsys):
+    text, other, path = tmp_path / "text.txt", tmp_path / "other.txt", tmp_path / "demo.pt"
+    text.write_text(LONG)
+    other.write_text(LONG.replace("q", "Q"))
+    options = ["--text", str(text), "--steps", "1", "--resume"]
+    for contents in (b"", b"no checkpoint", b"PK\x03\x04"):
+        path.write_bytes(contents)
+        assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
+    for value in ({"done": 1}, [1], torch.ones(2), pathlib.PurePosixPath("code")):  # the last: weights_only refuses
+        torch.save(value, path)
+        assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
+    torch.save({"task": 5}, path)
+    assert "one of another" in refused(tmp_path, capsys, *options)
+    task = demo.text_task(text)
+    torch.save({"task": demo._identity(task)}, path)
+    assert "a whole checkpoint" in refused(tmp_path, capsys, *options)
+    assert demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "1")) is not None
+    assert "(characters)" in refused(tmp_path, capsys, "--text", str(other), "--steps", "1", "--resume")
+    assert "num_tokens" in refused(tmp_path, capsys, "--steps", "1", "--resume")
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_that_was_there(tmp_path):
+    path = tmp_path / "demo.pt"
+    demo.save_checkpoint({"done": 1}, path)
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        with pytest.raises(demo.Refused, match="expected to save"):
+            demo.save_checkpoint({"done": 2, "large": torch.ones(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert torch.load(path, weights_only=True) == {"done": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_bar_off_a_terminal(tmp_path, capfd):
+    task = demo.digits_task()
+    demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "2"))
+    assert capfd.readouterr().err == ""
 
 
 def test_held_out_text_is_not_trained_on(tmp_path):
