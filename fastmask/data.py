@@ -279,7 +279,8 @@ def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -
 
     Raises:
         TypeError: values not real, or levels not an int.
-        ValueError: no image; levels > 2**31; images of several shapes; a value outside value_range, or NaN; a bad argument.
+        ValueError: no image; images of several shapes; a value outside value_range, or NaN; a bad argument, levels
+            above 2**31 among them.
 
     Example:
         >>> data = from_images(torch.tensor([[[0.0, 1.0], [0.5, 0.2]]]), levels=3, value_range=(0, 1))
