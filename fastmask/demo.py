@@ -7,15 +7,18 @@ extra ``demo``: tqdm, matplotlib, scikit-learn, x-transformers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import itertools
 import math
 import os
 import pathlib
+import signal
 import sys
-import tempfile
+import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset, Subset
 
-from fastmask import data
+from fastmask import _progress, data
 from fastmask.records import Trajectory
 from fastmask.wrapper import NonAutoregressiveWrapper
 
@@ -44,7 +47,7 @@ NUM_GENERATED = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is built, trained and sampled; docs/sampling.md says what its temperatures are for."""
+    """How the network is built, trained and sampled; docs/sampling.md says what its temperature is for."""
 
     dim: int = 64
     depth: int = 4
@@ -55,9 +58,8 @@ class Recipe:
     weight_decay: float = 0.01
     warm_up: int = 50
     weight_average: float = 0.99
-    generate_steps: int = 32
-    start_temperature: float = 0.8
-    choice_temperature: float = 2.5
+    generate_steps: int = 18
+    choice_temperature: float = 4.5
 
 
 RECIPE = Recipe()
@@ -87,7 +89,7 @@ class Refused(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo's options."""
     parser.add_argument("--text", type=pathlib.Path, help="learn the characters of this UTF-8 file instead of digits")
-    parser.add_argument("--steps", type=_positive, default=1500, help="training steps (default 1500)")
+    parser.add_argument("--steps", type=_positive, default=1500, help="training steps in all (default 1500)")
     parser.add_argument(
         "--output",
         type=pathlib.Path,
@@ -146,6 +148,12 @@ def _run(arguments: argparse.Namespace) -> int:
     refuse_device(arguments.device)
     refuse_place("--output", arguments.output)
     refuse_place("--checkpoint", arguments.checkpoint)
+    if arguments.checkpoint.exists() and not arguments.checkpoint.is_file():  # /dev/null would be renamed over
+        raise Refused(f"expected --checkpoint to name a plain file, received {arguments.checkpoint}; name another")
+    places = {"--text": arguments.text, "--output": arguments.output, "--checkpoint": arguments.checkpoint}
+    for (option, path), (other, place) in itertools.combinations(places.items(), 2):
+        if path is not None and path.resolve() == place.resolve():
+            raise Refused(f"expected files of their own, received {path} for {option} and {other}; name another")
     if arguments.resume and not arguments.checkpoint.exists():
         raise Refused(f"nothing to resume: there is no {arguments.checkpoint}; leave --resume out")
     if arguments.checkpoint.exists() and not (arguments.resume or arguments.force):
@@ -246,9 +254,8 @@ def text_task(path: pathlib.Path) -> Task:
         )
     characters = "".join(sorted(set(text)))
     index = {character: i for i, character in enumerate(characters)}
-    windows = data.from_text(
-        [path],
-        lambda text: [index[character] for character in text],
+    windows = data.TokenWindows(
+        [index[character] for character in text],
         TEXT_LENGTH,
         num_tokens=len(characters) + 1,
         mask_id=len(characters),
@@ -268,11 +275,16 @@ def read_text(path: pathlib.Path) -> str:
     """A text, line ends as they are."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
+            text = file.read()
     except OSError as error:
-        raise Refused(f"expected --text to name a text file, received {path} ({error.strerror})") from error
+        raise Refused(
+            f"expected --text to name a text file, received {path} ({error.strerror}); give another"
+        ) from error
     except UnicodeDecodeError as error:
         raise Refused(f"expected UTF-8 in {path}, received {error}; convert the file") from error
+    if "\0" in text:
+        raise Refused(f"expected text in {path}, received a NUL at character {text.index(chr(0))}; it is binary")
+    return text
 
 
 # Network and training
@@ -330,16 +342,17 @@ def train(
     done, seed = 0, arguments.seed
     if arguments.resume:
         done, seed = load_checkpoint(arguments.checkpoint, task, parts, arguments.device)
-    random = _random_state(arguments.device)
     batches = _endless_batches(task.train, seed, done)
-    smooth, stopped = None, False
+    smooth = None
     # So small a network gains little from a second CPU thread, and beside another program loses a lot by it.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # disable=None: no bar where standard error is not a terminal.
-        with tqdm(total=arguments.steps, initial=done, desc="training", unit="step", disable=None) as bar:
-            while done < arguments.steps:
+        with (
+            _ctrl_c() as pressed,
+            tqdm(total=arguments.steps, initial=done, desc="training", unit="step", **_progress.pace(tqdm)) as bar,
+        ):
+            while done < arguments.steps and not pressed:
                 loss = model(next(batches).to(arguments.device)).loss
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -348,21 +361,33 @@ def train(
                 scheduler.step()
                 average.update_parameters(model)
                 done += 1
-                random = _random_state(arguments.device)  # of whole steps: Ctrl-C comes at any time
                 smooth = loss.detach() if smooth is None else smooth.lerp(loss.detach(), 0.05)
                 if done % 10 == 0:
                     bar.set_postfix_str(f"bound {smooth.item() / math.log(2):.2f} bits/token", refresh=False)
                 bar.update()
-    except KeyboardInterrupt:
-        stopped = True
     finally:
         torch.set_num_threads(threads)
+    random = _random_state(arguments.device)
     states = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
     save_checkpoint(
         {"done": done, "seed": seed, "task": _identity(task), "random": random, **states}, arguments.checkpoint
     )
     averaged: NonAutoregressiveWrapper = average.module  # type: ignore[assignment]
-    return None if stopped else averaged
+    return None if pressed else averaged
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """A list that Ctrl-C adds to instead of breaking off a step, so that a checkpoint holds whole steps only."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone may hear signals
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _identity(task: Task) -> dict[str, Any]:
@@ -378,18 +403,17 @@ def _random_state(device: str) -> dict[str, Tensor]:
 
 def save_checkpoint(state: dict[str, Any], path: pathlib.Path) -> None:
     """Written beside and renamed: a save that fails leaves the checkpoint that was there."""
-    contents = io.BytesIO()
+    contents = io.BytesIO()  # torch's own writer fails in words of its own
     torch.save(state, contents)
-    temporary = None
+    place = path.resolve()  # a link stays one
+    temporary = place.with_name(f".fastmask-{os.getpid()}.tmp")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(contents.getbuffer())
-        os.replace(temporary, path)
+        temporary.write_bytes(contents.getbuffer())
+        os.replace(temporary, place)
     except OSError as error:
-        if temporary is not None:
-            pathlib.Path(temporary).unlink(missing_ok=True)
         raise Refused(f"expected to save {path}, received {error}; what was there is as it was") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: pathlib.Path, task: Task, parts: dict[str, Any], device: str) -> tuple[int, int]:
@@ -397,7 +421,11 @@ def load_checkpoint(path: pathlib.Path, task: Task, parts: dict[str, Any], devic
     remedy = "give the checkpoint that this task wrote, or start again with --force"
     try:
         # weights_only: a file from elsewhere must not run code.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign formats, which the line below names
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"a file that holds {type(checkpoint).__name__}")
         identity = checkpoint["task"]
     except Exception as error:  # torch.load raises a dozen kinds
         reason = (str(error).splitlines() or [""])[0]
@@ -440,13 +468,12 @@ def _endless_batches(dataset: Dataset[Tensor], seed: int, start: int) -> Iterato
     """The batches of step `start` and after: every epoch in an order of its own, known from seed and epoch alone."""
     count = len(dataset)  # type: ignore[arg-type]
     size = min(RECIPE.batch_size, count)
-    order: list[int] = []
-    for step in itertools.count(start):
-        epoch, place = divmod(step, count // size)
-        if place == 0 or not order:
-            generator = torch.Generator().manual_seed((seed + epoch) % 2**63)
-            order = torch.randperm(count, generator=generator).tolist()
-        yield torch.stack([dataset[i] for i in order[place * size : (place + 1) * size]])
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in itertools.count():
+        batches = torch.randperm(count, generator=generator).split(size)[: count // size]
+        for step, rows in enumerate(batches, epoch * len(batches)):
+            if step >= start:
+                yield torch.stack([dataset[i] for i in rows.tolist()])
 
 
 # Evaluation
@@ -468,10 +495,8 @@ def sample(model: NonAutoregressiveWrapper, count: int) -> tuple[Tensor, Traject
     ids, trajectory = model.generate(
         count,
         steps=RECIPE.generate_steps,
-        start_temperature=RECIPE.start_temperature,
-        filter_thres=None,
         choice_temperature=RECIPE.choice_temperature,
-        progress=sys.stderr.isatty(),
+        progress=True,
         return_trajectory=True,
     )
     return ids, trajectory
