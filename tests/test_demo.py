@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import pathlib
-import resource
 import signal
+import threading
 
 import pytest
 import torch
@@ -65,28 +66,41 @@ def _bits(printed: str) -> list[float]:
     return [float(word) for word in words if word[0].isdigit()]
 
 
-def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, monkeypatch, capsys):
-    real, calls = demo._endless_batches, []
+def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, monkeypatch):
+    """Pressed inside the optimiser's step, which it may not break off: the checkpoint holds three whole steps."""
+    task, step, calls = demo.digits_task(), torch.optim.AdamW.step, []
 
-    def interrupted(*order):
-        for batch in real(*order):
-            calls.append(1)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            yield batch
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(demo, "_endless_batches", interrupted)
-    task = demo.digits_task()
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
     options = arguments(tmp_path, "--steps", "6")
     assert demo.train(demo.build(task), task, options) is None
-    assert torch.load(options.checkpoint)["done"] == 3
-    monkeypatch.setattr(demo, "_endless_batches", real)
+    assert signal.getsignal(signal.SIGINT) is before
+    checkpoint = torch.load(options.checkpoint, weights_only=True)
+    moments = checkpoint["optimizer"]["state"].values()
+    assert checkpoint["done"] == 3 == checkpoint["average"]["n_averaged"]
+    assert {int(moment["step"]) for moment in moments} == {3}
     resumed = arguments(tmp_path, "--steps", "6", "--resume")
     steps = []
     monkeypatch.setattr(demo.NonAutoregressiveWrapper, "forward", _counting(steps))
     assert demo.train(demo.build(task), task, resumed) is not None
     assert len(steps) == 3
-    assert torch.load(options.checkpoint)["done"] == 6
+    assert torch.load(options.checkpoint, weights_only=True)["done"] == 6
+
+
+def test_training_in_a_thread_leaves_signals_alone(tmp_path):
+    task, done = demo.digits_task(), []
+    run = threading.Thread(
+        target=lambda: done.append(demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "1")))
+    )
+    run.start()
+    run.join()
+    assert isinstance(done[0], demo.NonAutoregressiveWrapper)
 
 
 def _counting(steps: list[int]):
@@ -155,10 +169,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatc
     task, real, stop = demo.digits_task(), demo._endless_batches, [None]
 
     def batches(*order):
-        for count, batch in enumerate(real(*order)):
+        for count, batch in enumerate(real(*order), 1):
             if count == stop[0]:
-                torch.rand(3)  # Ctrl-C in the middle of a step, which has drawn already
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             yield batch
 
     def run(seed: int, *options: str):
@@ -167,10 +180,12 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatc
 
     monkeypatch.setattr(demo, "_endless_batches", batches)
     whole = run(0)
+    at_end = torch.get_rng_state()
     stop[0] = 3
     assert run(0) is None
     stop[0] = None
     resumed = run(1, "--resume")  # another initialisation and seed: nothing of them may remain
+    assert torch.equal(torch.get_rng_state(), at_end)  # what is generated afterwards is the same too
     expected = whole.state_dict()
     for name, value in resumed.state_dict().items():
         assert torch.equal(value, expected[name]), name
@@ -207,6 +222,7 @@ def refused(tmp_path, capsys, *options: str) -> str:
         (b"", "at least 1280 characters"),
         (b"ab" * 100, "at least 1280 characters"),
         (bytes(range(256)) * 40, "expected UTF-8"),
+        (bytes(4000), "received a NUL at character 0"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_one_line(tmp_path, capsys, contents, words):
@@ -218,21 +234,52 @@ def test_a_text_that_cannot_be_used_is_one_line(tmp_path, capsys, contents, word
     assert words in refused(tmp_path, capsys, "--text", str(path))
 
 
+def test_a_text_or_checkpoint_that_may_not_be_read_is_one_line(tmp_path, capsys, monkeypatch):
+    """Root may read everything, so the refusal is the system's in name only."""
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "text.txt").write_text(LONG)
+    (tmp_path / "demo.pt").write_bytes(b"a checkpoint")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", denied)
+        assert "Permission denied" in refused(tmp_path, capsys, "--resume")
+    monkeypatch.setattr(pathlib.Path, "open", denied)
+    assert "Permission denied" in refused(tmp_path, capsys, "--text", str(tmp_path / "text.txt"), "--force")
+
+
 @pytest.mark.parametrize("device", ["meta", "nonsense", "cuda:99", "cpu:"])
 def test_a_device_that_is_not_here_is_one_line(tmp_path, capsys, device):
     assert "expected a device of this machine" in refused(tmp_path, capsys, "--device", device)
 
 
 @pytest.mark.parametrize("option", ["--output", "--checkpoint"])
-def test_places_are_looked_at_before_training(tmp_path, capsys, option):
+def test_places_are_looked_at_before_training(tmp_path, capsys, monkeypatch, option):
     assert "in a folder that is there" in refused(tmp_path, capsys, option, str(tmp_path / "none" / "x"))
     assert "received the folder" in refused(tmp_path, capsys, option, str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "where it can be written" in refused(tmp_path, capsys)
+
+
+def test_a_place_that_saving_would_destroy_is_refused(tmp_path, capsys):
+    assert "a plain file" in refused(tmp_path, capsys, "--force", "--checkpoint", os.devnull)
+    text = tmp_path / "text.txt"
+    text.write_text(LONG)
+    for option in ("--output", "--checkpoint"):
+        place = str(tmp_path / "." / "text.txt")
+        assert f"--text and {option}" in refused(tmp_path, capsys, "--text", str(text), "--force", option, place)
+    same = str(tmp_path / "same")
+    assert "--output and --checkpoint" in refused(tmp_path, capsys, "--output", same, "--checkpoint", same)
+    assert text.read_text() == LONG
 
 
 def test_a_checkpoint_is_overwritten_by_force_only(tmp_path, capsys, monkeypatch):
     (tmp_path / "demo.pt").write_bytes(b"precious")
     assert "--force" in refused(tmp_path, capsys)
     assert (tmp_path / "demo.pt").read_bytes() == b"precious"
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, "--force", "--resume")
     monkeypatch.setattr(demo, "train", lambda *_: None)
     assert demo.run(arguments(tmp_path, "--force")) == 130
 
@@ -245,6 +292,8 @@ def test_a_foreign_or_broken_checkpoint_is_one_line(tmp_path, capsys):
     for contents in (b"", b"no checkpoint", b"PK\x03\x04"):
         path.write_bytes(contents)
         assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
+    assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
     for value in ({"done": 1}, [1], torch.ones(2), pathlib.PurePosixPath("code")):  # the last: weights_only refuses
         torch.save(value, path)
         assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
@@ -254,17 +303,22 @@ def test_a_foreign_or_broken_checkpoint_is_one_line(tmp_path, capsys):
     torch.save({"task": demo._identity(task)}, path)
     assert "a whole checkpoint" in refused(tmp_path, capsys, *options)
     assert demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "1")) is not None
+    capsys.readouterr()
     assert "(characters)" in refused(tmp_path, capsys, "--text", str(other), "--steps", "1", "--resume")
     assert "num_tokens" in refused(tmp_path, capsys, "--steps", "1", "--resume")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
 
 
 def test_a_save_that_fails_leaves_the_checkpoint_that_was_there(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
     path = tmp_path / "demo.pt"
     demo.save_checkpoint({"done": 1}, path)
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        with pytest.raises(demo.Refused, match="expected to save"):
+        with pytest.raises(demo.Refused, match=r"expected to save .*File too large"):
             demo.save_checkpoint({"done": 2, "large": torch.ones(10_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -273,10 +327,21 @@ def test_a_save_that_fails_leaves_the_checkpoint_that_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_no_bar_off_a_terminal(tmp_path, capfd):
+def test_a_save_keeps_a_link_and_the_usual_permissions(tmp_path):
+    usual, link, target = tmp_path / "usual", tmp_path / "link.pt", tmp_path / "target.pt"
+    usual.touch()
+    link.symlink_to(target)
+    demo.save_checkpoint({"done": 1}, link)
+    assert link.is_symlink()
+    assert target.stat().st_mode == usual.stat().st_mode
+
+
+def test_few_lines_of_progress_off_a_terminal(tmp_path, capfd):
     task = demo.digits_task()
-    demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "2"))
-    assert capfd.readouterr().err == ""
+    demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "5"))
+    shown = capfd.readouterr().err
+    assert "5/5" in shown
+    assert shown.count("\r") <= 3
 
 
 def test_held_out_text_is_not_trained_on(tmp_path):
