@@ -183,7 +183,7 @@ def refuse_device(name: str) -> None:
     """A device that is not here, or that holds no values."""
     try:
         torch.zeros(1, device=torch.device(name)).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # the latter two: not built in, not installed
         reason = str(error).splitlines()[0]
         raise Refused(f"expected a device of this machine, received {name!r} ({reason}); try --device cpu") from error
 

@@ -249,7 +249,7 @@ def test_a_text_or_checkpoint_that_may_not_be_read_is_one_line(tmp_path, capsys,
     assert "Permission denied" in refused(tmp_path, capsys, "--text", str(tmp_path / "text.txt"), "--force")
 
 
-@pytest.mark.parametrize("device", ["meta", "nonsense", "cuda:99", "cpu:"])
+@pytest.mark.parametrize("device", ["meta", "nonsense", "cuda:99", "cpu:", "", "hpu"])
 def test_a_device_that_is_not_here_is_one_line(tmp_path, capsys, device):
     assert "expected a device of this machine" in refused(tmp_path, capsys, "--device", device)
 
@@ -297,9 +297,11 @@ def test_a_foreign_or_broken_checkpoint_is_one_line(tmp_path, capsys):
     for value in ({"done": 1}, [1], torch.ones(2), pathlib.PurePosixPath("code")):  # the last: weights_only refuses
         torch.save(value, path)
         assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
+    task = demo.text_task(text)
+    torch.save({"task": demo._identity(task), "code": pathlib.PurePosixPath("code")}, path)  # the rest is right
+    assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
     torch.save({"task": 5}, path)
     assert "one of another" in refused(tmp_path, capsys, *options)
-    task = demo.text_task(text)
     torch.save({"task": demo._identity(task)}, path)
     assert "a whole checkpoint" in refused(tmp_path, capsys, *options)
     assert demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "1")) is not None
