@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastmask import _check, backbone, evaluation, functional, generation, own_masks, upstream
+from fastmask import _check, _names, backbone, evaluation, functional, generation, own_masks, upstream
 from fastmask._devices import device_of
 from fastmask._host_count import HostCount
 from fastmask._modes import evaluating
@@ -325,6 +325,7 @@ class NonAutoregressiveWrapper(nn.Module):
             >>> int(one.num_masked + other.num_masked)
             6
         """
+        _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.forward)
         self._check_tokens("x", x)
         for name, flag in (
             ("only_train_generator", only_train_generator),
@@ -508,6 +509,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
         Source: MDLM (https://arxiv.org/abs/2406.07524, eq. 10).
         """
+        _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.nelbo)
         num_samples = _check.integer("num_samples", num_samples, 1)
         _check.option("reduction", reduction, ["mean", "none"])
         falls = self._schedule.check_falls(
@@ -621,6 +623,7 @@ class NonAutoregressiveWrapper(nn.Module):
         Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); the threshold: Fast-dLLM
         (https://arxiv.org/abs/2505.22618, section 3.3).
         """
+        _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.generate)
         steps = _check.integer("steps", self.steps if steps is None else steps, 1, 2**24)
         options = generation.Options(
             start_temperature=start_temperature,
