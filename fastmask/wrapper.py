@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastmask import _check, _names, backbone, evaluation, functional, generation, own_masks, upstream
+from fastmask import _check, _names, _progress, backbone, evaluation, functional, generation, own_masks, upstream
 from fastmask._devices import device_of
 from fastmask._host_count import HostCount
 from fastmask._modes import evaluating
@@ -512,6 +512,7 @@ class NonAutoregressiveWrapper(nn.Module):
         _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.nelbo)
         num_samples = _check.integer("num_samples", num_samples, 1)
         _check.option("reduction", reduction, ["mean", "none"])
+        _progress.check(progress)
         falls = self._schedule.check_falls(
             "nelbo",
             "NonAutoregressiveWrapper(net, mask_id=...) evaluates the same network at a linear schedule",
@@ -569,8 +570,9 @@ class NonAutoregressiveWrapper(nn.Module):
         *,
         top_p: float | None = None,
         forbidden: Tensor | Sequence[int] | None = None,
-        choice_temperature: float = 0.0,
+        choice_temperature: float | None = None,
         threshold: float | None = None,
+        seq_len: int | None = None,
         prompt: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         steps: int | None = None,
@@ -634,7 +636,11 @@ class NonAutoregressiveWrapper(nn.Module):
             threshold=threshold,
             sample_offset=sample_offset,
         )
-        options.check()
+        options = options.checked()
+        for name, flag in (("return_trajectory", return_trajectory), ("cuda_graph", cuda_graph)):
+            _check.flag(name, flag)
+        _progress.check(progress)
+        length = _check.integer("seq_len", self.max_seq_len if seq_len is None else seq_len, 1, self.max_seq_len + 1)
         self._formulas.check_options(
             top_p=top_p, forbidden=forbidden, threshold=threshold, cuda_graph=cuda_graph or None
         )
@@ -645,12 +651,15 @@ class NonAutoregressiveWrapper(nn.Module):
             )
         device = backbone.device_of(self.net)
         forbidden = as_forbidden(forbidden, self.num_tokens, device)
-        start = generation.start(batch_size, prompt, prompt_mask, self.max_seq_len, self.mask_id, device)
-        plan = self._plan(steps, start.num_maskable, device, threshold is not None, cuda_graph and prompt is not None)
+        start = generation.start(batch_size, prompt, prompt_mask, length, self.mask_id, device)
+        num_places = None
+        if cuda_graph and prompt is not None:
+            num_places = generation.places_for_any_prompt(start.num_maskable, length)
+        plan = self._plan(steps, start.num_maskable, device, threshold is not None, num_places)
         state = generation.first_state(start, plan, functional.draw_seed(device, generator), forbidden)
         ids, trajectory = state.ids, None
         with evaluating(self):
-            if cuda_graph and any(step.runs for step in plan.steps):
+            if cuda_graph and plan.steps:
                 ids = generation.replayed(self, self._model(), state, plan, options, kwargs)
             else:
                 run = generation.run(self._model(), state, plan, options, kwargs, generator)
@@ -662,7 +671,7 @@ class NonAutoregressiveWrapper(nn.Module):
         return ids if trajectory is None else (ids, trajectory)
 
     def _plan(
-        self, steps: int, num_maskable: Tensor, device: torch.device, by_threshold: bool, for_any_prompt: bool
+        self, steps: int, num_maskable: Tensor, device: torch.device, by_threshold: bool, num_places: int | None
     ) -> generation.Plan:
         return generation.plan(
             self._schedule,
@@ -673,7 +682,7 @@ class NonAutoregressiveWrapper(nn.Module):
             may_remask=self.can_mask_prev_unmasked,
             by_threshold=by_threshold,
             always_runs=self.self_cond or self.can_mask_prev_unmasked,
-            num_places=generation.places_for_any_prompt(num_maskable, self.max_seq_len) if for_any_prompt else None,
+            num_places=num_places,
         )
 
     def _model(self) -> generation.Model:
