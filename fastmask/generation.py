@@ -155,9 +155,7 @@ def _all_masked(batch_size: int, length: int, mask_id: int, device: torch.device
     return Start(ids, torch.zeros_like(ids, dtype=torch.bool), torch.full((batch_size,), length, device="cpu"))
 
 
-def _prompted(
-    prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: int, device: torch.device
-) -> Start:
+def _prompted(prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: int, device: torch.device) -> Start:
     """A prompt [B, P] at the beginning of sequences that are open after it."""
     rows, size = prompt.shape
     num_open = torch.full((rows,), length - size, device="cpu")
@@ -223,15 +221,16 @@ def plan(
         always_runs: whether even a step that commits nothing can change what follows.
         num_places: a number that no element of num_maskable exceeds: the plan's steps then depend on it alone.
     """
-    sizes, columns = num_maskable.unique(return_inverse=True)  # sequences of one size have one column of counts
-    counts = _counts(schedule, formulas, steps, sizes, may_remask, by_threshold)
-    places, first, of_rows = counts, sizes, columns
-    if num_places is not None:
-        first, of_rows = torch.full_like(sizes[:1], num_places), torch.zeros_like(columns)
-        places = _counts(schedule, formulas, steps, first, may_remask, by_threshold)
-    numbers = _running(first, places, always_runs or num_places is not None)
-    before = places[numbers - 1].where((numbers > 0)[:, None], first)[:, of_rows].sum(dim=-1)
-    after = places[numbers][:, of_rows]
+    sizes, columns = num_maskable.unique(return_inverse=True)  # sequences of one size have the same counts
+
+    def changes(size: Tensor) -> Changes:
+        return _changes(size, _counts(schedule, formulas, steps, size, may_remask, by_threshold).squeeze(-1))
+
+    own = [changes(size) for size in sizes.split(1)] if len(sizes) else []
+    places = own if num_places is None else [changes(torch.full_like(sizes[:1], num_places))] * len(own)
+    numbers = _running(places, always_runs or num_places is not None)
+    before = _table(places, numbers - 1, columns).sum(dim=-1)
+    after = _table(places, numbers, columns)
     row_starts = torch.cat([torch.zeros_like(before)[:, None], after.cumsum(dim=-1)], dim=-1)
     rows = zip(numbers.tolist(), before.tolist(), after.sum(dim=-1).tolist(), strict=True)
     return Plan(
@@ -240,7 +239,7 @@ def plan(
             Step(number, index, (steps - 1 - number) / steps, *num_rows)
             for index, (number, *num_rows) in enumerate(rows)
         ),
-        to_device(counts[numbers][:, columns], device),
+        to_device(_table(own, numbers, columns), device),
         to_device(row_starts, device),
     )
 
@@ -265,18 +264,39 @@ def _counts(
     return counts if may_remask else torch.cat([num_maskable[None], counts]).cummin(dim=0).values[1:]
 
 
-def _running(first: Tensor, after: Tensor, always_runs: bool) -> Tensor:
-    """Numbers of the steps that can change anything, [R] int64, in order.
+class Changes(NamedTuple):
+    """When the number of masked positions of a sequence changes, in few words even of a million steps.
 
-    Args:
-        first: masked positions at the start, [B].
-        after: and after each step, [steps, B]: none at the end.
+    numbers: [K] int64, of the steps that change it. values: [K + 1] int64, the number before them and after each.
     """
-    before = torch.cat([first[None], after[:-1]])
+
+    numbers: Tensor
+    values: Tensor
+
+    def after(self, numbers: Tensor) -> Tensor:
+        """How many are masked after the steps of these numbers; -1 is before the first."""
+        return self.values[torch.searchsorted(self.numbers, numbers, right=True)]
+
+
+def _changes(size: Tensor, counts: Tensor) -> Changes:
+    """Of counts [steps] after each step, from size [1] on."""
+    numbers = torch.cat([counts[:1] != size, counts[1:] != counts[:-1]]).nonzero().squeeze(-1)
+    return Changes(numbers, torch.cat([size, counts[numbers]]))
+
+
+def _running(changes: list[Changes], always_runs: bool) -> Tensor:
+    """Numbers of the steps that can change anything, [R] int64, in order."""
+    numbers = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *(each.numbers for each in changes)])
     if not always_runs:  # a step that commits nothing changes nothing, unless the next one is conditioned on it
-        return (after < before).any(dim=-1).nonzero().squeeze(-1)
-    is_open = before.any(dim=-1).nonzero()
-    return torch.arange(int(is_open[-1]) + 1 if len(is_open) else 0, device="cpu")
+        return numbers.unique()
+    return torch.arange(int(numbers.max()) + 1 if len(numbers) else 0, device="cpu")  # the last change is to 0
+
+
+def _table(changes: list[Changes], numbers: Tensor, columns: Tensor) -> Tensor:
+    """Masked positions after steps, [R, B], of sequences with the changes in these columns [B]."""
+    if not changes:
+        return torch.zeros(len(numbers), 0, dtype=torch.int64, device="cpu")
+    return torch.stack([each.after(numbers) for each in changes], dim=-1)[:, columns]
 
 
 # The state
@@ -404,7 +424,7 @@ def _remask(state: State, step: Step, model: Model, options: Options, arguments:
         noise_scale = options.noise_level_scale
     counts = state.counts[step.index]
     if options.threshold is not None and not model.may_remask:
-        counts = counts_that_propose(counts, state.is_masked)
+        counts = counts_that_commit(counts, state.is_masked)
     functional.remask_(
         state.ids,
         state.is_masked,
