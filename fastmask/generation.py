@@ -74,7 +74,7 @@ class Options(NamedTuple):
         return Options(*(None if x is None else float(x) for x in self[:-1]), sample_offset)  # type: ignore[arg-type]
 
     def choice_noise(self, formulas: Formulas) -> float:
-        """The scale of the noise on the confidence: by default none where not counts alone decide, or all is greedy."""
+        """Scale of the noise on the confidence: by default none where not counts alone decide, or all is greedy."""
         if self.choice_temperature is not None:
             return self.choice_temperature
         return formulas.choice_temperature if self.threshold is None and self.start_temperature > 0.0 else 0.0
@@ -140,8 +140,8 @@ def _check_prompt(prompt: Tensor, prompt_mask: Tensor | None, length: int) -> No
     if prompt_mask is None:
         if size >= length:
             raise ValueError(
-                f"expected a prompt without prompt_mask, which is a prefix, shorter than seq_len = {length}, received "
-                f"{size} positions; say what is given with prompt_mask=, or shorten it"
+                "expected a prompt without prompt_mask, which is a prefix, shorter than seq_len = "
+                f"{length}, received {size} positions; say what is given with prompt_mask=, or shorten it"
             )
         return
     _check.tensor("prompt_mask", prompt_mask, [torch.bool])

@@ -585,24 +585,38 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> Tensor | tuple[Tensor, Trajectory]:
         """Generates sequences, or fills in the positions that a prompt leaves open.
 
+        ========= =================================== ==============================================
+        For       give                                other libraries call it
+        ========= =================================== ==============================================
+        diversity higher choice_temperature,          alg_temp, r_temp; temperature
+                  start_temperature
+        quality   more steps; lower                   num_steps, num_inference_steps, timesteps;
+                  start_temperature, top_p,           temperature, top_p, top_k
+                  higher filter_thres
+        speed     fewer steps, threshold; cuda_graph  num_steps; confidence_threshold
+        ========= =================================== ==============================================
+
         Args:
             batch_size: B; None for one sequence without batch dimension (or the prompt's own).
-            start_temperature: annealed linearly to 0 (floor 1e-3).
+            start_temperature: annealed linearly to 0 (floor 1e-3); 0 takes the likeliest id in every step.
             filter_thres: keeps the ceil((1 - filter_thres) V) largest logits; None keeps all.
             noise_level_scale: scale of the annealed Gumbel noise on the critic's scores.
             top_p: of those, keeps the nucleus of this probability; None keeps all.
             forbidden: [V] bool, True at more ids that are never sampled beside mask_id; or a sequence of those ids.
-            choice_temperature: scale of the annealed Gumbel noise on the log confidence, without a critic;
-                0 commits greedily and tends to one mode (MaskGIT: 4.5).
+            choice_temperature: scale of the annealed Gumbel noise on the log confidence, without a critic; 0
+                commits the likeliest first and tends to one mode. None is 4.5, MaskGIT's, where counts alone
+                decide how many are committed and start_temperature is above 0; else, and with compat, 0.
             threshold: in [0, 1]: in place of the schedule's counts every step commits all tokens whose confidence
                 (their probability; with a critic, that of being right) is above it, and one of each sequence at
                 least; the last step commits everything. With can_mask_prev_unmasked a step masks again what is not
                 above it (a token that the filter leaves out has probability 0). All steps run, since nothing waits
                 to see what is still masked: give few, or write the loop with ``functional.demask_step`` and stop when
                 you have looked.
-            prompt: [N] or [B, N] int32|int64; with
-            prompt_mask: likewise bool, True where the prompt's id is given: it is never changed, even if it
-                equals mask_id.
+            seq_len: N, from 1 to max_seq_len; default max_seq_len.
+            prompt: [P] or [B, P] int32|int64, the first P positions. Alone it is a prefix, all of it given, of
+                P < N; with
+            prompt_mask: likewise bool, P up to N, True where the prompt's id is given. What follows is open. A
+                given id is never changed, even if it equals mask_id.
             steps: default the wrapper's own.
             generator: default torch's own of the network's device.
             sample_offset: global index of the first sequence: a batch may be split without changing it.
@@ -618,7 +632,8 @@ class NonAutoregressiveWrapper(nn.Module):
             ids [B, N] int64 ([N] for one sequence); with ``return_trajectory`` (ids, Trajectory).
 
         Raises:
-            TypeError, ValueError: arguments that do not fit.
+            TypeError, ValueError: arguments that do not fit; names near to one of these, or other libraries' for
+                them, that the network does not have in its forward.
 
         Randomness: one seed of the generator.
 

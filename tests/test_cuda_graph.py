@@ -50,8 +50,10 @@ class Net(nn.Module):
         self, ids, sum_embeds=0.0, shift=0.0, scale=1.0, mems=(), return_embeddings=False,
         return_logits_and_embeddings=False,
     ):  # fmt: skip
-        place = torch.arange(self.max_seq_len, device=ids.device)
-        embeddings = self.table[place, ids].sum(dim=1).tanh() + sum_embeds + sum(x.mean() for x in mems)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        embeddings = (
+            self.table[place, ids][:, :, : ids.shape[1]].sum(dim=1).tanh() + sum_embeds + sum(x.mean() for x in mems)
+        )
         if return_embeddings:
             return embeddings
         logits = (embeddings[..., None] * self.head).sum(dim=-2) * scale + shift
@@ -243,6 +245,16 @@ def test_prompts_of_one_eighth_share_a_graph(graphs):
     assert len(graphs) == 2
     ids = drawn(wrapper, 0, cuda_graph=True, **prompts([0, 0]))
     assert torch.equal(ids, prompts([0, 0])["prompt"])
+
+
+def test_each_length_has_a_graph_of_its_own(graphs):
+    wrapper, prefix = wrap(), torch.tensor([[1, 2]])
+    for number, length in enumerate((4, N, 5, 6), start=1):
+        for given in ({"batch_size": 1, "seq_len": length}, {"prompt": prefix, "seq_len": length}):
+            ids = drawn(wrapper, 0, cuda_graph=True, **given)
+            assert ids.shape == (1, length)
+            assert torch.equal(ids, drawn(wrapper, 0, **given))
+        assert len(graphs) == 2 * number
 
 
 def assert_randomness_is_fresh(wrapper) -> None:

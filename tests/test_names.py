@@ -55,7 +55,8 @@ def test_generate_refuses_them(name, ours):
     [
         ("maskabel", "maskable="), ("labels", "is_masked= and masked_ids="), ("temperature", "generator_sample"),
         ("seed", r"generator=torch.Generator\(\).manual_seed\(seed\)"), ("attention_mask", "mask="),
-        ("input_ids", "x="), ("padding_mask", "maskable="), ("num_token", "num_tokens="), ("cfg_scale", "no guidance"),
+        ("input_ids", "x="), ("padding_mask", "maskable="), ("num_token", "num_tokens="),
+        ("cfg_scale", "no guidance"),
     ],
 )  # fmt: skip
 def test_forward_refuses_them(name, ours):
@@ -90,7 +91,7 @@ def test_nelbo_refuses_them(name, ours):
 def test_all_that_x_transformers_knows_passes(method):
     """Wherever it is swallowed, in a network that has no such layer too."""
     net = TransformerWrapper(num_tokens=V, max_seq_len=N, attn_layers=Encoder(dim=8, depth=1, heads=1))
-    assert {"mask", "context", "context_mask", "attn_mask", "mems", "sum_embeds", "pos"} <= set(LAYER_NAMES)
+    assert {"mask", "context", "context_mask", "attn_mask", "mems", "sum_embeds", "pos"} <= LAYER_NAMES
     for network in (net, torch.compile(net), Known(torch.zeros(V)), lambda ids, **kwargs: ids):
         _names.refuse(dict.fromkeys(LAYER_NAMES), network, method)
 
