@@ -9,6 +9,15 @@ from typing import Any, TypeAlias
 Progress: TypeAlias = "bool | Callable[[int, int], object] | None"
 
 
+def check(progress: object) -> None:
+    """Refuses what is neither a bool, None nor a callable."""
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(
+            f"expected progress to be True, False, None or a callable(done, total), received {progress!r} of type "
+            f"{type(progress).__name__}"
+        )
+
+
 def track(total: int, progress: Progress, description: str) -> Iterator[int]:
     """0, 1, ... total - 1, reported as they are done.
 
