@@ -66,7 +66,7 @@ def linear_masked_cross_entropy(
         targets, is_masked, weights, reduction, denominator, ignore_index, check, backend, and the options: as in
             :func:`masked_cross_entropy`.
 
-    Returns, Raises, Randomness, Source: as :func:`masked_cross_entropy`; gradients reach embeddings
+    Returns, Raises, Compiled, Randomness, Source: as :func:`masked_cross_entropy`; gradients reach embeddings
     (0 where unmasked), weight and bias, in their own dtypes, accumulated in float32.
 
     Example:
