@@ -112,6 +112,8 @@ def test_the_references_losses_compile_in_parts(reference, operation):
     compiled = torch.compile(run, backend="eager")
     for batch in (4, 3):
         torch.testing.assert_close(compiled(tokens(batch)), run(tokens(batch)))
+    with pytest.raises(Exception, match="nonzero"):
+        torch.compile(run, backend="eager", fullgraph=True)(tokens(4))
 
 
 # ---- the default dtype ----
@@ -134,7 +136,8 @@ def under_other_defaults():
 
 MASKS = [
     {"schedule": "cosine", "stratified": True},
-    {"mode": "bernoulli", "schedule": 0.5},
+    {"schedule": 0.2501},  # of 8 positions 3, and 2 in float16
+    {"mode": "bernoulli", "maskable": tokens(6) > 3},
     {"schedule": SQUARE, "no_replace_prob": 0.15, "random_token_prob": 0.3, "complement": True},
     {"times": torch.linspace(0, 1, 6), "gate": "token", "no_replace_prob": 0.15, "random_token_prob": 0.3,
      "random_excludes": [1, 3]},
