@@ -71,7 +71,8 @@ class Options(NamedTuple):
         if self.threshold is not None:
             _check.number("threshold", self.threshold, 0.0, 1.0)
         sample_offset = _check.integer("sample_offset", self.sample_offset, 0, 2**32)
-        return Options(*(None if x is None else float(x) for x in self[:-1]), sample_offset)  # type: ignore[arg-type]
+        numbers: dict[str, Any] = {name: None if x is None else float(x) for name, x in self._asdict().items()}
+        return Options(**{**numbers, "sample_offset": sample_offset})
 
     def choice_noise(self, formulas: Formulas) -> float:
         """Scale of the noise on the confidence: by default none where not counts alone decide, or all is greedy."""
@@ -175,12 +176,12 @@ def _prompted(prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: 
 class Step(NamedTuple):
     """One step of a plan.
 
-    number: from 0. index: its row of the plan's tensors. remaining: the share of steps that follow. num_rows,
+    number: from 0. row: of the plan's tensors. remaining: the share of steps that follow. num_rows,
     num_rows_after: the places in the list of masked positions before the step and after it.
     """
 
     number: int
-    index: int
+    row: int
     remaining: float
     num_rows: int
     num_rows_after: int
@@ -236,8 +237,8 @@ def plan(
     return Plan(
         steps,
         tuple(
-            Step(number, index, (steps - 1 - number) / steps, *num_rows)
-            for index, (number, *num_rows) in enumerate(rows)
+            Step(number, row, (steps - 1 - number) / steps, *num_rows)
+            for row, (number, *num_rows) in enumerate(rows)
         ),
         to_device(_table(own, numbers, columns), device),
         to_device(row_starts, device),
@@ -422,14 +423,14 @@ def _remask(state: State, step: Step, model: Model, options: Options, arguments:
     if model.critic is not None:
         values = critic_logits(model.critic, state.ids, model.formulas.critic_arguments(arguments))
         noise_scale = options.noise_level_scale
-    counts = state.counts[step.index]
+    counts = state.counts[step.row]
     if options.threshold is not None and not model.may_remask:
         counts = counts_that_commit(counts, state.is_masked)
     functional.remask_(
         state.ids,
         state.is_masked,
         state.row_indices[: step.num_rows_after],
-        state.row_starts[step.index],
+        state.row_starts[step.row],
         values,
         counts,
         mask_id=model.mask_id,

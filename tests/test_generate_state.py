@@ -286,7 +286,7 @@ def test_a_plan_is_of_the_steps_that_change_something(schedule, always_runs):
     planned = plan(num_maskable, steps, schedule, always_runs=always_runs)
     assert planned.total == steps
     assert [step.number for step in planned.steps] == runs.nonzero().squeeze(-1).tolist()
-    assert [step.index for step in planned.steps] == list(range(len(planned.steps)))
+    assert [step.row for step in planned.steps] == list(range(len(planned.steps)))
     assert [step.num_rows for step in planned.steps] == before.sum(dim=-1)[runs].tolist()
     assert [step.num_rows_after for step in planned.steps] == counts.sum(dim=-1)[runs].tolist()
     assert [step.remaining for step in planned.steps] == [(steps - 1 - step.number) / steps for step in planned.steps]
