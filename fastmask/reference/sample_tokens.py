@@ -115,13 +115,9 @@ def _sample_chunk_(
         ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
 
     is_row = rows.row_indices[:, None] >= 0
-<<<<<<< HEAD
     is_id = ids < z.shape[-1]
-    log_probs = (z.gather(-1, ids.where(is_id, 0)) - totals.log()).where(is_id, torch.nan)
+    log_probs = (z.gather(-1, ids.where(is_id, 0)) - log_totals).where(is_id, torch.nan)
     figures: list[Any] = [log_probs, margins, entropies]
-=======
-    figures: list[Any] = [z.gather(-1, ids) - log_totals, margins, entropies]
->>>>>>> h2c
     figures = [None if x is None else x.where(is_valid, torch.nan).where(is_row, 0.0).squeeze(-1) for x in figures]
     return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)
 
