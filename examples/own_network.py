@@ -26,8 +26,8 @@ LETTERS, LENGTH = 16, 24
 class Network(nn.Module):
     """ids [B, N] to logits [B, N, V], seeing both sides; and, on demand, what its linear head would take.
 
-    All that must be there is ``forward``, ``num_tokens`` (V, the mask among them) and ``max_seq_len``. A declared head
-    spares the logits of positions that are not masked.
+    All that must be there is ``forward``, ``num_tokens`` (V, the mask among them) and ``max_seq_len``. A declared
+    head spares the logits of positions that are not masked.
     """
 
     def __init__(self, num_tokens: int, max_seq_len: int, width: int = 64) -> None:

@@ -237,8 +237,7 @@ def plan(
     return Plan(
         steps,
         tuple(
-            Step(number, row, (steps - 1 - number) / steps, *num_rows)
-            for row, (number, *num_rows) in enumerate(rows)
+            Step(number, row, (steps - 1 - number) / steps, *num_rows) for row, (number, *num_rows) in enumerate(rows)
         ),
         to_device(_table(own, numbers, columns), device),
         to_device(row_starts, device),

@@ -62,7 +62,7 @@ def test_own_network(capsys):
 def test_bert_hugging_face(text, capsys, masks):
     pytest.importorskip("transformers", reason="needs the extra hf")
     printed = run("bert_hugging_face", capsys, text, "--steps", "101", *masks)
-    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)[:: 2])
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)[::2])
     assert last < first - 0.5
 
 
