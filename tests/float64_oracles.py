@@ -93,12 +93,11 @@ def row_loss(
         nll = math.log1p(others / weights[target])
     else:
         nll = lse - z_target
-    mean = kept[allowed].mean()
-    loss = (1 - e) * nll + lam * lse**2
+    smooth = math.log(total) - gap[allowed].mean()  # L less the mean
+    with np.errstate(invalid="ignore"):  # under a smoothing of 1 an impossible target's is 0 times infinity
+        loss = np.float64(1 - e) * nll + lam * lse**2
     if e > 0.0:
-        loss = loss + e * (lse - mean)
-    if np.isnan(loss):  # 0 times infinity, under smoothing of 1
-        loss = e * (lse - mean) + lam * lse**2
+        loss = loss + e * smooth
     gradient = p * (1 + 2 * lam * lse) - np.where(allowed, e / size, 0.0)
     gradient[target] = (1 - e) * -q + e * (p_target - 1 / size) + 2 * lam * lse * p_target
     by_z = gradient.copy()
@@ -116,7 +115,8 @@ def row_loss(
     lse_error = average + rounding * STEPS * (abs(top) + abs(lse) + 1)
     # others / e_y, relative: the odds are what a likely target's nll is made of.
     odds = float((np.delete(p, target) * np.delete(exponent, target)).sum())
-    odds = odds + q * exponent[target]  # absolute, times p_target
+    tiny = num_columns * (2.0**-126 if rounding > 2.0**-50 else 2.0**-1022)  # what underflows
+    odds = odds + q * exponent[target] + tiny
     rounded_top = rounding * STEPS * (abs(top) + (abs(z_target) if np.isfinite(z_target) else 0.0)) * (p_target < 0.75)
     nll_bound = (odds + rounded_top + rounding * STEPS * abs(nll)) if np.isfinite(nll) else 0.0
     if np.isfinite(nll) and p_target < 0.75:
@@ -125,9 +125,9 @@ def row_loss(
     loss_bound = (1 - e) * nll_bound + lam * (2 * abs(lse) + lse_error) * lse_error + rounding * STEPS * abs(loss)
     loss_bound += e * (smooth_error + rounding * STEPS) if e > 0 else 0.0
     by_lse = 1 + 2 * lam * abs(lse)
-    gradient_bound = p * relative * by_lse + p * 2 * lam * lse_error + rounding * STEPS * (np.abs(by_z) + e / size)
+    gradient_bound = tiny + p * relative * by_lse + p * 2 * lam * lse_error + rounding * STEPS * (np.abs(by_z) + e / size)
     gradient_bound[target] = (
-        odds * p_target * 1.0
+        odds
         + q * average
         + p_target * relative[target] * (e + 2 * lam * abs(lse))
         + p_target * 2 * lam * lse_error

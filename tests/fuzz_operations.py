@@ -815,15 +815,11 @@ def mask_sampling(case: Case) -> None:
             assert counts[b] == n, "a ratio of 1 masks everything"
         elif ratios[b] <= 0:
             assert counts[b] == 0, "a ratio of 0 masks nothing"
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = ratios if is_bernoulli else np.array(counts) / np.maximum(num_maskable, 1)
-        weights = np.where(np.array(counts) > 0, np.abs(slopes) / shares, 0.0) if batch else np.zeros(0)
-    rounding = 2.0**-24 * (8 + 4 * np.abs(weights) * (name == "cosine"))
-    oracle.assert_within(out.loss_weights, weights, rounding * (1 + np.abs(weights)), "weights of the loss")
+    check_loss_weights(name, is_bernoulli, ratios, slopes, num_maskable, out)
     rows = np.flatnonzero(is_masked.reshape(-1)).tolist()
     assert out.row_indices.tolist() == rows + [-1] * (batch * length - len(rows)), "row_indices"
     assert int(out.num_masked) == len(rows), "num_masked"
-    check_visible(case, options, out, token, excludes, mask_id, vocabulary, gate, may_be_mask)
+    check_visible(options, out, token, excludes, mask_id, vocabulary, gate, may_be_mask)
     if batch > 1 and (not options["stratified"] or "global_batch_size" in options) and case.chance(0.3):
         parts = {**options}
         for key in ("times", "counts", "maskable"):
@@ -838,6 +834,8 @@ def mask_sampling(case: Case) -> None:
         assert (other.is_masked.numpy() == (candidate & ~is_masked)).all(), "complement"
         assert torch.equal(other.counts, other.is_masked.sum(-1)), "counts of the complement"
         assert torch.equal(other.times, out.times)
+        check_loss_weights(name, is_bernoulli, 1.0 - ratios, slopes, num_maskable, other)
+        check_visible(options, other, token, excludes, mask_id, vocabulary, gate, may_be_mask)
 
 
 def check_times(options: dict[str, Any], given: np.ndarray | None, times: Tensor, offset: int, batch: int) -> None:
@@ -855,8 +853,21 @@ def check_times(options: dict[str, Any], given: np.ndarray | None, times: Tensor
         assert len(np.unique(t)) == batch, "one time for several sequences"
 
 
+def check_loss_weights(
+    name: str, is_bernoulli: bool, ratios: np.ndarray, slopes: np.ndarray, num_maskable: np.ndarray, out: Any
+) -> None:
+    """|schedule'| over the share that is masked; 0 where nothing is."""
+    counts = exactly(out.counts)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = ratios if is_bernoulli else counts / np.maximum(num_maskable, 1)
+        weights = np.where(counts > 0, np.abs(slopes) / shares, 0.0)
+        # The slope's rounding, and the ratio's: absolute, since 1 - t loses what t had.
+        bound = 2.0**-22 * (1 + np.abs(weights)) * (1 + (1 / shares if is_bernoulli else 0.0))
+    oracle.assert_within(out.loss_weights, weights, np.nan_to_num(bound), "weights of the loss")
+
+
 def check_visible(
-    case: Case, options: dict[str, Any], out: Any, token: np.ndarray, excludes: np.ndarray | None, mask_id: int,
+    options: dict[str, Any], out: Any, token: np.ndarray, excludes: np.ndarray | None, mask_id: int,
     vocabulary: int, gate: str, may_be_mask: bool,
 ) -> None:  # fmt: skip
     """What the network sees: how many are kept, how many random, and which ids these are."""
