@@ -215,7 +215,7 @@ class Loss:
 
 def check_figures(
     loss: Loss, out: Any, rows: dict[int, oracle.RowLoss], weights: np.ndarray, rounding: float, is_short: bool = False
-) -> tuple[np.ndarray, float]:
+) -> np.ndarray:
     """The loss, nll and correct; what each row's gradient is multiplied with, [R], without what comes from above."""
     nll, nll_bound = np.zeros(loss.num_rows), np.zeros(loss.num_rows)
     weighted, weighted_bound = np.zeros(loss.num_rows), np.zeros(loss.num_rows)
@@ -224,6 +224,9 @@ def check_figures(
         weighted[row] = weights[row] * figures.loss
         weighted_bound[row] = abs(weights[row]) * (figures.loss_bound + rounding * abs(figures.loss))
     weighted_bound = np.where(np.isfinite(weighted_bound), weighted_bound, 0.0)
+    if is_short:  # says that it left rows out
+        assert bool(out.loss.isnan().all()), "a loss of more rows than num_masked"
+        return weights
     oracle.assert_within(out.nll, nll.reshape(loss.shape), nll_bound.reshape(loss.shape), "nll")
     if loss.with_correct:
         correct = out.correct.flatten().tolist()
@@ -241,11 +244,8 @@ def check_figures(
             expected = np.float64(weighted.sum() / denominator)
         finite = np.abs(weighted[np.isfinite(weighted)]).sum()
         bound = (weighted_bound.sum() + rounding * (len(rows) + 4) * finite) / denominator
-    if is_short:  # says that it left rows out
-        assert bool(out.loss.isnan().all()), "a loss of more rows than num_masked"
-        return weights / denominator, denominator
     oracle.assert_within(out.loss.detach(), expected, bound, "loss")
-    return weights / denominator, denominator
+    return weights / denominator
 
 
 def masked_cross_entropy(case: Case) -> None:
@@ -266,7 +266,7 @@ def masked_cross_entropy(case: Case) -> None:
         int(row): oracle.row_loss(exact[row], int(loss.targets.reshape(-1)[row]), rounding=rounding, **loss.row_options)
         for row in np.flatnonzero(weights)
     }
-    factors, _ = check_figures(loss, out, rows, weights, rounding)
+    factors = check_figures(loss, out, rows, weights, rounding)
     above = loss.upstream(out.loss)
     (gradient,) = torch.autograd.grad(out.loss, logits, above)
     got = exactly(gradient).reshape(-1, loss.vocabulary)
@@ -337,12 +337,15 @@ def linear_masked_cross_entropy(case: Case) -> None:
         )
         for row in counted
     }
-    factors, _ = check_figures(loss, out, rows, weights, rounding, is_short)
+    factors = check_figures(loss, out, rows, weights, rounding, is_short)
     above = loss.upstream(out.loss)
     gradients = torch.autograd.grad(out.loss, leaves, above, allow_unused=False)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
-    if is_short or any(np.isnan(figures.nll) for figures in rows.values()):
+    if is_short:
+        assert bool(gradients[1].isnan().any()), "gradients of more rows than num_masked"
+        return
+    if any(np.isnan(figures.nll) for figures in rows.values()):
         return
     above = exactly(above).reshape(-1) if loss.reduction == "none" else np.full(loss.num_rows, float(above))
     g, g_bound = np.zeros_like(z), np.zeros_like(z)
@@ -440,14 +443,18 @@ class Row:
             return
         assert any(self._agrees(*answer, id, log_prob, margin, entropy, kept_id) for answer in self.answers), (
             id, kept_id, log_prob, margin, entropy,
-            [(np.flatnonzero(kept)[:9], f.log_probs[id], f.margin, f.entropy) for kept, f in self.answers],
+            [(np.flatnonzero(kept)[:9], f.log_probs[id : id + 1], f.margin, f.entropy) for kept, f in self.answers],
         )  # fmt: skip
 
     def _agrees(
         self, kept: np.ndarray, figures: oracle.RowFigures, id: int, log_prob: float, margin: float | None,
         entropy: float | None, kept_id: int,
     ) -> bool:  # fmt: skip
-        if kept_id >= 0:
+        if kept_id >= len(kept):
+            if id != kept_id or not math.isnan(log_prob):
+                return False
+            id, log_prob = self.best, figures.log_probs[self.best]
+        elif kept_id >= 0:
             if id != kept_id:
                 return False
         elif self.is_greedy:
@@ -500,20 +507,24 @@ def sample_tokens(case: Case) -> None:
         listed = case.numbers.permutation(batch * length)[: case.choices.randint(0, batch * length)]
         if case.chance(0.5):
             listed = np.sort(listed)
-        listed = np.append(listed, np.full(case.pick(0, 0, 2), -1)).astype(np.int64)
-        options["row_indices"] = torch.from_numpy(listed)
         is_compact = case.chance(0.5)
+        none = -1 if is_compact else case.pick(-1, -1, batch * length, 2**40)
+        places = np.append(listed, np.full(case.pick(0, 0, 2), none)).astype(np.int64)
+        options["row_indices"] = torch.from_numpy(places)
+        listed = np.where(places < batch * length, places, -1)
     if is_compact:
         logits, exact = sampled_logits(case, len(listed), vocabulary)
         options["seq_len"] = length
         flat = exact
     else:
         logits, exact = sampled_logits(case, batch, length, vocabulary)
-        flat = exact.reshape(-1, vocabulary)[listed] if batch else np.zeros((len(listed), vocabulary))
+        flat = exact.reshape(-1, vocabulary)[np.maximum(listed, 0)] if batch else np.zeros((len(listed), vocabulary))
     shape = listed.shape if "row_indices" in options else (batch, length)
     kept = None
     if case.chance(0.3):
         kept = np.where(case.flags(0.5, *shape), case.ids(vocabulary, *shape), -1)
+        if case.chance(0.1):
+            kept[case.flags(0.3, *shape)] = case.pick(vocabulary, 2**40)  # no id
         options["kept_ids"] = case.laid_out(kept, torch.int64)
     written = None
     if case.chance(0.3):
@@ -642,6 +653,8 @@ def remask_(case: Case) -> None:
     spaces = case.numbers.integers(0, length + 2, batch)
     starts = [0, *spaces.cumsum().tolist()]
     num_places = starts[-1]
+    if case.chance(0.1):  # as good as 0 and R
+        starts[0], starts[-1] = case.pick(0, -3), num_places + case.pick(0, 2)
     draws = {"seed": case.seed(), "step": case.pick(0, 3), "sample_offset": case.pick(0, 2), "backend": case.backend}
     written = [torch.from_numpy(ids.copy()), torch.from_numpy(is_masked.copy()), torch.full((num_places,), 99)]
     functional.remask_(
@@ -659,7 +672,7 @@ def remask_(case: Case) -> None:
     got_ids, got_masked, listed = (x.numpy() for x in written)
     expected_masks(keys, is_masked if eligible is None else eligible, numbers, min_key, got_masked, slack)
     assert (got_ids == np.where(got_masked, case_mask_id(case), ids)).all(), "ids"
-    assert listed.tolist() == oracle.row_list(got_masked, starts, num_places), "the list of rows"
+    assert listed.tolist() == oracle.row_list(got_masked, [min(max(0, x), num_places) for x in starts], num_places), "the list of rows"
 
 
 def case_mask_id(case: Case) -> int:
