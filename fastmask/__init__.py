@@ -1,10 +1,11 @@
 """fastmask: masked-token models, trained and sampled at the speed of memory."""
 
 from fastmask import data, functional
-from fastmask.records import Losses, Trajectory
+from fastmask.heads import Head
+from fastmask.records import Losses, Metrics, Trajectory
 from fastmask.schedules import Schedule
 from fastmask.wrapper import NonAutoregressiveWrapper
 
 __version__ = "0.1.0"
 
-__all__ = ["Losses", "NonAutoregressiveWrapper", "Schedule", "Trajectory", "data", "functional"]
+__all__ = ["Head", "Losses", "Metrics", "NonAutoregressiveWrapper", "Schedule", "Trajectory", "data", "functional"]

@@ -37,6 +37,28 @@ def tensor(name: str, value: object, dtypes: Sequence[torch.dtype], ndim: int | 
         raise ValueError(f"expected {name} with {ndim} dimensions, received shape {tuple(value.shape)}")
 
 
+def plain(**tensors: Tensor | None) -> None:
+    """No transform of torch.func works on these tensors, and none carries a forward-mode tangent.
+
+    The operations differentiate in reverse mode only: elsewhere a tangent would be dropped, and be 0, unseen.
+    """
+    if torch.compiler.is_compiling():  # it traces the operations as they are, and not what was done to their inputs
+        return
+    with_tangents = torch.autograd.forward_ad._current_level >= 0
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if torch._C._functorch.is_batchedtensor(value):
+            what, remedy = "batched by torch.func.vmap", "give the whole batch in one call"
+        elif torch._C._functorch.is_gradtrackingtensor(value):
+            what, remedy = "inside of torch.func.grad, vjp, jvp or jacfwd", "use torch.autograd.grad or backward()"
+        elif with_tangents and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+            what, remedy = "with a forward-mode tangent", "use torch.autograd.grad or backward()"
+        else:
+            continue
+        raise RuntimeError(f"expected {name} to be a plain tensor, received one {what}; {remedy}")
+
+
 def shape(name: str, value: Tensor, expected: Sequence[int], letters: str) -> None:
     """``value`` has this shape, written in letters for the message."""
     if tuple(value.shape) != tuple(expected):
@@ -78,12 +100,13 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, belo
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """``value`` as an int; low <= value, and < high if given."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-        raise TypeError(f"expected {name} to be an int, received {type(value).__name__}")
-    try:
-        value = operator.index(value)
-    except TypeError:  # a NumPy array
-        raise TypeError(f"expected {name} to be an int, received {type(value).__name__}") from None
+    if isinstance(value, bool) or not isinstance(value, int):  # what torch.compile calls an int stays symbolic
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+            raise TypeError(f"expected {name} to be an int, received {type(value).__name__}")
+        try:
+            value = operator.index(value)
+        except TypeError:  # a NumPy array
+            raise TypeError(f"expected {name} to be an int, received {type(value).__name__}") from None
     if value < low or (high is not None and value >= high):
         upper = "" if high is None else f" and below {high}"
         raise ValueError(f"expected {name} of at least {low}{upper}, received {value}")
@@ -91,7 +114,12 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 
 def clean_tokens(
-    name: str, ids: Tensor, num_tokens: int, forbidden_id: int | None, where: Tensor | None = None
+    name: str,
+    ids: Tensor,
+    num_tokens: int,
+    forbidden_id: int | None,
+    where: Tensor | None = None,
+    remedy: str = "clean the data (fastmask.data refuses such ids when it reads them)",
 ) -> None:
     """Every id (at ``where``) is in [0, num_tokens) and none is forbidden. Reads values: synchronises."""
     wrong = (ids < 0) | (ids >= num_tokens)
@@ -104,5 +132,5 @@ def clean_tokens(
         besides = "" if forbidden_id is None else f" other than {forbidden_id}"
         raise ValueError(
             f"expected {name} in [0, {num_tokens}){besides}, received {int(ids[tuple(position)])} at {position} "
-            f"and {int(wrong.sum()) - 1} more; clean the data (fastmask.data refuses such ids when it reads them)"
+            f"and {int(wrong.sum()) - 1} more; {remedy}"
         )

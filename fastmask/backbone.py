@@ -1,50 +1,56 @@
-"""The one door to a network: its logits, its embeddings, and its head where that is provably linear.
+"""The one door to a network: its logits, or its embeddings where its head is linear (``fastmask/heads.py``).
 
-Any callable ``net(ids, **kwargs) -> logits`` will do. For an ``x_transformers.TransformerWrapper`` whose
-logits are provably ``F.linear(embeddings, weight, bias) * scale``, the network is asked for embeddings
-only, and head and loss (or sampler) see the masked rows alone.
+Any callable ``net(ids, **kwargs) -> logits`` will do.
 """
 
 from __future__ import annotations
 
-import sys
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastmask import _devices, functional
-from fastmask.records import LinearLogits, MaskedTokens
-
-
-class Head(NamedTuple):
-    """logits = F.linear(embeddings * scale, weight, bias); weight [V, D], bias [V] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-
-    def logits(self, embeddings: Tensor) -> LinearLogits:
-        """The logits of embeddings [B, N, D]; nothing is computed yet."""
-        return LinearLogits(embeddings, self.weight, self.bias, self.scale)
+from fastmask import _check, _devices, functional
+from fastmask.heads import Heads, logits_in
+from fastmask.records import CrossEntropy, LinearLogits, MaskedTokens
 
 
 class Output(NamedTuple):
     """What a network gave for [B, N] ids.
 
     logits: [B, N, V], or those of a linear head that nobody has computed yet. embeddings: [B, N, D]; None where it
-    was not asked for them.
+    was not asked for them. exclude_id: a column that the loss leaves out, None for none.
     """
 
     logits: Tensor | LinearLogits
     embeddings: Tensor | None
+    exclude_id: int | None = None
 
     @property
     def num_tokens(self) -> int:
         """V."""
         return self.logits.shape[-1] if isinstance(self.logits, Tensor) else len(self.logits.weight)
+
+    def of_tokens(self, net: Any, num_tokens: int, mask_id: int) -> Output:
+        """The output for num_tokens ids of which mask_id is no prediction: columns that pad the head are cut off.
+
+        Raises:
+            ValueError: columns lack for ids other than mask_id and what follows it.
+        """
+        width = self.num_tokens
+        if width < num_tokens:
+            if width > mask_id or width in _embedding_widths(net):
+                raise ValueError(
+                    f"expected logits of net.num_tokens = {num_tokens} columns (more are cut off as padding, "
+                    f"the last may lack from mask_id {mask_id} on), received {width}; return logits, no embeddings, "
+                    "and give the head a column for each id"
+                )
+            return self
+        logits = self.logits
+        if width > num_tokens:
+            logits = logits[..., :num_tokens] if isinstance(logits, Tensor) else logits.of_ids(num_tokens)
+        return Output(logits, self.embeddings, mask_id)
 
     def loss(
         self,
@@ -53,13 +59,20 @@ class Output(NamedTuple):
         weights: Tensor | None,
         denominator: Tensor | float,
         num_masked: int | None,
-    ) -> Tensor:
+        with_correct: bool = False,
+    ) -> CrossEntropy:
         """Masked cross-entropy, "mean"; arguments as in :func:`fastmask.functional.linear_masked_cross_entropy`."""
         logits = self.logits
         if isinstance(logits, Tensor):
             return functional.masked_cross_entropy(
-                logits, targets, masked.is_masked, weights, denominator=denominator
-            ).loss
+                logits,
+                targets,
+                masked.is_masked,
+                weights,
+                denominator=denominator,
+                exclude_id=self.exclude_id,
+                with_correct=with_correct,
+            )
         return functional.linear_masked_cross_entropy(
             logits.scaled(logits.embeddings),
             logits.weight,
@@ -69,7 +82,10 @@ class Output(NamedTuple):
             row_indices=masked.row_indices,
             num_masked=num_masked,
             denominator=denominator,
-        ).loss
+            softcap=logits.softcap,
+            exclude_id=self.exclude_id,
+            with_correct=with_correct,
+        )
 
     def logits_of(self, row_indices: Tensor) -> Tensor:
         """The logits [M, V] of the rows ``row_indices`` [M]."""
@@ -78,22 +94,30 @@ class Output(NamedTuple):
         return self.logits.of_rows(rearrange(self.logits.embeddings, "b n d -> (b n) d")[row_indices])
 
 
-def run(net: Any, ids: Tensor, *, with_embeddings: bool = False, **kwargs: Any) -> Output:
+def _embedding_widths(net: Any) -> set[object]:
+    """How wide a network's embeddings are, as far as it tells."""
+    modules = net.modules() if isinstance(net, nn.Module) else []
+    return {getattr(net, "emb_dim", None), *(m.embedding_dim for m in modules if isinstance(m, nn.Embedding))}
+
+
+def run(net: Any, heads: Heads, ids: Tensor, *, with_embeddings: bool = False, **kwargs: Any) -> Output:
     """The network on ids [B, N]: embeddings and head where the head is linear, else logits.
 
     Args:
         with_embeddings: embeddings are wanted even beside logits (self-conditioning).
         kwargs: passed to the network.
     """
+    heads.warn_of_borrowed(net)
+    heads.prove(net, ids, kwargs)
     # x-transformers cuts prepended embeddings off again on its way to logits only.
-    head = None if kwargs.get("excise_prepend_embeds") else linear_head(net)
+    head = None if kwargs.get("excise_prepend_embeds") else heads.way(net).head
     if head is not None:
         embeddings = _of_each_token("embeddings", "D", net(ids, return_embeddings=True, **kwargs), ids)
         return Output(head.logits(embeddings), embeddings)
     if with_embeddings:
         logits, embeddings = net(ids, return_logits_and_embeddings=True, **kwargs)
         return Output(_of_each_token("logits", "V", logits, ids), embeddings)
-    return Output(_of_each_token("logits", "V", net(ids, **kwargs), ids), None)
+    return Output(_of_each_token("logits", "V", logits_in(net(ids, **kwargs)), ids), None)
 
 
 def embeddings(net: Any, ids: Tensor, **kwargs: Any) -> Tensor:
@@ -116,55 +140,39 @@ def device_of(net: Any) -> torch.device:
     return _devices.device_of(net, torch.get_default_device())
 
 
-def linear_head(net: Any) -> Head | None:
-    """The head of a TransformerWrapper whose logits are provably linear in its embeddings, else None.
+def check_network(net: Any, *, needs_embeddings: bool) -> None:
+    """A network says how many ids and positions it has, and, for self-conditioning, how wide its embeddings are.
 
-    Anything that could come between the two (another class or forward, hooks, parametrisations,
-    several heads, pooling, mixtures) refuses the short way; the logits are then the network's own.
+    Raises:
+        TypeError, ValueError: it does not.
     """
-    compiled, net = net, getattr(net, "_orig_mod", net)  # torch.compile's wrapping, which can have hooks too
-    if compiled is not net and any(_hooks(compiled)):
-        return None
-    x_transformers = sys.modules.get("x_transformers.x_transformers")
-    if x_transformers is None or not isinstance(net, x_transformers.TransformerWrapper):
-        return None
-    if type(net).forward is not x_transformers.TransformerWrapper.forward or _altered(net):
-        return None
-    flags = (
-        "output_is_log_prob",
-        "sigsoftmax_logits",
-        "squeeze_out_last_dim",
-        "average_pool_embed",
-        "has_multiple_heads",
-    )
-    modules = ("to_mixture", "combine_mixture", "cls_token", "attn_pool")
-    if any(getattr(net, flag, False) for flag in flags) or any(getattr(net, m, None) is not None for m in modules):
-        return None
-
-    head = net.to_logits
-    if type(head) is nn.Linear and not _altered(head):
-        return Head(head.weight, head.bias, 1.0)
-    embedding = getattr(net.token_emb, "emb", None)
-    if _is_tied_lambda(head, net) and type(embedding) is nn.Embedding:
-        return Head(embedding.weight, None, getattr(net, "tie_embedding_scale", 1.0))
-    return None
+    config = getattr(net, "config", None)
+    if not hasattr(net, "num_tokens") and hasattr(config, "vocab_size"):
+        name = type(net).__name__
+        raise TypeError(
+            f"expected a network with num_tokens and max_seq_len, received {name}, a Hugging Face model; set "
+            "net.num_tokens = net.config.vocab_size and net.max_seq_len = net.config.max_position_embeddings (a "
+            "model that sees both sides, with the mask among its ids), or wrap it (docs/networks.md)"
+        )
+    for name, low in (("num_tokens", 2), ("max_seq_len", 1)) + (("emb_dim", 1),) * needs_embeddings:
+        if not hasattr(net, name):
+            raise TypeError(
+                f"expected a network with net.{name}, received {type(net).__name__} without; set that attribute "
+                "(docs/networks.md)"
+            )
+        _check.integer(f"net.{name}", getattr(net, name), low)
 
 
-def _altered(module: nn.Module) -> bool:
-    """Whether hooks or a forward of its own stand between a module and its class."""
-    return any(_hooks(module)) or "forward" in vars(module)
+def check_head(net: Any, head: object) -> None:
+    """``head=`` of the wrapper is a linear layer of the network, whose embeddings can be had.
 
-
-def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def _is_tied_lambda(head: object, net: nn.Module) -> bool:
-    """Whether ``head`` is the tied head that TransformerWrapper.__init__ made for this very network.
-
-    A deep copy keeps the lambda of the original, with the original's weights.
+    Raises:
+        TypeError, ValueError: it is not.
     """
-    if not isinstance(head, FunctionType) or head.__qualname__ != "TransformerWrapper.__init__.<locals>.<lambda>":
-        return False
-    cells = dict(zip(head.__code__.co_freevars, head.__closure__ or (), strict=True))
-    return set(cells) == {"self"} and cells["self"].cell_contents is net
+    if not isinstance(head, nn.Linear):
+        raise TypeError(
+            f"expected head to be an nn.Linear of the network, received {type(head).__name__}; for another linear "
+            "head give the network a method linear_head() that returns fastmask.Head(weight, bias, scale, softcap)"
+        )
+    if isinstance(net, nn.Module) and all(module is not head for module in net.modules()):
+        raise ValueError("expected head to be a module of net, received another; make it one, so that it is trained")

@@ -18,19 +18,19 @@ class SelfCritic(nn.Module):
     """A linear probe on the generator's own embeddings.
 
     Args:
-        net: a network with ``attn_layers.dim`` and ``return_embeddings=True``.
+        net: a network with ``return_embeddings=True``.
+        width: of its embeddings; None where nobody knows.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, width: int | None) -> None:
         super().__init__()
-        dim = getattr(getattr(net, "attn_layers", None), "dim", None)
-        if dim is None:
+        if width is None:
             raise ValueError(
-                "expected self_token_critic=True with a network that has attn_layers.dim and return_embeddings= "
+                "expected self_token_critic=True with a network that has emb_dim and return_embeddings= "
                 f"(x_transformers.TransformerWrapper), received {type(net).__name__}; give token_critic= instead"
             )
         self.net = net
-        self.to_logits = nn.Linear(dim, 1)
+        self.to_logits = nn.Linear(width, 1)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Logits [B, N, 1] that the token of ids x [B, N] is wrong; kwargs go to the network."""
@@ -60,7 +60,7 @@ def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Ten
     return logits
 
 
-def critic_loss(logits: Tensor, is_wrong: Tensor, maskable: Tensor | None, num_maskable: Tensor | int) -> Tensor:
+def critic_loss(logits: Tensor, is_wrong: Tensor, maskable: Tensor | None, num_maskable: Tensor | float) -> Tensor:
     """Binary cross-entropy, nats, of logits [B, N] against is_wrong [B, N] bool: the mean over what is maskable."""
     losses = F.binary_cross_entropy_with_logits(logits.float(), is_wrong.float(), reduction="none")
     losses = losses if maskable is None else losses.where(maskable, 0.0)

@@ -19,7 +19,7 @@ from fastmask._progress import Progress, track
 from fastmask.critic import critic_logits
 from fastmask.ops.demask_step import counts_that_commit, remask_key_of_threshold
 from fastmask.records import Draws, Sampled, Sampling, Trajectory
-from fastmask.schedules import Schedule, step_counts
+from fastmask.schedules import Schedule
 from fastmask.upstream import Formulas
 
 # What is handed in
@@ -28,12 +28,12 @@ from fastmask.upstream import Formulas
 class Model(NamedTuple):
     """Who proposes ids, and who judges them.
 
-    critic: None where the network's confidence judges. condition: embeddings to the network's arguments that
-    condition it on them. null_embed: [D], what the first step is conditioned on; None without self-conditioning.
-    may_remask: whether what is committed may be masked again.
+    run: the network, of ids [B, N] and its arguments. critic: None where the network's confidence judges.
+    condition: embeddings to the network's arguments that condition it on them. null_embed: [D], what the first step
+    is conditioned on; None without self-conditioning. may_remask: whether what is committed may be masked again.
     """
 
-    net: Any
+    run: Callable[..., backbone.Output]
     critic: nn.Module | None
     condition: Callable[[Tensor], dict[str, Any]]
     null_embed: Tensor | None
@@ -166,6 +166,7 @@ class Plan(NamedTuple):
 
 def plan(
     schedule: Schedule,
+    formulas: Formulas,
     steps: int,
     num_maskable: Tensor,
     device: torch.device,
@@ -185,11 +186,11 @@ def plan(
         always_runs: whether even a step that commits nothing can change what follows.
         num_places: a number that no element of num_maskable exceeds: the plan's steps then depend on it alone.
     """
-    counts = _counts(schedule, steps, num_maskable, may_remask, by_threshold)
+    counts = _counts(schedule, formulas, steps, num_maskable, may_remask, by_threshold)
     places, first = counts, num_maskable
     if num_places is not None:
         first = torch.full_like(num_maskable, num_places)
-        places = _counts(schedule, steps, first, may_remask, by_threshold)
+        places = _counts(schedule, formulas, steps, first, may_remask, by_threshold)
     before = torch.cat([first[None], places[:-1]])
     runs = _runs(before, places, always_runs or num_places is not None)
     row_starts = torch.cat([torch.zeros_like(places[:, :1]), places.cumsum(dim=-1)], dim=-1)
@@ -208,13 +209,15 @@ def places_for_any_prompt(num_maskable: Tensor, length: int) -> int:
     return min(length, math.ceil(most / eighth) * eighth)
 
 
-def _counts(schedule: Schedule, steps: int, num_maskable: Tensor, may_remask: bool, by_threshold: bool) -> Tensor:
+def _counts(
+    schedule: Schedule, formulas: Formulas, steps: int, num_maskable: Tensor, may_remask: bool, by_threshold: bool
+) -> Tensor:
     """How many positions of each sequence stay masked after each step at most, [steps, B]."""
     if by_threshold:
         counts = (num_maskable - torch.arange(1, steps + 1, device="cpu")[:, None]).clamp(min=0)
         counts[-1:] = 0
         return counts
-    counts = step_counts(schedule, steps, num_maskable)
+    counts = formulas.step_counts(schedule, steps, num_maskable)
     # What is committed stays committed.
     return counts if may_remask else torch.cat([num_maskable[None], counts]).cummin(dim=0).values[1:]
 
@@ -295,8 +298,8 @@ def run(
 
 def _network(model: Model, state: State, condition: Tensor | None, arguments: dict[str, Any]) -> backbone.Output:
     if condition is None:
-        return backbone.run(model.net, state.ids, **arguments)
-    return backbone.run(model.net, state.ids, with_embeddings=True, **model.condition(condition), **arguments)
+        return model.run(state.ids, **arguments)
+    return model.run(state.ids, with_embeddings=True, **model.condition(condition), **arguments)
 
 
 def _propose(
@@ -317,7 +320,8 @@ def _propose(
         top_k=options.top_k(out.num_tokens),
         top_p=options.top_p,
         mask_id=model.mask_id,
-        forbidden=state.forbidden,
+        # A head may lack columns for the last ids.
+        forbidden=None if state.forbidden is None else state.forbidden[: out.num_tokens],
     )
     sampled = Sampled(state.ids, state.log_probs)
     model.formulas.sample_(out, rows, kept_ids, sampled, sampling, _draws(state, step, options), generator)

@@ -42,7 +42,8 @@ class ScheduleValues(NamedTuple):
 class Masking(NamedTuple):
     """How masks are chosen, and what the network sees there; see ``fastmask.functional.mask_sampling``.
 
-    schedule: "linear" or "cosine", evaluated by the operation; None where its values are given.
+    schedule: "linear" or "cosine", evaluated by the operation; None where its values are given. gates_tokens: each
+    masked position is kept or random by itself, not a share of them after a coin. complement: what the mask leaves.
     """
 
     mask_id: int
@@ -54,6 +55,21 @@ class Masking(NamedTuple):
     no_replace_prob: float = 0.0
     random_token_prob: float = 0.0
     random_may_be_mask: bool = False
+    gates_tokens: bool = False
+    complement: bool = False
+
+    @property
+    def gate_ends(self) -> tuple[int, int]:
+        """Below which of 2**32 words a position keeps its token, and below which else it gets a random one."""
+        kept = self.no_replace_prob
+        return round(kept * 2**32), min(round((kept + self.random_token_prob) * 2**32), 2**32)
+
+
+class RandomIds(NamedTuple):
+    """What random tokens are drawn from, where ids are excluded: the first num_ids [] int64 of ids [V] int64."""
+
+    ids: Tensor | None = None
+    num_ids: Tensor | None = None
 
 
 class MaskedTokens(NamedTuple):
@@ -126,26 +142,38 @@ class CrossEntropy(NamedTuple):
 
 
 class LinearLogits(NamedTuple):
-    """Logits that nobody has computed yet: ``F.linear(scale * embeddings, weight, bias)``.
+    """Logits that nobody has computed yet: ``F.linear(scale * embeddings, weight, bias)``, or, with a softcap c,
+    c tanh(that / c).
 
     Samplers take it wherever they take logits, and compute those of the rows they sample.
 
     embeddings: [B, N, D] or, of compact rows, [M, D]. weight: [V, D]. bias: [V] or None. Of one dtype, unless under
-    autocast.
+    autocast. softcap: above 0, or None.
     """
 
     embeddings: Tensor
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
+    softcap: float | None = None
 
     def scaled(self, embeddings: Tensor) -> Tensor:
         """Some rows of the embeddings, times the scale."""
         return embeddings if self.scale == 1.0 else embeddings * self.scale
 
+    def capped_(self, logits: Tensor) -> Tensor:
+        """Some rows of ``F.linear(...)`` under the softcap, in place."""
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
     def of_rows(self, embeddings: Tensor) -> Tensor:
         """The logits of some rows of the embeddings."""
-        return torch.nn.functional.linear(self.scaled(embeddings), self.weight, self.bias)
+        logits = torch.nn.functional.linear(self.scaled(embeddings), self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def of_ids(self, num_tokens: int) -> LinearLogits:
+        """The logits of the first num_tokens ids."""
+        bias = None if self.bias is None else self.bias[:num_tokens]
+        return self._replace(weight=self.weight[:num_tokens], bias=bias)
 
 
 # Demasking
@@ -154,21 +182,30 @@ class LinearLogits(NamedTuple):
 class SampledRows(NamedTuple):
     """Which M rows are sampled.
 
-    row_indices: [M] int64, flat positions b N + i; -1 for no row. seq_len: N. is_compact: whether there are logits of
-    these rows only, [M, V], or of every position, [B N, V].
+    row_indices: [M] int64, flat positions b N + i; -1, or what is no position, for no row. seq_len: N. is_compact:
+    whether there are logits of these rows only, [M, V], or of every position, [B N, V]. num_places: B N; None where
+    nothing lies at positions.
     """
 
     row_indices: Tensor
     seq_len: int
     is_compact: bool
+    num_places: int | None = None
+
+    def without_strays(self) -> SampledRows:
+        """The same with -1 for what is no position."""
+        is_row = self.row_indices >= 0
+        if self.num_places is not None:
+            is_row &= self.row_indices < self.num_places
+        return self._replace(row_indices=self.row_indices.where(is_row, -1))
 
     def part(self, part: slice) -> SampledRows:
         """Some of the rows, to go with logits of these only."""
-        return SampledRows(self.row_indices[part], self.seq_len, True)
+        return self._replace(row_indices=self.row_indices[part], is_compact=True)
 
     def of(self, values: Tensor, part: slice) -> Tensor:
         """What belongs to some of the rows; some other's where there is no row."""
-        return values[part] if self.is_compact else values[self.row_indices[part].clamp(min=0)]
+        return values[part] if self.is_compact else values[self.row_indices[part].clamp(0, len(values) - 1)]
 
 
 class Sampling(NamedTuple):
@@ -246,6 +283,18 @@ class Losses(NamedTuple):
     loss: Tensor
     generator_loss: Tensor | None
     critic_loss: Tensor | None
+
+
+class Metrics(NamedTuple):
+    """What one logs of a training step, of its masked tokens; on the device, without gradient.
+
+    accuracy: [] float32, the share whose likeliest id is the token. nll: [] float32, nats, the mean without weights.
+    num_masked: [] int64, how many they are; the others are 0 where there is none.
+    """
+
+    accuracy: Tensor
+    nll: Tensor
+    num_masked: Tensor
 
 
 class Trajectory(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmask import functional
 from fastmask.backbone import Output
 from fastmask.records import Draws, MaskedTokens, Sampled, Sampling
-from fastmask.schedules import Schedule
+from fastmask.schedules import LINEAR, Schedule, step_counts, step_ratios
 
 # Neither library lets a temperature reach 0: in generation, and in the sample that a critic is trained on.
 MIN_TEMPERATURE = 1e-3
@@ -30,13 +30,17 @@ class Formulas:
     def check_options(self, **options: object) -> None:
         """Refuses options of ``generate`` that there is no formula for; None is one not given."""
 
+    def of_tokens(self, out: Output, net: Any, num_tokens: int, mask_id: int) -> Output:
+        """What a network gave, for the ids there are: the mask is none of its predictions."""
+        return out.of_tokens(net, num_tokens, mask_id)
+
     # Training
 
     def loss_weights(self, schedule: Schedule, masked: MaskedTokens) -> Tensor:
         """What each sequence's loss is multiplied with, [B]."""
         return masked.loss_weights
 
-    def loss_denominator(self, masked: MaskedTokens, num_maskable: Tensor | int) -> Tensor | int:
+    def loss_denominator(self, masked: MaskedTokens, num_maskable: Tensor | float) -> Tensor | float:
         """What the sum of the weighted losses is divided by."""
         return num_maskable
 
@@ -59,13 +63,17 @@ class Formulas:
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, N] with its masked rows sampled, and where the critic should find it wrong, [B, N] bool."""
-        sampled = Sampled(x.long().contiguous().clone(), torch.zeros(x.shape, device=x.device))
+        sampled = Sampled(x.long().contiguous().clone(), torch.zeros(x.shape, dtype=torch.float32, device=x.device))
         sampling = sampling._replace(temperature=max(sampling.temperature, MIN_CRITIC_TEMPERATURE))
         self.sample_(out, rows, None, sampled, sampling, draws, generator)
         generated = sampled.ids.to(x.dtype)
         return generated, generated != x
 
     # Generation
+
+    def step_counts(self, schedule: Schedule, steps: int, num_maskable: Tensor) -> Tensor:
+        """How many positions remain masked after each step, [steps, B] int64 on the CPU."""
+        return step_counts(schedule, steps, num_maskable)
 
     def temperature(self, start: float, remaining: float) -> float:
         """The temperature of a step after which this share of the steps remains."""
@@ -105,12 +113,16 @@ class XTransformersFormulas(Formulas):
         if received:
             raise ValueError(f"expected compat=False with {', '.join(received)}=, which x-transformers does not have")
 
+    def of_tokens(self, out: Output, net: Any, num_tokens: int, mask_id: int) -> Output:
+        """The same; but every column is a prediction, the mask's too."""
+        return out
+
     def loss_weights(self, schedule: Schedule, masked: MaskedTokens) -> Tensor:
         """schedule' / (1 - schedule), taken on the mask ratio: negative."""
         return schedule.slope(masked.times) / (1.0 - schedule(masked.times))
 
-    def loss_denominator(self, masked: MaskedTokens, num_maskable: Tensor | int) -> Tensor | int:
-        return masked.num_masked.clamp(min=1)
+    def loss_denominator(self, masked: MaskedTokens, num_maskable: Tensor | float) -> Tensor | float:
+        return masked.num_masked.clamp(min=1).float()
 
     def first_condition(self, null_embed: Tensor) -> Tensor | None:
         return None
@@ -132,6 +144,17 @@ class XTransformersFormulas(Formulas):
         logits = out.logits_of(torch.arange(x.numel(), device=x.device))
         ids = sample_tokens(logits, temperature=sampling.temperature, top_k=None, generator=generator).ids.view_as(x)
         return x.where(~masked.is_masked, ids.to(x.dtype)), ids != x
+
+    # Generation
+
+    def step_counts(self, schedule: Schedule, steps: int, num_maskable: Tensor) -> Tensor:
+        """Truncation toward zero of float32(schedule(t) n): where it rounds below an integer, one position fewer."""
+        schedule = LINEAR if schedule.is_constant else schedule
+        ratios = step_ratios(schedule, steps, torch.float32).float()
+        # On the CPU a float32 product that is cut off: the cosine ends at -1e-5, which floor would turn into -1.
+        counts = (ratios[:, None] * num_maskable).long().clamp(min=0).minimum(num_maskable)
+        counts[-1:] = 0
+        return counts
 
     def sample_(
         self,

@@ -19,8 +19,8 @@ class LogitRows(NamedTuple):
     """Which rows of logits a sampler's kernels read, and which ids never count there.
 
     logits: [M, V] of compact rows, else [B N, V]; of one last stride 1. row_indices: [M] int64, a row's place among
-    all positions; -1 for no row. mask_id: None for no mask; one that is no id of V is none. forbidden: [V] bool or
-    None.
+    num_places positions (None: any); outside of these is no row. mask_id: None for no mask; one that is no id
+    of V is none. forbidden: [V] bool or None.
     """
 
     logits: Tensor
@@ -28,6 +28,7 @@ class LogitRows(NamedTuple):
     is_compact: bool
     mask_id: int | None = None
     forbidden: Tensor | None = None
+    num_places: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -52,6 +53,7 @@ class LogitRows(NamedTuple):
             "offset_x": offset_from_boundary(self.logits),
             "stride_x": self.logits.stride(0),
             "row_indices_ptr": self.row_indices,
+            "num_places": self.num_places,
             "forbidden_ptr": self.forbidden,
             "V": self.num_ids,
             "mask_id": self.mask_id if has_mask_id else None,
@@ -78,6 +80,14 @@ class Body(NamedTuple):
     column: tl.tensor
     start: tl.tensor
     length: tl.tensor
+
+
+@triton.jit
+def is_stray(flat, num_places):
+    """Whether a listed position is none: -1, or outside of the positions there are (None: any)."""
+    if num_places is not None:
+        return (flat < 0) | (flat >= num_places)
+    return flat < 0
 
 
 @triton.jit

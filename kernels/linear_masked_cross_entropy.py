@@ -85,7 +85,7 @@ def _masked_rows(rows: LossRows, masked: MaskedRows) -> tuple[Tensor, Tensor | N
         num_masked = len(targets)
     if row_indices is not None:
         if num_masked is None:
-            return row_indices[: int((row_indices >= 0).sum())], None
+            return row_indices[row_indices >= 0], None
         return row_indices[:num_masked], (row_indices[num_masked:] >= 0).any()
     if num_masked is None and rows.is_masked is None and rows.weights is None:
         return torch.arange(len(targets), device=targets.device), None
@@ -297,8 +297,6 @@ def linear_masked_cross_entropy(
 ) -> CrossEntropy:
     """See the reference, ``fastmask.reference.linear_masked_cross_entropy``: same arguments, same outputs."""
     shape, rows, embeddings = rows.targets.shape, rows.flat(), logits.embeddings
-    if row_indices is not None and rows.targets.shape[0] == 0:
-        row_indices = row_indices[:0]
     counted = rows
     if row_indices is not None:
         weights = None if rows.weights is None else rows.weights[row_indices.clamp(min=0)]

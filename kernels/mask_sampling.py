@@ -23,7 +23,7 @@ from fastmask.kernels import _launch, philox
 from fastmask.kernels import _schedule as schedule
 from fastmask.kernels import _smallest_keys as smallest_keys
 from fastmask.kernels._operator import operator
-from fastmask.records import Draws, MaskedTokens, Masking, ScheduleValues
+from fastmask.records import Draws, MaskedTokens, Masking, RandomIds, ScheduleValues
 
 _COINS = tl.constexpr(streams.COINS)
 _KEYS = tl.constexpr(streams.KEYS)
@@ -37,29 +37,47 @@ class Sequence(NamedTuple):
     """What a sequence's keys are made of.
 
     seed, sample: key and counter of its random numbers. N: its length. maskable_ptr: None where all positions may be
-    masked. bernoulli_end: int64, the words below it mask; None where masks have exact counts.
+    masked. bernoulli_begin, bernoulli_end: int64, the words from the one on, or below the other, mask; None where
+    they do not, and both where masks have exact counts.
     """
 
     seed: tl.tensor
     sample: tl.tensor
     N: tl.tensor
     maskable_ptr: tl.tensor | None
+    bernoulli_begin: tl.tensor | None
     bernoulli_end: tl.tensor | None
 
 
 class Keys(NamedTuple):
-    """A block of keys, and the two words of each position's random id."""
+    """A block of keys, the two words of each position's random id, and one that has decided nothing."""
 
     key: tl.tensor
     id_high: tl.tensor
     id_low: tl.tensor
+    free: tl.tensor
+
+
+class Gates(NamedTuple):
+    """What masked positions show.
+
+    num_ids: how many ids a random token is drawn from. ids_ptr: those; None for all (but the mask's). keep_end,
+    random_end: the words below which a position keeps its token, or else gets a random one; None where parts of the
+    masked set do.
+    """
+
+    mask_id: tl.tensor
+    num_ids: tl.tensor
+    ids_ptr: tl.tensor | None
+    keep_end: tl.tensor | None
+    random_end: tl.tensor | None
 
 
 class Parts(NamedTuple):
     """Where the parts of the masked set end, in the order of its keys: first those that keep their token, then those
     that get a random one, then those that get the mask. An end is a rank, and found as a threshold of keys.
 
-    kept, random: None where all get the mask.
+    kept, random: None where no parts do. masked: of a complement, where it begins.
     """
 
     kept: tl.tensor | None
@@ -82,9 +100,14 @@ def _draw_keys(sequence, offs_n):
     is_candidate = offs_n < sequence.N
     if sequence.maskable_ptr is not None:
         is_candidate = tl.load(sequence.maskable_ptr + offs_n, mask=is_candidate, other=0) != 0
+    free = bernoulli_word
     if sequence.bernoulli_end is not None:
         is_candidate = is_candidate & (bernoulli_word.to(tl.int64) < sequence.bernoulli_end)
-    return Keys(smallest_keys.keys_of(word, offs_n, is_candidate), id_high, id_low)
+        free = word
+    if sequence.bernoulli_begin is not None:
+        is_candidate = is_candidate & (bernoulli_word.to(tl.int64) >= sequence.bernoulli_begin)
+        free = word
+    return Keys(smallest_keys.keys_of(word, offs_n, is_candidate), id_high, id_low, free)
 
 
 @triton.jit
@@ -101,6 +124,17 @@ def _ends_of_parts(seed, count, keep_prob, random_prob, random_prob_after_keep):
         num_random = tl.minimum(tl.ceil(remaining.to(tl.float32) * share).to(tl.int32), remaining)
         random = kept + tl.where(random_word < 2147483648, num_random, 0)
     return Parts(kept, random, count)
+
+
+@triton.jit
+def _from(ends, first):
+    """The ends of a complement's parts, which begins at the rank ``first``."""
+    kept = None
+    random = None
+    if ends.kept is not None:
+        kept = ends.kept + first
+        random = ends.random + first
+    return Parts(kept, random, first)
 
 
 @triton.jit
@@ -168,15 +202,21 @@ def _narrow(brackets, ends, thresholds, counts):
 
 
 @triton.jit
-def _visible_ids(token, keys, brackets, mask_id, num_ids, SKIPS_MASK: tl.constexpr):
+def _visible_ids(token, keys, brackets, gates, SKIPS_MASK: tl.constexpr):
     """What the network sees at masked positions."""
-    visible = tl.full((), mask_id, token.dtype)
-    if brackets.kept is not None:
-        ids = philox.below(num_ids, keys.id_high, keys.id_low)
-        if SKIPS_MASK:
-            ids += (ids >= mask_id).to(tl.int64)
-        visible = tl.where(keys.key < brackets.random.low, ids.to(token.dtype), visible)
-        visible = tl.where(keys.key < brackets.kept.low, token, visible)
+    visible = tl.full((), gates.mask_id, token.dtype)
+    if brackets.kept is not None or gates.keep_end is not None:
+        ids = philox.below(gates.num_ids, keys.id_high, keys.id_low)
+        if gates.ids_ptr is not None:
+            ids = tl.load(gates.ids_ptr + ids)
+        elif SKIPS_MASK:
+            ids += (ids >= gates.mask_id).to(tl.int64)
+        if gates.keep_end is not None:
+            visible = tl.where(keys.free.to(tl.int64) < gates.random_end, ids.to(token.dtype), visible)
+            visible = tl.where(keys.free.to(tl.int64) < gates.keep_end, token, visible)
+        else:
+            visible = tl.where(keys.key < brackets.random.low, ids.to(token.dtype), visible)
+            visible = tl.where(keys.key < brackets.kept.low, token, visible)
     return visible
 
 
@@ -196,7 +236,17 @@ def _list_rows(row_indices_ptr, is_masked, offs_n, N, row, num_rows, masked_befo
     return masked_before + tl.sum(masked)
 
 
-@triton.jit(do_not_specialize=["num_rows", "sample_offset", "global_batch_size", "mask_id", "num_ids"])
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "sample_offset",
+        "global_batch_size",
+        "mask_id",
+        "num_ids",
+        "keep_end",
+        "random_end",
+    ]
+)
 def _mask_sampling_kernel(
     tokens_ptr,
     stride_tb,
@@ -220,11 +270,16 @@ def _mask_sampling_kernel(
     global_batch_size,  # None where times are not stratified
     mask_id,
     num_ids,  # how many ids a random token is drawn from
-    keep_prob,  # None, as are the next two, where all that is masked gets the mask
+    ids_ptr,  # which those are, and how many; None for all (but the mask's), as is num_ids_ptr
+    num_ids_ptr,
+    keep_prob,  # None, as are the next two, where no parts of what is masked are kept or random
     random_prob,
     random_prob_after_keep,
+    keep_end,  # None, as is the next, where no position is by itself
+    random_end,
     SCHEDULE: tl.constexpr,
     BERNOULLI: tl.constexpr,
+    COMPLEMENT: tl.constexpr,
     SKIPS_MASK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -253,10 +308,15 @@ def _mask_sampling_kernel(
         ratio = schedule.ratio(time, SCHEDULE)
         steepness = schedule.steepness(time, SCHEDULE)
 
+    bernoulli_begin = None
     bernoulli_end = None
     if BERNOULLI:  # compared as 32-bit integers: ratio 1 masks everything, ratio 0 nothing
         bernoulli_end = (tl.minimum(tl.maximum(ratio, 0.0), 1.0) * 4294967296.0).to(tl.int64)
-    sequence = Sequence(seed, sample, N, maskable_ptr, bernoulli_end)
+        if COMPLEMENT:
+            bernoulli_begin = bernoulli_end
+            bernoulli_end = None
+            ratio = 1.0 - ratio
+    sequence = Sequence(seed, sample, N, maskable_ptr, bernoulli_begin, bernoulli_end)
     if ONE_BLOCK:
         keys = _draw_keys(sequence, block)
 
@@ -278,6 +338,8 @@ def _mask_sampling_kernel(
                 wanted = _exact_count(
                     schedule.ratio(schedule.drawn(seed, samples, global_batch_size), SCHEDULE), num_keys
                 )
+            if COMPLEMENT:
+                wanted = num_keys - wanted
             masked_before += tl.sum(tl.where(rows < row, wanted, 0))
             count += tl.sum(tl.where(rows == row, wanted, 0))
         tl.store(num_masked_ptr, masked_before + count, mask=row == num_rows - 1)
@@ -293,6 +355,8 @@ def _mask_sampling_kernel(
             count = tl.minimum(tl.maximum(tl.load(counts_ptr + row), 0), num_keys).to(tl.int32)
         else:
             count = _exact_count(ratio, num_keys)
+        if COMPLEMENT and not BERNOULLI:
+            count = num_keys - count
 
     divisor = count.to(tl.float32)
     if BERNOULLI:
@@ -306,6 +370,8 @@ def _mask_sampling_kernel(
 
     # The parts' brackets shrink together: one pass over the keys a round, for all of them.
     ends = _ends_of_parts(seed, count, keep_prob, random_prob, random_prob_after_keep)
+    if COMPLEMENT and not BERNOULLI:
+        ends = _from(ends, num_keys - count)
     brackets = _start(ends, num_keys)
     while not _are_found(brackets, ends):
         probes = _probes(brackets, ends)
@@ -316,14 +382,20 @@ def _mask_sampling_kernel(
             counts += _count_below(keys.key, probes)
         brackets = _narrow(brackets, ends, probes, counts)
 
+    if num_ids_ptr is not None:
+        num_ids = tl.load(num_ids_ptr)
+    gates = Gates(mask_id, num_ids, ids_ptr, keep_end, random_end)
     for first in range(0, limit, BLOCK_N):
         offs_n = first + block
         in_n = offs_n < N
         if not ONE_BLOCK:
             keys = _draw_keys(sequence, offs_n)
             token = tl.load(tokens_ptr + offs_n, mask=in_n)
-        is_masked = keys.key < brackets.masked.low
-        visible = _visible_ids(token, keys, brackets, mask_id, num_ids, SKIPS_MASK)
+        if COMPLEMENT and not BERNOULLI:
+            is_masked = (keys.key >= brackets.masked.low) & (keys.key < smallest_keys.END)
+        else:
+            is_masked = keys.key < brackets.masked.low
+        visible = _visible_ids(token, keys, brackets, gates, SKIPS_MASK)
         tl.store(masked_ids_ptr + offset + offs_n, tl.where(is_masked, visible, token), mask=in_n)
         tl.store(is_masked_ptr + offset + offs_n, is_masked, mask=in_n)
         if row_indices_ptr is not None:
@@ -401,6 +473,7 @@ def mask_sampling(
     values: ScheduleValues,
     counts: Tensor | None,
     maskable: Tensor | None,
+    random_ids: RandomIds,
 ) -> MaskedTokens:
     """See the reference, ``fastmask.reference.mask_sampling``: same arguments, same results."""
     num_rows, length = tokens.shape
@@ -416,6 +489,8 @@ def mask_sampling(
     counts = counts if counts is None else counts.contiguous()
     keep_prob, random_prob = masking.no_replace_prob, masking.random_token_prob
     is_gated = keep_prob != 0.0 or random_prob != 0.0
+    has_parts, gates_tokens = is_gated and not masking.gates_tokens, is_gated and masking.gates_tokens
+    keep_end, random_end = masking.gate_ends if gates_tokens else (None, None)
     skips_mask = not masking.random_may_be_mask and masking.mask_id < masking.num_tokens
     # The list's offsets need the counts of all earlier rows: known beforehand if they depend on t alone.
     one_launch = not masking.bernoulli and maskable is None
@@ -446,11 +521,16 @@ def mask_sampling(
         global_batch_size=masking.global_batch_size if masking.stratified else None,
         mask_id=masking.mask_id,
         num_ids=masking.num_tokens - skips_mask,
-        keep_prob=keep_prob if is_gated else None,
-        random_prob=random_prob if is_gated else None,
-        random_prob_after_keep=random_prob * (1.0 - keep_prob) if is_gated else None,
+        ids_ptr=random_ids.ids,
+        num_ids_ptr=random_ids.num_ids,
+        keep_prob=keep_prob if has_parts else None,
+        random_prob=random_prob if has_parts else None,
+        random_prob_after_keep=random_prob * (1.0 - keep_prob) if has_parts else None,
+        keep_end=keep_end,
+        random_end=random_end,
         SCHEDULE=masking.schedule if values.times is None else None,
         BERNOULLI=masking.bernoulli,
+        COMPLEMENT=masking.complement,
         SKIPS_MASK=skips_mask,
         ONE_BLOCK=length <= block_n,
         BLOCK_N=block_n,

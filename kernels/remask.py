@@ -26,6 +26,7 @@ from fastmask.kernels._operator import operator
 from fastmask.records import Draws, Remasking, RowList
 
 _SCORE_NOISE = tl.constexpr(streams.SCORE_NOISE)
+_LAST_POSITION = tl.constexpr(smallest_keys.MAX_LENGTH - 1)
 
 
 class Noise(NamedTuple):
@@ -80,7 +81,7 @@ def _noise_kernel(seed_ptr, noise_ptr, num_elements, N, sample_offset, step, BLO
 
 @triton.jit
 def _selection_keys(sequence, offs_n, IS_CONFIDENCE: tl.constexpr):
-    """Distinct integers in the order of selection: NaN, then by falling remask key, then by position."""
+    """Distinct integers in the order of selection: NaN, then by falling remask key, then by falling position."""
     in_n = offs_n < sequence.N
     remask_key = tl.load(sequence.values_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
     is_eligible = tl.load(sequence.eligible_ptr + offs_n, mask=in_n, other=0) != 0
@@ -89,7 +90,7 @@ def _selection_keys(sequence, offs_n, IS_CONFIDENCE: tl.constexpr):
         remask_key += noise.scale * _gumbel(noise.seed, noise.sample, offs_n, noise.step)
     if IS_CONFIDENCE:
         remask_key = -remask_key
-    return smallest_keys.keys_of(_descending(remask_key), offs_n, is_eligible)
+    return smallest_keys.keys_of(_descending(remask_key), _LAST_POSITION - offs_n, is_eligible)
 
 
 @triton.jit
@@ -116,7 +117,7 @@ def _write(written, offs_n, N, is_chosen, slot):
 
 # The counts and starts of one step lie in a row of a plan's, so that their alignment differs between steps.
 @triton.jit(
-    do_not_specialize=["N", "sample_offset", "step", "mask_id"],
+    do_not_specialize=["num_places", "N", "sample_offset", "step", "mask_id"],
     do_not_specialize_on_alignment=["counts_ptr", "row_starts_ptr"],
 )
 def _selection_kernel(
@@ -125,9 +126,10 @@ def _selection_kernel(
     counts_ptr,
     seed_ptr,
     is_masked_ptr,
-    ids_ptr,  # None, as are the next two, where only the selection is asked for
+    ids_ptr,  # None, as are the next three, where only the selection is asked for
     row_indices_ptr,
     row_starts_ptr,
+    num_places,
     N,
     sample_offset,
     step,
@@ -180,8 +182,8 @@ def _selection_kernel(
     slot = tl.full((), 0, tl.int64)
     list_end = None
     if ids_ptr is not None:
-        slot = tl.load(row_starts_ptr + row)
-        list_end = tl.load(row_starts_ptr + row + 1)
+        slot = tl.maximum(tl.load(row_starts_ptr + row), 0)
+        list_end = tl.minimum(tl.load(row_starts_ptr + row + 1), num_places)
     written = Written(row * N, is_masked_ptr, ids_ptr, mask_id, row_indices_ptr, list_end)
     for first in range(0, limit, BLOCK_N):
         if not ONE_BLOCK:
@@ -302,6 +304,7 @@ def _select(
         ids_ptr=ids,
         row_indices_ptr=None if listed is None else listed.row_indices,
         row_starts_ptr=None if listed is None else listed.row_starts.contiguous(),
+        num_places=None if listed is None else listed.row_indices.shape[0],
         N=length,
         sample_offset=0 if draws is None else draws.sample_offset,
         step=0 if draws is None else draws.step,

@@ -43,12 +43,13 @@ _SHORT_RECORD = 3  # without the last two
 _LONG_RECORD = 5
 
 
-@triton.jit(do_not_specialize=["offset_x", "V", "mask_id"])
+@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "mask_id"])
 def _tiles_kernel(
     x_ptr,
     offset_x,
     stride_x,
     row_indices_ptr,
+    num_places,
     forbidden_ptr,
     thresholds_ptr,
     records_ptr,
@@ -66,7 +67,7 @@ def _tiles_kernel(
     # This program reduces one tile of one row to its record.
     row = tl.program_id(0)
     flat = tl.load(row_indices_ptr + row)
-    if flat < 0:
+    if logit_rows.is_stray(flat, num_places):
         return
     excluded = logit_rows.Excluded(mask_id, forbidden_ptr)
     first = tl.program_id(1) * _TILE
@@ -114,11 +115,12 @@ def _tiles_kernel(
         tl.store(records_ptr + _ENERGY, energy)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "V", "mask_id", "seq_len", "sample_offset", "step"])
+@triton.jit(do_not_specialize=["num_places", "num_tiles", "V", "mask_id", "seq_len", "sample_offset", "step"])
 def _choose_kernel(
     x_ptr,
     stride_x,
     row_indices_ptr,
+    num_places,
     forbidden_ptr,
     thresholds_ptr,
     records_ptr,
@@ -148,7 +150,7 @@ def _choose_kernel(
     # This program chooses the id of one row: the tiles race, then the winner's sub-tiles, then that one's ids.
     row = tl.program_id(0)
     flat = tl.load(row_indices_ptr + row)
-    if flat < 0:
+    if logit_rows.is_stray(flat, num_places):
         if not IN_PLACE:
             tl.store(ids_ptr + row, -1)
             tl.store(log_probs_ptr + row, 0.0)
@@ -315,6 +317,7 @@ def _sample_behind_head(
         x = head.scaled(rows.of(head.embeddings, part)).to(dtype)
         logits = buffer[: x.shape[0], :num_ids]
         _head_product(x, weight, bias, out=logits)
+        head.capped_(logits)
         kept = None if kept_ids is None else kept_ids[part]
         parts.append(sample_tokens(logits, rows.part(part), draws, sampling, kept, out))
     if out is not None or len(parts) == 1:
@@ -351,6 +354,7 @@ def _sample_tokens_(
         rows.is_compact,
         sampling.mask_id,
         None if sampling.forbidden is None else sampling.forbidden.contiguous(),
+        rows.num_places,
     )
     of_rows, factor = listed.arguments(), _factor(sampling)
     num_tiles = triton.cdiv(num_ids, _TILE.value)

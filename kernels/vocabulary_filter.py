@@ -325,12 +325,13 @@ def _search_of_mass(row, edges, z, V, top_p, floor, SPACING: tl.constexpr, VECTO
     return Search(tl.maximum(total * top_p, 1e-30), top, least, most, low, high)
 
 
-@triton.jit(do_not_specialize=["offset_x", "V", "num_kept", "mask_id"])
+@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "num_kept", "mask_id"])
 def _short_thresholds_kernel(
     x_ptr,
     offset_x,
     stride_x,
     row_indices_ptr,
+    num_places,
     forbidden_ptr,
     thresholds_ptr,
     V,
@@ -345,7 +346,7 @@ def _short_thresholds_kernel(
     # This program finds the threshold of one row, which it holds in registers. Arguments: see _thresholds_kernel.
     row_index = tl.program_id(0)
     flat = tl.load(row_indices_ptr + row_index)
-    if flat < 0:
+    if logit_rows.is_stray(flat, num_places):
         return
     x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
     start = offset_x + (row_index.to(tl.int64) if IS_COMPACT else flat) * stride_x
@@ -370,12 +371,13 @@ def _short_thresholds_kernel(
     tl.store(thresholds_ptr + row_index, float_order.value(threshold))
 
 
-@triton.jit(do_not_specialize=["offset_x", "num_rows", "V", "num_kept", "mask_id"])
+@triton.jit(do_not_specialize=["offset_x", "num_places", "num_rows", "V", "num_kept", "mask_id"])
 def _thresholds_kernel(
     x_ptr,
     offset_x,
     stride_x,
     row_indices_ptr,
+    num_places,
     forbidden_ptr,
     thresholds_ptr,  # where both filters are given, the first one's already
     candidates_ptr,
@@ -396,7 +398,7 @@ def _thresholds_kernel(
     candidates_ptr += tl.program_id(0).to(tl.int64) * (BLOCK // VECTOR * _CAPACITY)
     for row_index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         flat = tl.load(row_indices_ptr + row_index)
-        if flat >= 0:
+        if not logit_rows.is_stray(flat, num_places):
             x_row = flat * 0 + row_index if IS_COMPACT else flat  # row_index is an int in the interpreter
             start = offset_x + x_row * stride_x
             row = _row(x_ptr, start, V, excluded, VECTOR)

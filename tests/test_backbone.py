@@ -12,7 +12,7 @@ import torch.nn.utils.prune
 from torch import nn
 from x_transformers import Encoder, TransformerWrapper
 
-from fastmask import NonAutoregressiveWrapper, backbone
+from fastmask import NonAutoregressiveWrapper, backbone, heads
 from fastmask.records import LinearLogits
 
 V, N, D, MASK = 13, 6, 16, 12
@@ -41,7 +41,7 @@ def refuse(net: nn.Module) -> nn.Module:
     net = getattr(net, "_orig_mod", net)
     assert net.to_logits.__class__ is nn.Linear or net.to_logits.__closure__[0].cell_contents is net
     net.register_forward_hook(lambda module, arguments, output: None)
-    assert backbone.linear_head(net) is None
+    assert heads.of_transformer(net).head is None
     return net
 
 
@@ -102,13 +102,13 @@ ACCEPTED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_head_times_embeddings_are_the_networks_logits(name, device):
     net, ids = ACCEPTED[name]().to(device), clean(device)
-    head = backbone.linear_head(net)
+    head = heads.of_transformer(net).head
     assert head is not None
     with torch.no_grad():
         logits, embeddings = net(ids, return_logits_and_embeddings=True)
     torch.testing.assert_close(F.linear(embeddings * head.scale, head.weight, head.bias), logits)
     torch.testing.assert_close(head.logits(embeddings).of_rows(embeddings), logits)
-    out = backbone.run(net, ids)
+    out = backbone.run(net, heads.Heads(), ids)
     assert isinstance(out.logits, LinearLogits)
     assert out.num_tokens == V
     rows = torch.tensor([0, 7, 8, 29], device=device)
@@ -289,7 +289,7 @@ REFUSED = {
 def test_a_refused_network_trains_on_its_own_logits(name, device, monkeypatch):
     with device:  # a borrowed head lies there too
         net, tokens = REFUSED[name](), clean(device)
-    assert backbone.linear_head(net) is None
+    assert heads.of_transformer(net).head is None
     wrapper = NonAutoregressiveWrapper(net, mask_id=MASK)
     drawn = []
     sampling = backbone.functional.mask_sampling
@@ -299,7 +299,7 @@ def test_a_refused_network_trains_on_its_own_logits(name, device, monkeypatch):
     torch.manual_seed(5)
     loss = wrapper(tokens).loss
     (masked,) = drawn
-    losses = F.cross_entropy(net(masked.masked_ids).transpose(1, 2), tokens, reduction="none")
+    losses = F.cross_entropy(net(masked.masked_ids)[..., :MASK].transpose(1, 2), tokens, reduction="none")
     expected = (losses * masked.is_masked * masked.loss_weights[:, None]).sum() / tokens.numel()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     parameters = list(net.parameters())
@@ -325,7 +325,7 @@ POOLED = {
 def test_a_network_whose_output_is_not_one_row_a_token_is_refused_by_name(name, device):
     """The short way would train the unpooled rows in silence."""
     net = transformer(**POOLED[name]).to(device)
-    assert backbone.linear_head(net) is None
+    assert heads.of_transformer(net).head is None
     if name == "embeddings only, several":
         return  # its "logits" are its embeddings: [B, N, D], of the right kind of shape
     wrapper = NonAutoregressiveWrapper(net, mask_id=MASK)
@@ -458,8 +458,8 @@ def test_a_network_that_does_not_give_logits_is_named(device):
 
 
 def test_x_transformers_is_not_imported_on_its_account(device, monkeypatch):
-    monkeypatch.delitem(backbone.sys.modules, "x_transformers.x_transformers")
-    assert backbone.linear_head(transformer()) is None
+    monkeypatch.delitem(heads.sys.modules, "x_transformers.x_transformers")
+    assert heads.of_transformer(transformer()).head is None
 
 
 def test_a_critic_is_spared_arguments_that_it_does_not_take(device):

@@ -14,21 +14,22 @@ from torch.utils._pytree import tree_map_only
 
 from fastmask import _streams as streams
 from fastmask import functional
-from fastmask.records import Draws, MaskedTokens, Masking, ScheduleValues
+from fastmask.records import Draws, MaskedTokens, Masking, RandomIds, ScheduleValues
 from fastmask.reference import philox
 from fastmask.reference.mask_sampling import draw_times, gate_counts
 
+ALL_IDS = RandomIds()
 FOREIGN = 1000  # a token outside every vocabulary below: where it still stands, a position was kept
 
 
-def arguments(tokens, seed=0, *, counts=None, maskable=None, sample_offset=0, **options):
+def arguments(tokens, seed=0, *, counts=None, maskable=None, sample_offset=0, random_ids=ALL_IDS, **options):
     """Of an implementation; ``ratios`` may come without times and slopes."""
     values = {name: options.pop(name) for name in ("times", "ratios", "slopes") if name in options}
     if "ratios" in values:
         values = {"times": torch.zeros(len(tokens)), "slopes": -torch.ones(len(tokens)), **values}
     masking = Masking(**{"mask_id": 3, "num_tokens": 7, "global_batch_size": len(tokens), **options})
     draws = Draws(torch.as_tensor(seed), sample_offset)
-    return tokens, draws, masking, ScheduleValues(**values), counts, maskable
+    return tokens, draws, masking, ScheduleValues(**values), counts, maskable, random_ids
 
 
 def sample(backend, tokens, seed=0, **options) -> MaskedTokens:
@@ -436,6 +437,8 @@ def random_configuration(rng: random.Random, lengths: range, rows=(1, 1, 2, 3)):
         "no_replace_prob": rng.choice([0.0, 0.15, 1.0]),
         "random_token_prob": rng.choice([0.0, 0.1, 1.0]),
         "random_may_be_mask": rng.random() < 0.3,
+        "gates_tokens": rng.random() < 0.3,
+        "complement": rng.random() < 0.3,
         "sample_offset": rng.choice([0, 5, 2**31, 2**32 - 1]),
         "global_batch_size": rng.choice([batch, 3 * batch, 1000]),
     }
@@ -446,6 +449,9 @@ def random_configuration(rng: random.Random, lengths: range, rows=(1, 1, 2, 3)):
         options |= {"times": times, "ratios": 1 - times**2, "slopes": -2 * times}
     if rng.random() < 0.3:
         options["counts"] = torch.randint(-1, length + 2, (batch,), generator=generator)
+    if rng.random() < 0.3:
+        ids = torch.randint(num_tokens, (9,), generator=generator)
+        options["random_ids"] = RandomIds(ids, torch.tensor(rng.choice([0, 1, 5, 9])))
     return tokens, rng.randrange(-(2**63), 2**63), options
 
 

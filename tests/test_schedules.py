@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import pickle
+from fractions import Fraction
 
+import mpmath
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 
 from fastmask import Schedule
 from fastmask.schedules import COSINE, LINEAR, as_schedule, step_counts
+from fastmask.upstream import FASTMASK, X_TRANSFORMERS
 
 TIMES = torch.linspace(0.0, 1.0, 1001)
 # What x-transformers calls them, written down again: our own definitions would agree with themselves.
@@ -59,17 +64,87 @@ def test_only_the_two_that_kernels_evaluate_have_names():
     assert as_schedule(COSINE) is COSINE
 
 
+@pytest.mark.parametrize("value", [0.15, 1, np.float32(0.25), Fraction(1, 2)])
+def test_a_number_is_a_constant_ratio(value):
+    schedule = as_schedule(value)
+    assert schedule.is_constant
+    assert schedule.label == float(value)
+    assert schedule.name is None
+    assert (schedule(TIMES) == float(value)).all()
+    assert (schedule.slope(TIMES) == 0).all()
+    assert pickle.loads(pickle.dumps(schedule)).is_constant
+    assert not LINEAR.is_constant
+
+
+# ---- from 1 to 0 ----
+
+
+class Ends(torch.nn.Module):
+    """A learned straight line."""
+
+    def __init__(self, first: float, last: float) -> None:
+        super().__init__()
+        self.ends = torch.nn.Parameter(torch.tensor([first, last]))
+
+    def forward(self, t):
+        return self.ends[0] + (self.ends[1] - self.ends[0]) * t
+
+
+@pytest.mark.parametrize("first", [0.98, 0.991, 1.0, 1.009, 1.02])
+@pytest.mark.parametrize("last", [-0.02, -0.009, 0.0, 0.009, 0.02])
+def test_a_schedule_falls_from_1_to_0_to_within_a_hundredth(first, last):
+    schedule = as_schedule(Ends(first, last))
+    if abs(first - 1) < 0.01 and abs(last) < 0.01:
+        assert schedule.check_falls("a bound", "...", may_wait=False) is None
+    else:
+        with pytest.raises(ValueError, match=f"expected a bound with .* from {first:g} to {last:g}, .*; do this"):
+            schedule.check_falls("a bound", "do this", may_wait=False)
+
+
+@pytest.mark.parametrize("ratio", [lambda t: t, lambda t: 0.0 * t / 0.0, lambda t: 0.5], ids=["rises", "nan", "flat"])
+def test_what_does_not_fall_is_refused(ratio):
+    with pytest.raises(ValueError, match="that falls from 1 to 0"):
+        as_schedule(ratio).check_falls("a bound", "...", may_wait=False)
+
+
+@pytest.mark.parametrize("may_wait", [False, True])
+def test_ends_on_another_device_are_not_waited_for(may_wait):
+    """What falls comes back as a tensor; meta tensors, like a GPU's, cannot be read at once, nor ever."""
+    falls = as_schedule(Ends(1.0, 0.0).to("meta")).check_falls("a bound", "...", may_wait=may_wait)
+    assert falls.shape == ()
+    assert falls.dtype == torch.bool
+    assert falls.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_ends_on_a_gpu_are_waited_for_where_that_is_allowed():
+    flat = as_schedule(Ends(0.5, 0.5).cuda())
+    assert not flat.check_falls("a bound", "...", may_wait=False)
+    with pytest.raises(ValueError, match="that falls from 1 to 0"):
+        flat.check_falls("a bound", "...", may_wait=True)
+
+
 # ---- errors ----
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="invalid schedule 'sigmoid': expected 'linear', 'cosine' or a callable"):
+    with pytest.raises(
+        ValueError, match="invalid schedule 'sigmoid': expected 'linear', 'cosine', a number or a callable"
+    ):
         as_schedule("sigmoid")
 
 
 def test_what_is_no_schedule_is_refused():
-    with pytest.raises(TypeError, match="expected schedule to be a name or a callable, received float"):
-        as_schedule(0.5)
+    for value in (None, True, [0.5], torch.tensor(0.5)):
+        message = f"expected schedule to be a name, a number or a callable, received {type(value).__name__}"
+        with pytest.raises(TypeError, match=message):
+            as_schedule(value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.1, math.nan, math.inf, 2**2000])
+def test_a_number_that_is_no_share_is_refused(value):
+    with pytest.raises(ValueError, match=r"expected schedule, where it is a number, in \(0, 1\], received"):
+        as_schedule(value)
 
 
 def test_a_schedule_without_gradient_asks_for_its_derivative():
@@ -82,26 +157,89 @@ def test_a_schedule_without_gradient_asks_for_its_derivative():
 # ---- counts of a generation ----
 
 
-def test_eighteen_positions_in_eighteen_steps():
-    """Not 17, 16, 15, ... 0: float32(schedule * n) falls below the integer now and then, as upstream's does."""
-    expected = [17, 16, 15, 14, 13, 11, 11, 10, 9, 7, 7, 5, 5, 3, 3, 1, 1, 0]
-    assert step_counts(LINEAR, 18, torch.tensor([18])).squeeze(-1).tolist() == expected
+def exact_counts(name: str, steps: int, size: int) -> list[int]:
+    """By fractions and, for the cosine, by 40 digits; what misses an integer by the tolerance is that integer."""
+    shares = [Fraction(steps - i, steps) for i in range(1, steps + 1)]
+    if name == "cosine":
+        with mpmath.workdps(40):
+            shares = [Fraction(str(mpmath.sin(mpmath.pi * int(s.numerator) / (2 * s.denominator)))) for s in shares]
+    tolerance = max(Fraction(1, 10**4), Fraction(size, 2**20))
+    return [math.floor(share * size + tolerance) for share in shares]
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_counts_are_upstreams(name):
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 18, 50, 1000])
+def test_counts_of_named_schedules_are_exact(name, steps):
+    """So exact that float32 would be seen: at 50257 positions it errs by .003."""
+    sizes = [1, 3, 4, 17, 18, 64, 50257]
+    counts = step_counts(as_schedule(name), steps, torch.tensor(sizes))
+    assert counts.dtype == torch.int64
+    assert counts.T.tolist() == [exact_counts(name, steps, size) for size in sizes]
+
+
+@pytest.mark.parametrize("schedule", ["linear", lambda t: 1 - t], ids=["name", "callable"])
+@pytest.mark.parametrize("size", [1, 2, 18, 49, 100, 1000, 1369, 4096, 50257, 65535, 65536])
+def test_as_many_steps_as_positions_commit_one_each(schedule, size):
+    """In float32 too, where (1 - t) n often falls just below an integer."""
+    counts = step_counts(as_schedule(schedule), size, torch.tensor([size, size]))
+    assert torch.equal(counts, torch.arange(size - 1, -1, -1)[:, None].expand(-1, 2))
+
+
+def test_equal_and_unequal_sizes_get_their_own_counts():
+    alone = {size: step_counts(LINEAR, 7, torch.tensor([size]))[:, 0] for size in (9, 0, 4)}
+    together = step_counts(LINEAR, 7, torch.tensor([9, 4, 9, 0, 4]))
+    assert torch.equal(together, torch.stack([alone[size] for size in (9, 4, 9, 0, 4)], dim=-1))
+    assert step_counts(LINEAR, 7, torch.zeros(0, dtype=torch.int64)).shape == (7, 0)
+
+
+def test_upstream_truncates_in_float32():
+    """Not 17, 16, 15, ... 0: float32(schedule * n) falls below the integer now and then."""
+    expected = [17, 16, 15, 14, 13, 11, 11, 10, 9, 7, 7, 5, 5, 3, 3, 1, 1, 0]
+    assert X_TRANSFORMERS.step_counts(LINEAR, 18, torch.tensor([18])).squeeze(-1).tolist() == expected
+    assert FASTMASK.step_counts(LINEAR, 18, torch.tensor([18])).squeeze(-1).tolist() == list(range(17, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_counts_under_compat_are_upstreams(name):
     sizes = [1, 3, 4, 17, 18, 64, 1000, 1024]
     for steps in [1, 2, 3, 4, 7, 18, 50]:
         times = torch.linspace(0.0, 1.0, steps + 1)
         expected = torch.stack([(UPSTREAM[name](times[1:]) * size).long() for size in sizes], dim=-1)
-        counts = step_counts(as_schedule(name), steps, torch.tensor(sizes))
+        counts = X_TRANSFORMERS.step_counts(as_schedule(name), steps, torch.tensor(sizes))
         assert counts.dtype == torch.int64
         assert torch.equal(counts, expected), (name, steps)
 
 
-def test_the_cosines_last_count_is_zero_though_its_ratio_is_negative():
+@pytest.mark.parametrize("formulas", [FASTMASK, X_TRANSFORMERS])
+def test_a_constant_ratio_generates_as_the_linear_schedule(formulas):
+    sizes = torch.tensor([10, 3])
+    expected = formulas.step_counts(LINEAR, 4, sizes)
+    assert torch.equal(formulas.step_counts(as_schedule(0.15), 4, sizes), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_has_no_say_in_counts(dtype):
+    expected = [
+        formulas.step_counts(as_schedule(schedule), 1000, torch.tensor([1000]))
+        for formulas in (FASTMASK, X_TRANSFORMERS)
+        for schedule in ("linear", lambda t: 1 - t)
+    ]
+    torch.set_default_dtype(dtype)
+    try:
+        counts = [
+            formulas.step_counts(as_schedule(schedule), 1000, torch.tensor([1000]))
+            for formulas in (FASTMASK, X_TRANSFORMERS)
+            for schedule in ("linear", lambda t: 1 - t)
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, counts, expected))
+
+
+@pytest.mark.parametrize("formulas", [FASTMASK, X_TRANSFORMERS])
+def test_the_cosines_last_count_is_zero_though_its_ratio_is_negative(formulas):
     assert COSINE(torch.ones(1)).item() < 0
-    counts = step_counts(COSINE, 3, torch.tensor([2**24, 5]))
+    counts = formulas.step_counts(COSINE, 3, torch.tensor([2**24, 5]))
     assert counts[-1].tolist() == [0, 0]
 
 
@@ -112,8 +250,10 @@ def test_the_cosines_last_count_is_zero_though_its_ratio_is_negative():
         (lambda t: 2 * (1 - t), [[10, 3], [10, 3], [5, 1], [0, 0]]),  # more than all
         (lambda t: 0.5 - t, [[2, 0], [0, 0], [0, 0], [0, 0]]),  # less than none
         (lambda t: 0.5, [[5, 1], [5, 1], [5, 1], [0, 0]]),  # a number
+        (lambda t: t / 0.0, [[10, 3], [10, 3], [10, 3], [0, 0]]),
+        (lambda t: 0.0 * t / 0.0, [[0, 0], [0, 0], [0, 0], [0, 0]]),
     ],
-    ids=["ends-high", "above-one", "below-zero", "constant"],
+    ids=["ends-high", "above-one", "below-zero", "constant", "infinite", "nan"],
 )
 def test_counts_stay_within_the_sequence_and_end_at_zero(ratio, expected):
     assert step_counts(Schedule(ratio), 4, torch.tensor([10, 3])).tolist() == expected

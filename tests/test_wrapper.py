@@ -109,7 +109,11 @@ def test_arguments_and_defaults_are_upstreams():
         theirs = inspect.signature(getattr(upstream.NonAutoregressiveWrapper, method)).parameters
         ours = inspect.signature(getattr(NonAutoregressiveWrapper, method)).parameters
         for name, parameter in theirs.items():
-            assert ours[name].default == parameter.default, (method, name)
+            default = ours[name].default
+            if name == "use_simple_mdlm_loss_weight":  # None is upstream's, but where the schedule is a number
+                assert default is None
+                default = build("cpu").use_simple_mdlm_loss_weight
+            assert default == parameter.default, (method, name)
             assert ours[name].kind == parameter.kind, (method, name)
 
 
@@ -182,6 +186,10 @@ class Power(nn.Module):
         return 1 - t**self.exponent
 
 
+def arc(t):
+    return (1 - t**2) ** 0.5
+
+
 def test_a_module_as_schedule_is_a_submodule_as_upstream(device):
     ours, theirs = (
         build(device, kind, schedule=Power())
@@ -199,8 +207,8 @@ def test_a_module_as_schedule_is_a_submodule_as_upstream(device):
         ({}, "schedule='linear', mask_mode='exact', use_simple_mdlm_loss_weight=True"),
         ({"schedule": Power(), "use_simple_mdlm_loss_weight": False}, "schedule='Power', mask_mode='exact'"),
         (
-            {"schedule": torch.cos, "mask_mode": "bernoulli", "self_cond": True, "can_mask_prev_unmasked": True},
-            "schedule='cos', mask_mode='bernoulli', self_cond=True, can_mask_prev_unmasked=True, "
+            {"schedule": arc, "mask_mode": "bernoulli", "self_cond": True, "can_mask_prev_unmasked": True},
+            "schedule='arc', mask_mode='bernoulli', self_cond=True, can_mask_prev_unmasked=True, "
             "use_simple_mdlm_loss_weight=True",
         ),
         (
@@ -208,12 +216,17 @@ def test_a_module_as_schedule_is_a_submodule_as_upstream(device):
             "schedule='cosine', mask_mode='exact', use_simple_mdlm_loss_weight=True, stratified_times=True, "
             "compat=True",
         ),
+        (
+            {"schedule": 0.15, "gate": "token", "no_replace_prob": 0.1},
+            "schedule=0.15, mask_mode='exact', gate='token'",
+        ),
     ],
-    ids=["default", "module", "bernoulli", "compat"],
+    ids=["default", "module", "bernoulli", "compat", "BERT"],
 )
 def test_a_wrapper_tells_what_it_was_built_with(options, told):
     wrapper = build("cpu", steps=5, **options)
-    assert wrapper.extra_repr() == f"num_tokens=12, max_seq_len=6, mask_id=11, steps=5, {told}"
+    numbers, head = "num_tokens=12, max_seq_len=6, mask_id=11, steps=5", "True (TransformerWrapper's to_logits)"
+    assert wrapper.extra_repr() == f"{numbers}, {told}, linear_head={head}"
     assert wrapper.extra_repr() in repr(wrapper)
 
 

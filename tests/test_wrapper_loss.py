@@ -41,7 +41,7 @@ def subset_losses(net: Table, tokens: torch.Tensor) -> dict[tuple[int, ...], flo
         for chosen in itertools.combinations(range(net.max_seq_len), size):
             ids = tokens.clone()
             ids[list(chosen)] = net.mask_id
-            logits = net(ids[None])[0].detach().double()
+            logits = net(ids[None])[0].detach().double()[:, : net.mask_id]  # the mask is no prediction
             losses[chosen] = F.cross_entropy(logits, tokens, reduction="none")[list(chosen)].sum().item()
     return losses
 
@@ -60,7 +60,13 @@ def any_order_nll(net: Table, tokens: torch.Tensor) -> float:
         for i in range(length):
             ids = tokens.clone()
             ids[list(order[i:])] = net.mask_id
-            total -= net(ids[None])[0].detach().double().log_softmax(dim=-1)[order[i], tokens[order[i]]].item()
+            total -= (
+                net(ids[None])[0, :, : net.mask_id]
+                .detach()
+                .double()
+                .log_softmax(dim=-1)[order[i], tokens[order[i]]]
+                .item()
+            )
     return total / math.factorial(length) / length
 
 
@@ -215,7 +221,7 @@ def test_nelbo_draws_from_a_generator_and_respects_maskable(device):
     maskable = torch.zeros_like(tokens, dtype=torch.bool)
     assert wrapper.nelbo(tokens, maskable=maskable) == 0
     maskable[:, 0] = True  # one open position: no chance left but for w = |slope| n / k = 1
-    logits = wrapper.net(tokens.masked_fill(maskable, MASK))[:, 0]
+    logits = wrapper.net(tokens.masked_fill(maskable, MASK))[:, 0, :MASK]
     torch.testing.assert_close(wrapper.nelbo(tokens, maskable=maskable), F.cross_entropy(logits, tokens[:, 0]))
 
 
@@ -253,7 +259,8 @@ def test_the_loss_is_the_formula(mode, weighted, padded, device, drawn):
         torch.manual_seed(seed)
         loss = wrapper(tokens, maskable=maskable).loss
         masked = drawn[-1]
-        losses = F.cross_entropy(wrapper.net(masked.masked_ids).transpose(1, 2), tokens, reduction="none")
+        logits = wrapper.net(masked.masked_ids)[..., :MASK]
+        losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
         losses = losses * masked.is_masked
         if weighted:
             allowed = tokens.numel() if maskable is None else maskable.sum()

@@ -56,7 +56,9 @@ def demask_step(
         max_masked: a number that no sequence's masked positions exceed after this step, if the host knows one: how
             many places each has in the list returned.
         seed, generator: see the module; one seed serves a whole generation.
-        step: index of the step.
+        step: index of the step. Random numbers belong to a position and a step: two slices of one sequence (blocks)
+            that are decoded by themselves with the same seed and the same step draw the same. Number the steps
+            through all blocks.
         sample_offset: global index of the first sequence.
         backend: see the module.
 
@@ -114,7 +116,7 @@ def demask_step(
     new = Demasked(
         ids.clone(memory_format=torch.contiguous_format),
         is_masked.clone(memory_format=torch.contiguous_format),
-        torch.zeros(ids.shape, device=device),
+        torch.zeros(ids.shape, dtype=torch.float32, device=device),
         row_indices.new_empty(batch * max_masked),
     )
     sample_tokens(

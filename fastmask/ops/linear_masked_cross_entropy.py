@@ -16,6 +16,7 @@ from fastmask.ops.masked_cross_entropy import (
     check_loss_options,
     loss_reduction,
     loss_rows,
+    not_ignored,
     shows_loss_options,
 )
 from fastmask.records import CrossEntropy, LinearLogits, LossOptions
@@ -38,6 +39,7 @@ def linear_masked_cross_entropy(
     num_masked: int | None = None,
     reduction: str = "mean",
     denominator: Tensor | float | None = None,
+    ignore_index: int | None = None,
     check: bool = False,
     backend: str = "auto",
     **options: Unpack[LossKeywords],
@@ -56,11 +58,12 @@ def linear_masked_cross_entropy(
         weight: [V, D], the head's weight, of the embeddings' dtype (any under autocast).
         bias: [V] of the weight's dtype, or None.
         row_indices: [K] int64, in place of is_masked: the flat indices of the masked positions, each once,
-            then -1; as ``mask_sampling`` returns them. Looked at under check=True only.
+            then -1; as ``mask_sampling`` returns them. What is no position counts as -1, which may stand anywhere.
         num_masked: how many positions are masked, if the host knows, or a number that they do not exceed:
-            then nothing waits for the device to count them. Loss and gradients are NaN where there are more.
+            then nothing waits for the device to count them. Loss and gradients are NaN where there are more, or where
+            row_indices lists one past its first num_masked entries.
             In a CUDA graph's capture, where nothing can wait, every position is computed without it.
-        targets, is_masked, weights, reduction, denominator, check, backend, and the options: as in
+        targets, is_masked, weights, reduction, denominator, ignore_index, check, backend, and the options: as in
             :func:`masked_cross_entropy`.
 
     Returns, Raises, Randomness, Source: as :func:`masked_cross_entropy`; gradients reach embeddings
@@ -73,6 +76,7 @@ def linear_masked_cross_entropy(
         tensor(1.3863)
     """
     check_head(embeddings, weight, bias)
+    _check.flag("check", check)
     rows = loss_rows(embeddings, targets, is_masked, weights)
     reducing = loss_reduction(embeddings, reduction, denominator)
     loss_options = LossOptions(**options)
@@ -84,10 +88,18 @@ def linear_masked_cross_entropy(
     if num_masked is not None:
         num_masked = _check.integer("num_masked", num_masked, 0)
     _check.same_device(embeddings=embeddings, weight=weight, bias=bias, **rows._asdict(), row_indices=row_indices)
+    _check.plain(embeddings=embeddings, weight=weight, bias=bias, **rows._asdict(), row_indices=row_indices)
+    is_target = None if ignore_index is None else not_ignored(targets, ignore_index)
+    if row_indices is None:
+        if is_target is not None:
+            rows = rows._replace(is_masked=is_target if is_masked is None else is_masked & is_target)
+    else:
+        if check:
+            _check_row_indices(row_indices, targets.numel())
+        row_indices = _rows_in_loss(row_indices, targets.numel(), is_target)
     if check:
         listed = rows
         if row_indices is not None:
-            _check_row_indices(row_indices, targets.numel())
             is_listed = torch.zeros(targets.numel(), dtype=torch.bool, device=targets.device)
             is_listed = is_listed.index_fill_(0, row_indices[row_indices >= 0], True).view(targets.shape)
             listed = rows._replace(is_masked=is_listed)
@@ -95,6 +107,16 @@ def linear_masked_cross_entropy(
     operation = reference.linear_masked_cross_entropy
     run = _dispatch.implementation(operation, embeddings.device, backend, embeddings.dtype)
     return run(LinearLogits(embeddings, weight, bias), rows, reducing, loss_options, row_indices, num_masked)
+
+
+def _rows_in_loss(row_indices: Tensor, num_rows: int, is_target: Tensor | None) -> Tensor:
+    """The rows listed [K], -1 at what is none or, of targets [...], ignored: never read or written through."""
+    if num_rows == 0:
+        return row_indices[:0]
+    is_row = (row_indices >= 0) & (row_indices < num_rows)
+    if is_target is not None:
+        is_row &= is_target.flatten()[row_indices.clamp(0, num_rows - 1)]
+    return row_indices.where(is_row, -1)
 
 
 def _check_row_indices(row_indices: Tensor, num_rows: int) -> None:

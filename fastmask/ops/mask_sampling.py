@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
 from fastmask import _check, _dispatch
+from fastmask._devices import to_device
 from fastmask.ops.seeds import as_draws
-from fastmask.records import MaskedTokens, Masking, ScheduleValues
+from fastmask.records import MaskedTokens, Masking, RandomIds, ScheduleValues
 from fastmask.reference import mask_sampling as reference
 from fastmask.schedules import Schedule, TensorFn, as_schedule
 
@@ -17,15 +20,18 @@ def mask_sampling(
     *,
     mask_id: int,
     num_tokens: int,
-    schedule: str | TensorFn | Schedule = "linear",
+    schedule: str | TensorFn | float | Schedule = "linear",
     mode: str = "exact",
     stratified: bool = False,
     times: Tensor | None = None,
     counts: Tensor | None = None,
     maskable: Tensor | None = None,
+    complement: bool = False,
+    gate: str = "batch",
     no_replace_prob: float = 0.0,
     random_token_prob: float = 0.0,
     random_may_be_mask: bool = False,
+    random_excludes: Tensor | Sequence[int] | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     sample_offset: int = 0,
@@ -44,18 +50,26 @@ def mask_sampling(
         mask_id: the id of the mask token. One outside [0, num_tokens) is allowed.
         num_tokens: V, the size of the vocabulary.
         schedule: t to the mask ratio: "linear" (1 - t), "cosine" (cos(pi t / 2)), a callable on a
-            float32 tensor that autograd can differentiate, or a :class:`fastmask.Schedule`.
+            float32 tensor that autograd can differentiate, a :class:`fastmask.Schedule` (under torch.compile with
+            its derivative), or a number in (0, 1], a constant ratio, of which w is 0.
         mode: "exact" masks exactly k_b of the n_b maskable positions, a uniformly random subset;
             "bernoulli" masks each with probability schedule(t_b), and w_b = |schedule'| / schedule.
         stratified: t_b = (u + b / B) mod 1 over the global batch, one u for all.
         times: [B] float32, t_b in place of drawn ones; no gradient reaches them.
         counts: [B] int32|int64, k_b in place of the schedule's ("exact" only); clamped to [0, n_b].
         maskable: [B, N] bool, False where a token is never masked (padding, prompts); None for all.
+        complement: the n_b - k_b maskable positions that the same seed leaves unmasked otherwise, with their own
+            counts and gate, and w_b for them: |schedule'| n_b / (n_b - k_b), or |schedule'| / (1 - schedule).
+        gate: "batch", two coins that the call shares, as below; or "token", each masked position by itself: it
+            keeps its token with probability no_replace_prob, else gets a random one with random_token_prob (of
+            all masked: .1 and .1 are BERT's).
         no_replace_prob: with probability 1/2 per call, ceil(k_b no_replace_prob) of the masked
             positions keep their token.
         random_token_prob: independently with probability 1/2 per call, ceil(r random_token_prob f) of
             the remaining r get a random token; f is 1 - no_replace_prob if the first coin fell so, else 1.
         random_may_be_mask: whether a random token may be mask_id; uniform over the other ids by default.
+        random_excludes: [V] bool, True at ids that no random token is (padding, special ids), or a sequence of those
+            ids (copied to the device at each call). None for none.
         seed, generator: see the module.
         sample_offset: global index of the first row (data parallelism, split batches).
         global_batch_size: B of the whole batch, for ``stratified``; default the rows given.
@@ -74,10 +88,12 @@ def mask_sampling(
 
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape or number, tensors on several devices,
-        counts with mode "bernoulli", no id left to draw random tokens from, a schedule without
-        derivative; under check=True unclean tokens.
+        counts with mode "bernoulli", with gate "token" probabilities whose sum is above 1, no id left to draw
+        random tokens from (random_excludes on a GPU are read under check=True only; until then mask_id stands
+        there), a schedule without derivative; under check=True unclean tokens. RuntimeError inside of
+        torch.func's transforms.
 
-    Randomness: streams TIMES or STRATUM, COINS and KEYS of the seed.
+    Randomness: streams TIMES or STRATUM, COINS (gate "batch") and KEYS of the seed.
 
     Source: k and the subset, MaskGIT (https://arxiv.org/abs/2202.04200); w, MDLM
     (https://arxiv.org/abs/2406.07524, eq. 10, alpha = 1 - schedule); kept and random tokens, BERT
@@ -98,6 +114,15 @@ def mask_sampling(
     _check.option("mode", mode, ["exact", "bernoulli"])
     _check.number("no_replace_prob", no_replace_prob, 0.0, 1.0)
     _check.number("random_token_prob", random_token_prob, 0.0, 1.0)
+    _check.option("gate", gate, ["batch", "token"])
+    if gate == "token" and no_replace_prob + random_token_prob > 1.0:
+        raise ValueError(
+            f"expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
+            f"{no_replace_prob} + {random_token_prob}"
+        )
+    flags = {"stratified": stratified, "random_may_be_mask": random_may_be_mask, "complement": complement}
+    for name, flag in {**flags, "check": check}.items():
+        _check.flag(name, flag)
     global_batch_size = batch if global_batch_size is None else global_batch_size
     _check.integer("global_batch_size", global_batch_size, min(1, batch))
     if random_token_prob > 0.0 and not random_may_be_mask and num_tokens - (mask_id < num_tokens) < 1:
@@ -116,7 +141,10 @@ def mask_sampling(
     if maskable is not None:
         _check.tensor("maskable", maskable, [torch.bool])
         _check.shape("maskable", maskable, [batch, length], "B, N")
-    _check.same_device(tokens=tokens, times=times, counts=counts, maskable=maskable)
+    tensors = {"tokens": tokens, "times": times, "counts": counts, "maskable": maskable}
+    _check.same_device(**tensors)
+    _check.plain(**tensors)
+    excluded = None if random_excludes is None else _as_excluded(random_excludes, num_tokens, tokens.device)
     if check:
         _check.clean_tokens("tokens", tokens, num_tokens, mask_id)
 
@@ -132,12 +160,61 @@ def mask_sampling(
         no_replace_prob=float(no_replace_prob),
         random_token_prob=float(random_token_prob),
         random_may_be_mask=random_may_be_mask,
+        gates_tokens=gate == "token",
+        complement=complement,
     )
+    random_ids = RandomIds()
+    if excluded is not None and random_token_prob > 0.0:
+        random_ids = _allowed(excluded, masking, tokens.device, check=check)
     if times is None and schedule.name is None:
         times = reference.draw_times(draws, batch, masking)
     values = ScheduleValues() if times is None else _values(schedule, times.detach())
     run = _dispatch.implementation(reference.mask_sampling, tokens.device, backend)
-    return run(tokens, draws, masking, values, None if counts is None else counts.long(), maskable)
+    return run(tokens, draws, masking, values, None if counts is None else counts.long(), maskable, random_ids)
+
+
+def _as_excluded(excludes: Tensor | Sequence[int], num_tokens: int, device: torch.device) -> Tensor:
+    """``random_excludes`` as [V] bool on the device, or on the CPU where it was a sequence."""
+    if isinstance(excludes, Tensor):
+        if excludes.dtype != torch.bool:
+            raise TypeError(
+                f"expected random_excludes as [V] bool or as a sequence of ids, received a tensor of "
+                f"{excludes.dtype}; give ids as random_excludes.tolist()"
+            )
+        _check.shape("random_excludes", excludes, [num_tokens], "V")
+        _check.plain(random_excludes=excludes)
+        if excludes.device != device:
+            raise ValueError(
+                f"expected random_excludes on {device}, received {excludes.device}; move it with .to(device)"
+            )
+        return excludes
+    if isinstance(excludes, str) or not isinstance(excludes, Iterable):
+        raise TypeError(
+            f"expected random_excludes as [V] bool or as a sequence of ids, received {type(excludes).__name__}"
+        )
+    is_excluded = torch.zeros(num_tokens, dtype=torch.bool, device="cpu")
+    for id in excludes:
+        is_excluded[_check.integer("random_excludes' ids", id, 0, num_tokens)] = True
+    return is_excluded
+
+
+def _allowed(excluded: Tensor, masking: Masking, device: torch.device, *, check: bool) -> RandomIds:
+    """The ids that random tokens are drawn from, as a table: a draw is then one look-up, whatever is excluded.
+
+    Refused where none is left and the host knows it without waiting for a GPU, or is asked to wait.
+    """
+    is_allowed = ~excluded
+    if not masking.random_may_be_mask and masking.mask_id < masking.num_tokens:
+        is_allowed[masking.mask_id] = False
+    reads = check or (excluded.device.type == "cpu" and not torch.compiler.is_compiling())
+    if reads and not bool(is_allowed.any()):
+        raise ValueError(
+            "expected random_excludes to leave an id to draw random tokens from, received all "
+            f"{masking.num_tokens} (but mask_id); set random_token_prob=0"
+        )
+    is_allowed = to_device(is_allowed, device)
+    ids = torch.nonzero_static(is_allowed, size=masking.num_tokens, fill_value=masking.mask_id)
+    return RandomIds(ids.squeeze(-1), is_allowed.sum())
 
 
 def _values(schedule: Schedule, times: Tensor) -> ScheduleValues:

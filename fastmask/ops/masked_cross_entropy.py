@@ -33,6 +33,7 @@ def masked_cross_entropy(
     softcap: float | None = None,
     exclude_id: int | None = None,
     with_correct: bool = False,
+    ignore_index: int | None = None,
     inplace_grad: bool = False,
     check: bool = False,
     backend: str = "auto",
@@ -50,7 +51,7 @@ def masked_cross_entropy(
 
     Args:
         logits: [..., V] float16|bfloat16|float32|float64, unnormalised.
-        targets: [...] int32|int64; never read where unmasked (for labels with -100, is_masked=labels != -100).
+        targets: [...] int32|int64; never read where unmasked.
         is_masked: [...] bool, the positions in the loss; None for all.
         weights: [...] float32|float64, w of each position, or [B] of each sequence of targets [B, N];
             constant; 0 is as good as unmasked. None for 1.
@@ -63,6 +64,7 @@ def masked_cross_entropy(
         exclude_id: a column that leaves A and gets gradient 0 (mask_id, for MDLM's SUBS). A target equal
             to it costs +inf.
         with_correct: also compare the argmax over A (ties to the lower id) with the target.
+        ignore_index: targets equal to it are as good as unmasked (-100 in Hugging Face's labels); None for none.
         inplace_grad: let the gradient take the logits' memory, in forward or backward: the caller reads them
             no more (nor recomputes them from a checkpoint) and runs backward once; what comes from above, if not
             1, then scales the rounded gradient. A permission: where it cannot be had (torch.compile, logits
@@ -75,11 +77,13 @@ def masked_cross_entropy(
         loss: [] or, for "none", [...], 0 where unmasked; float32 (float64 for float64 logits), nats;
         nll: [...], L - z_y of each position, unweighted, 0 where unmasked; not differentiable;
         correct: [...] bool, False where unmasked; None unless asked for.
+        A masked row whose target is outside [0, V) has loss, nll and gradient NaN, and is not correct.
 
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape, reduction or number, weights that require
         grad, a denominator without "mean"; under check=True targets out of range. RuntimeError on
-        double backward, and on a second backward with inplace_grad.
+        double backward, on a second backward with inplace_grad, and inside of torch.func's transforms or with
+        forward-mode tangents: derivatives are reverse-mode only.
 
     Randomness: none.
 
@@ -94,6 +98,8 @@ def masked_cross_entropy(
         tensor(1.3863)
     """
     _check.tensor("logits", logits, _check.FLOATING)
+    _check.flag("inplace_grad", inplace_grad)
+    _check.flag("check", check)
     if logits.ndim < 2 or logits.shape[-1] == 0:
         raise ValueError(f"expected logits of shape [..., V] with V of at least 1, received {list(logits.shape)}")
     num_tokens = logits.shape[-1]
@@ -102,6 +108,10 @@ def masked_cross_entropy(
     options = LossOptions(label_smoothing, z_loss, softcap, exclude_id, with_correct)
     check_loss_options(options, num_tokens)
     _check.same_device(logits=logits, **rows._asdict())
+    _check.plain(logits=logits, **rows._asdict())
+    if ignore_index is not None:
+        is_target = not_ignored(targets, ignore_index)
+        rows = rows._replace(is_masked=is_target if is_masked is None else is_masked & is_target)
     if check:
         _check.clean_tokens("targets", targets, num_tokens, exclude_id, rows.counted())
     run = _dispatch.implementation(reference.masked_cross_entropy, logits.device, backend, logits.dtype)
@@ -134,6 +144,11 @@ def loss_rows(logits: Tensor, targets: Tensor, is_masked: Tensor | None, weights
     return LossRows(targets, is_masked, weights)
 
 
+def not_ignored(targets: Tensor, ignore_index: int) -> Tensor:
+    """Which targets are any, bool."""
+    return targets != _check.integer("ignore_index", ignore_index, -(2**31), 2**31)
+
+
 def loss_reduction(logits: Tensor, kind: str, denominator: Tensor | float | None) -> Reduction:
     """The reduction of losses of logits (or embeddings), the denominator on their device, in the loss's dtype."""
     _check.option("reduction", kind, ["none", "sum", "mean"])
@@ -145,6 +160,7 @@ def loss_reduction(logits: Tensor, kind: str, denominator: Tensor | float | None
     if not isinstance(denominator, Tensor):
         _check.number("denominator", denominator, 0.0)
         return Reduction(kind, torch.full((), float(denominator), dtype=dtype, device=device))
+    _check.tensor("denominator", denominator, [*_check.INTEGER, *_check.FLOATING])
     if denominator.numel() != 1:
         raise ValueError(f"expected denominator to be one number, received shape {list(denominator.shape)}")
     _check_constant("denominator", denominator)
@@ -162,6 +178,7 @@ def _check_constant(name: str, value: Tensor) -> None:
 
 def check_loss_options(options: LossOptions, num_tokens: int) -> None:
     """The options of a loss over so many columns are in range."""
+    _check.flag("with_correct", options.with_correct)
     _check.number("label_smoothing", options.label_smoothing, 0.0, 1.0)
     _check.number("z_loss", options.z_loss, 0.0)
     if options.softcap is not None:

@@ -125,7 +125,8 @@ def select_to_remask(
         backend: see the module.
 
     Returns:
-        [B, N] bool. The order is total: NaN first, then falling key (-0.0 equals 0.0), ties by rising position.
+        [B, N] bool. The order is total: NaN first, then falling key (-0.0 equals 0.0), ties by falling position: of
+        equally sure positions the first are committed first.
 
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape, tensors on several devices.
@@ -137,7 +138,7 @@ def select_to_remask(
     Example:
         >>> eligible = torch.tensor([[True, True, False, True]])
         >>> select_to_remask(torch.tensor([[0.1, 0.7, 0.9, 0.7]]), eligible, 1)
-        tensor([[False,  True, False, False]])
+        tensor([[False, False, False,  True]])
     """
     _check.tensor("remask_keys", remask_keys, _check.FLOATING, ndim=2)
     _check.tensor("eligible", eligible, [torch.bool])
@@ -154,7 +155,7 @@ def as_counts(counts: Tensor | int, values: Tensor) -> Tensor:
     """How many positions of each sequence of values [B, N], as a tensor [B]."""
     if not isinstance(counts, Tensor):
         counts = _check.integer("counts", counts, 0)
-        return torch.full(values.shape[:1], counts, device=values.device)
+        return torch.full(values.shape[:1], counts, dtype=torch.int64, device=values.device)
     _check.tensor("counts", counts, _check.INTEGER)
     _check.shape("counts", counts, values.shape[:1], "B")
     return counts
@@ -199,7 +200,7 @@ def remask_(
         is_masked: [B, N] bool, before and after.
         row_indices: [R] int64, where the flat positions b N + i of what is masked are listed: those of sequence b
             from row_starts[b] on, below row_starts[b + 1], then -1. What does not fit is left out.
-        row_starts: [B + 1] int64, rising, from 0 to R.
+        row_starts: [B + 1] int64, rising, from 0 to R. What lies outside is as good as 0 or R.
         values: [B, N] floating point, log_probs or a critic's logits.
         counts: as in :func:`select_to_remask`.
         mask_id: the id of the mask token.
@@ -247,6 +248,7 @@ def remask_(
         _check.tensor("eligible", eligible, [torch.bool])
         _check.shape("eligible", eligible, values.shape, "B, N")
     counts = as_counts(counts, values)
+    _check.flag("is_confidence", is_confidence)
     _check_key(min_remask_key)
     mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
     _check.number("noise_scale", noise_scale, 0.0)

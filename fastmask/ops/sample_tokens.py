@@ -56,16 +56,18 @@ def sample_tokens(
         forbidden: [V] bool, True at more ids that are never sampled; or a sequence of those ids, no tensor (copied
             to the device at each call).
         row_indices: [M] int64, flat positions b N + i: those of compact rows, or the only ones of [B, N, V] to be
-            sampled. -1 is no row: id -1, figures 0.
+            sampled. -1, or what is no position, is no row: id -1, figures 0.
         seq_len: N, for compact rows.
-        kept_ids: as the ids returned, int64, below V: where >= 0 that id is kept, not sampled, and its probability
-            given.
+        kept_ids: as the ids returned, int64: where >= 0 that id is kept, not sampled, and its probability given (NaN
+            for one past V).
         with_margin: also give how much more likely the likeliest id is than the next.
         with_entropy: also give the entropy.
         out: ids [B, N] int64 and log_probs [B, N] float32, contiguous, to be written in place at the rows'
             positions, and returned; other positions stay as they are.
         seed, generator: see the module.
-        step: index of the demasking step, so that one seed serves a whole generation.
+        step: index of the demasking step, so that one seed serves a whole generation. Random numbers belong to a
+            position and a step: two slices of a sequence (blocks) that are sampled by themselves with the same seed
+            and step draw the same. Number the steps through all blocks.
         sample_offset: global index of the first sequence.
         backend: see the module.
 
@@ -101,13 +103,17 @@ def sample_tokens(
         tensor([[1]])
     """
     name, source, num_ids = checked_logits(logits)
+    _check.flag("with_margin", with_margin)
+    _check.flag("with_entropy", with_entropy)
     rows, shape = _sampled_rows(name, source, row_indices, seq_len)
-    forbidden = as_forbidden(forbidden, num_ids, source.device)
+    forbidden = as_forbidden(forbidden, num_ids, source.device, mask_id=mask_id)
     sampling = _checked_sampling(
         Sampling(temperature, top_k, top_p, mask_id, forbidden, with_margin, with_entropy), num_ids
     )
     kept_ids = _checked_kept_ids(name, source, kept_ids, shape)
-    _check_out(name, source, out, rows, sampling)
+    if out is not None:
+        _check_out(name, source, out, rows, sampling)
+        rows = rows._replace(num_places=out.ids.numel())
     draws = as_draws(seed, source.device, generator, step, sample_offset)
     flat = source.flatten(0, -2)
     run = _dispatch.implementation(reference.sample_tokens, source.device, backend)
@@ -157,7 +163,8 @@ def _sampled_rows(
     if row_indices is None:  # every row is listed
         row_indices = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device)
     _check.same_device(**{name: rows, "row_indices": row_indices})
-    return SampledRows(row_indices, max(1, _check.integer("seq_len", seq_len, 0)), is_compact), shape
+    num_places = None if rows.ndim == 2 else rows.shape[0] * rows.shape[1]
+    return SampledRows(row_indices, max(1, _check.integer("seq_len", seq_len, 0)), is_compact, num_places), shape
 
 
 def _checked_sampling(sampling: Sampling, num_ids: int) -> Sampling:
@@ -179,29 +186,37 @@ def _checked_sampling(sampling: Sampling, num_ids: int) -> Sampling:
 
 
 def as_forbidden(
-    forbidden: Tensor | Sequence[int] | None, num_tokens: int, device: torch.device | str
+    forbidden: Tensor | Sequence[int] | None,
+    num_tokens: int,
+    device: torch.device | str,
+    *,
+    mask_id: int | None = None,
+    name: str = "forbidden",
 ) -> Tensor | None:
     """Forbidden ids as the samplers take them without copying: [num_tokens] bool on the device.
 
     Raises:
-        TypeError, ValueError: neither such a tensor nor ids in [0, num_tokens).
+        TypeError, ValueError: neither such a tensor nor ids in [0, num_tokens), or ids that leave none but mask_id.
     """
     if forbidden is None or isinstance(forbidden, Tensor):
         if forbidden is not None:
             if forbidden.dtype != torch.bool:
                 raise TypeError(
-                    "expected forbidden as [V] bool or as a sequence of ids, received a tensor of "
-                    f"{forbidden.dtype}; give ids as forbidden.tolist()"
+                    f"expected {name} as [V] bool or as a sequence of ids, received a tensor of "
+                    f"{forbidden.dtype}; give ids as {name}.tolist()"
                 )
-            _check.shape("forbidden", forbidden, [num_tokens], "V")
+            _check.shape(name, forbidden, [num_tokens], "V")
             if forbidden.device != torch.empty(0, device=device).device:
                 raise ValueError(
-                    f"expected forbidden on {device}, received {forbidden.device}; move it with .to(device)"
+                    f"expected {name} on {device}, received {forbidden.device}; move it with .to(device)"
                 )
         return forbidden
     is_forbidden = torch.zeros(num_tokens, dtype=torch.bool, device="cpu")
     for id in forbidden:
-        is_forbidden[_check.integer("forbidden ids", id, 0, num_tokens)] = True
+        is_forbidden[_check.integer(f"{name} ids", id, 0, num_tokens)] = True
+    allowed = {int(id) for id in (~is_forbidden).nonzero()[:2]}  # two are enough to know
+    if not allowed - {mask_id}:
+        raise ValueError(f"expected {name} to leave an id besides the mask, received all; leave one out")
     return to_device(is_forbidden, device)
 
 
@@ -215,10 +230,10 @@ def _checked_kept_ids(name: str, source: Tensor, kept_ids: Tensor | None, shape:
     return kept_ids.flatten()
 
 
-def _check_out(name: str, source: Tensor, out: Sampled | None, rows: SampledRows, sampling: Sampling) -> None:
+def _check_out(name: str, source: Tensor, out: Sampled, rows: SampledRows, sampling: Sampling) -> None:
     """The checks of what a sampler writes."""
-    if out is None:
-        return
+    if not isinstance(out, Sampled):
+        raise TypeError(f"expected out to be a Sampled of ids and log_probs, received {type(out).__name__}")
     if sampling.with_margin or sampling.with_entropy:
         raise ValueError("expected out= without with_margin=True and with_entropy=True; leave one out")
     _check.tensor("out.ids", out.ids, [torch.int64], ndim=2)

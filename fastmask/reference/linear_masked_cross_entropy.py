@@ -157,14 +157,15 @@ def linear_masked_cross_entropy(
         logits: embeddings [..., D] floating point, weight and bias of the same dtype; scale 1. Under autocast the
             products are taken in its dtype, and the gradients come back in the arguments' own.
         rows: of shape [...], as in ``masked_cross_entropy``.
-        row_indices: [K] int64, in place of is_masked: flat positions of the masked rows, then -1.
-        num_masked: an upper bound of their number; the loss is NaN where there are more.
+        row_indices: [K] int64, in place of is_masked: flat positions of the masked rows, and -1.
+        num_masked: an upper bound of their number, or of the entries that list them; the loss is NaN where there are
+            more.
     """
     targets, embeddings = rows.targets, logits.embeddings
     if row_indices is not None:
-        row_indices = row_indices[row_indices >= 0]
+        listed = row_indices[row_indices >= 0]
         is_masked = torch.zeros_like(targets, dtype=torch.bool).flatten()
-        rows = rows._replace(is_masked=is_masked.index_fill_(0, row_indices, True).view(targets.shape))
+        rows = rows._replace(is_masked=is_masked.index_fill_(0, listed, True).view(targets.shape))
     indices = counted_indices(rows)
     accumulator = torch.promote_types(embeddings.dtype, torch.float32)
     coefficients = embeddings.new_ones(len(indices), dtype=accumulator)
@@ -184,8 +185,11 @@ def linear_masked_cross_entropy(
         )
     if not is_reduced:
         loss = scatter_rows(loss, indices, targets.shape)
-    if num_masked is not None and len(indices if row_indices is None else row_indices) > num_masked:
-        loss = loss * torch.nan  # and so are its gradients
+    if num_masked is not None:
+        falls_short = (
+            len(indices) > num_masked if row_indices is None else bool((row_indices[num_masked:] >= 0).any())
+        )
+        loss = loss * torch.nan if falls_short else loss  # and so are its gradients
     return CrossEntropy(
         loss,
         scatter_rows(nll, indices, targets.shape),

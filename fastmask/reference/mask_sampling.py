@@ -6,7 +6,7 @@ the weight and for Bernoulli masks, BERT (https://arxiv.org/abs/1810.04805) for 
 
 One random key a position decides everything: the k smallest keys are the masked set, and since the
 rank inside that set is itself a uniform permutation, ranks [0, a) keep their token, [a, a + b) get
-a random one and [a + b, k) get the mask.
+a random one and [a + b, k) get the mask. The complement is the ranks from k on, by the same rule.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmask import _streams as streams
-from fastmask.records import Draws, MaskedTokens, Masking, ScheduleValues
+from fastmask.records import Draws, MaskedTokens, Masking, RandomIds, ScheduleValues
 from fastmask.reference import philox
 
 
@@ -64,6 +64,7 @@ def mask_sampling(
     values: ScheduleValues,
     counts: Tensor | None,
     maskable: Tensor | None,
+    random_ids: RandomIds,
 ) -> MaskedTokens:
     """The specification of ``kernels/mask_sampling.py``.
 
@@ -72,6 +73,7 @@ def mask_sampling(
         values: the times, and the schedule at them; by default drawn, and evaluated, here.
         counts: [B] int64, the exact count of masked positions in place of the schedule's, or None.
         maskable: [B, N] bool, or None for all.
+        random_ids: what random tokens are drawn from, or nothing for every id (but the mask's).
     """
     times, ratios, slopes = values
     if times is None or ratios is None or slopes is None:
@@ -81,25 +83,38 @@ def mask_sampling(
     position = torch.arange(length, device=tokens.device)
     sample = torch.arange(batch, device=tokens.device) + draws.sample_offset
     words = philox.draw(draws.seed, streams.KEYS, sample=sample[:, None], position=position)
-    key, id_high, id_low, bernoulli_word = words
-    key = (key << 31) | position  # ties broken by position
+    key_word, id_high, id_low, bernoulli_word = words
+    key = (key_word << 31) | position  # ties broken by position
 
     candidate = torch.ones_like(tokens, dtype=torch.bool) if maskable is None else maskable
     num_candidates = candidate.sum(dim=-1)
     if masking.bernoulli:
         # Compared as 32-bit integers: ratio 1 masks everything, ratio 0 nothing.
         threshold = (ratios.clamp(0.0, 1.0) * 2.0**32).long()
-        is_masked = candidate & (bernoulli_word < threshold[:, None])
+        is_below = bernoulli_word < threshold[:, None]
+        is_masked = candidate & (~is_below if masking.complement else is_below)
         counts = is_masked.sum(dim=-1)
         rank = _rank(key, is_masked)
+        ratios = 1.0 - ratios if masking.complement else ratios
     else:
         if counts is None:
             counts = exact_counts(ratios, num_candidates)
         counts = counts.clamp(min=0).minimum(num_candidates)
         rank = _rank(key, candidate)
-        is_masked = rank < counts[:, None]
+        if masking.complement:
+            rank, counts = rank - counts[:, None], num_candidates - counts
+        is_masked = (rank >= 0) & (rank < counts[:, None])
 
-    masked_ids = _gate(tokens, rank, is_masked, counts, (id_high, id_low), draws.seed, masking)
+    if masking.no_replace_prob == 0.0 and masking.random_token_prob == 0.0:
+        masked_ids = tokens.masked_fill(is_masked, masking.mask_id)
+    else:
+        if masking.gates_tokens:  # by the word that decided nothing yet
+            kept, random = ((key_word if masking.bernoulli else bernoulli_word) < end for end in masking.gate_ends)
+        else:
+            kept, random = (rank < end[:, None] for end in _ends_of_parts(counts, draws.seed, masking))
+        ids = _draw_ids((id_high, id_low), masking, random_ids).to(tokens.dtype)
+        visible = torch.where(kept, tokens, torch.where(random, ids, masking.mask_id))
+        masked_ids = torch.where(is_masked, visible, tokens)
     return MaskedTokens(
         masked_ids,
         is_masked,
@@ -154,26 +169,18 @@ def _rank(key: Tensor, candidate: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, ranks)
 
 
-def _gate(
-    tokens: Tensor,
-    rank: Tensor,
-    is_masked: Tensor,
-    counts: Tensor,
-    id_words: tuple[Tensor, Tensor],
-    seed: Tensor,
-    masking: Masking,
-) -> Tensor:
-    """The ids that the network sees: kept, random or mask_id where masked, the token elsewhere."""
-    mask_id = masking.mask_id
-    if masking.no_replace_prob == 0.0 and masking.random_token_prob == 0.0:
-        return tokens.masked_fill(is_masked, mask_id)
+def _ends_of_parts(counts: Tensor, seed: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
+    """The ranks [B] where those of the masked set end that keep their token, and those that get a random one."""
     keep_word, random_word, _, _ = philox.draw(seed, streams.COINS)
     coins = keep_word < 2**31, random_word < 2**31
     kept, random = gate_counts(counts, *coins, masking.no_replace_prob, masking.random_token_prob)
-    skips_mask = not masking.random_may_be_mask and mask_id < masking.num_tokens
-    random_ids = philox.below(masking.num_tokens - skips_mask, *id_words)
-    if skips_mask:
-        random_ids = random_ids + (random_ids >= mask_id)
-    visible = torch.where(rank < (kept + random)[:, None], random_ids.to(tokens.dtype), mask_id)
-    visible = torch.where(rank < kept[:, None], tokens, visible)
-    return torch.where(is_masked, visible, tokens)
+    return kept, kept + random
+
+
+def _draw_ids(words: tuple[Tensor, Tensor], masking: Masking, random_ids: RandomIds) -> Tensor:
+    """A random id of each position, int64, from two words: uniform over what may be drawn."""
+    if random_ids.ids is not None and random_ids.num_ids is not None:
+        return random_ids.ids[philox.below(random_ids.num_ids, *words)]
+    skips_mask = not masking.random_may_be_mask and masking.mask_id < masking.num_tokens
+    ids = philox.below(masking.num_tokens - skips_mask, *words)
+    return ids + (ids >= masking.mask_id) if skips_mask else ids

@@ -44,9 +44,11 @@ def chunk_rows(logits: Tensor) -> int:
 
 def chunk_losses_(logits: Tensor, targets: Tensor, options: LossOptions, *, with_gradient: bool) -> RowLosses:
     """The module's equations with w = 1, for logits [M, V] and targets [M]; float32 logits are overwritten, and the
-    gradient lies there."""
+    gradient lies there. A row whose target is no column is NaN."""
     label_smoothing, exclude_id = options.label_smoothing, options.exclude_id
     target = targets.long()[:, None]
+    is_column = (target >= 0) & (target < logits.shape[-1])
+    target = target.where(is_column, 0)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     num_allowed = z.shape[-1] - (exclude_id is not None)
     slope = None
@@ -57,7 +59,7 @@ def chunk_losses_(logits: Tensor, targets: Tensor, options: LossOptions, *, with
     if exclude_id is not None:
         z[:, exclude_id] = -torch.inf
     z_max = z.amax(dim=-1, keepdim=True)
-    z_target = z.gather(-1, target)
+    z_target = z.gather(-1, target).where(is_column, torch.nan)
     correct = torch.zeros_like(target, dtype=torch.bool)
     if options.with_correct:
         correct = z.argmax(dim=-1, keepdim=True) == target
@@ -70,7 +72,7 @@ def chunk_losses_(logits: Tensor, targets: Tensor, options: LossOptions, *, with
         if exclude_id is not None:
             z[:, exclude_id] = -torch.inf
     e = z.exp_()
-    e_target = e.gather(-1, target)
+    e_target = e.gather(-1, target).where(is_column, torch.nan)
     others = e.scatter_(-1, target, 0.0).sum(dim=-1, keepdim=True)
     total = others + e_target
 

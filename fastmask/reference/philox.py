@@ -90,6 +90,6 @@ def gumbel(high: Tensor, low: Tensor) -> Tensor:
     return -torch.log(exponential(high, low))
 
 
-def below(n: int, high: Tensor, low: Tensor) -> Tensor:
+def below(n: int | Tensor, high: Tensor, low: Tensor) -> Tensor:
     """An integer uniform on [0, n), n <= 2**31: the leading bits of n times a 64-bit fraction."""
     return (high * n + ((low * n) >> 32)) >> 32

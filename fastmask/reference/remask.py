@@ -28,7 +28,8 @@ def score_noise(draws: Draws, batch: int, length: int) -> Tensor:
 def select_to_remask(remask_keys: Tensor, eligible: Tensor, counts: Tensor, min_remask_key: float | None) -> Tensor:
     """The ``counts`` eligible positions of the highest remask keys in each row.
 
-    Order: NaN first, then by falling key (-0.0 equals 0.0), ties by rising position.
+    Order: NaN first, then by falling key (-0.0 equals 0.0), ties by falling position: of equally sure positions the
+    first are committed first.
 
     Args:
         remask_keys: [B, N] floating point.
@@ -41,7 +42,8 @@ def select_to_remask(remask_keys: Tensor, eligible: Tensor, counts: Tensor, min_
     """
     if min_remask_key is not None:
         eligible = eligible & ~(remask_keys < min_remask_key)
-    order = remask_keys.sort(dim=-1, descending=True, stable=True).indices
+    last_first = remask_keys.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    order = remask_keys.shape[-1] - 1 - last_first
     in_order = eligible.gather(-1, order)
     chosen = in_order & (in_order.cumsum(dim=-1) <= counts[:, None])
     return torch.zeros_like(eligible).scatter_(-1, order, chosen)
@@ -72,8 +74,9 @@ def remask_(
     is_masked.copy_(chosen)
     ids.masked_fill_(chosen, remasking.mask_id)
     row_indices, row_starts = listed
+    row_starts = row_starts.clamp(0, len(row_indices))
     slots = row_starts[:-1, None] + chosen.cumsum(dim=-1) - 1
     slots = slots.where(chosen & (slots < row_starts[1:, None]), len(row_indices))  # the place behind the last
     flat = torch.arange(ids.numel(), device=ids.device)
-    found = torch.full((len(row_indices) + 1,), -1, device=ids.device)
+    found = torch.full((len(row_indices) + 1,), -1, dtype=torch.int64, device=ids.device)
     row_indices.copy_(found.index_put_((slots.flatten(),), flat)[:-1])

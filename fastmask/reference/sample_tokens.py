@@ -46,7 +46,7 @@ def sample_tokens(
         rows: which of them.
         draws: the random numbers.
         sampling: how.
-        kept_ids: [M] integer: an id >= 0 is not sampled but kept, and its probability returned.
+        kept_ids: [M] integer: an id >= 0 is not sampled but kept, and its probability returned; NaN of what is no id.
         out: ids and log_probs [B, N] to write in place, at the rows' positions.
 
     A row with NaN, +inf or no finite logit gives the lowest allowed id and NaN; no row gives id -1 and zeros.
@@ -55,6 +55,7 @@ def sample_tokens(
         chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // len(logits.weight))
     else:
         chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    rows = rows.without_strays()
     parts = []
     for start in range(0, max(1, len(rows.row_indices)), chunk):
         part = slice(start, start + chunk)
@@ -113,7 +114,9 @@ def _sample_chunk_(
         ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
 
     is_row = rows.row_indices[:, None] >= 0
-    figures: list[Any] = [z.gather(-1, ids) - totals.log(), margins, entropies]
+    is_id = ids < z.shape[-1]
+    log_probs = (z.gather(-1, ids.where(is_id, 0)) - totals.log()).where(is_id, torch.nan)
+    figures: list[Any] = [log_probs, margins, entropies]
     figures = [None if x is None else x.where(is_valid, torch.nan).where(is_row, 0.0).squeeze(-1) for x in figures]
     return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)
 
