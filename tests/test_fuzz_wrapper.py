@@ -323,7 +323,7 @@ def is_compat_weighted(setting: Setting) -> bool:
 def check_training(built: Built) -> None:
     setting, wrapper = built.setting, built.wrapper
     options = training_arguments(built)
-    with nothing_else_changes(built, built.some):
+    with nothing_else_changes(built, *(value for value in options.values() if isinstance(value, Tensor))):
         out = wrapper(built.x, generator=generator(setting.seed), **options)
     metrics = None
     if setting.with_metrics:
