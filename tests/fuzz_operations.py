@@ -80,7 +80,7 @@ class Case:
 
     def logits(self, *shape: int) -> np.ndarray:
         """Values of one of many kinds, the rarities among them."""
-        kind = self.pick("normal", "normal", "wide", "narrow", "ties", "certain", "far")
+        kind = self.pick("normal", "normal", "wide", "narrow", "ties", "ties", "certain", "far")
         if kind == "ties":
             return self.numbers.integers(-2, 3, shape).astype(float)
         scale = {"normal": 3.0, "wide": 30.0, "narrow": 0.1, "certain": 2.0, "far": 3.0}[kind]
@@ -558,7 +558,7 @@ def sample_tokens(case: Case) -> None:
         kept_id = -1 if kept_flat is None else int(kept_flat[m])
         Row(flat[m], options, mask_id, forbidden).check(int(ids[m]), float(log_probs[m]), margin, entropy, kept_id)
     is_plain = "row_indices" not in options and kept is None and written is None and isinstance(logits, Tensor)
-    if is_plain and batch > 1 and case.chance(0.3):  # a part of the batch gives the same
+    if is_plain and batch > 1:  # a part of the batch gives the same
         part = functional.sample_tokens(logits[1:], **options, **{**draws, "sample_offset": draws["sample_offset"] + 1})
         assert torch.equal(part.ids, out.ids[1:]), "a split of the batch"
 
@@ -681,7 +681,7 @@ def case_mask_id(case: Case) -> int:
 
 def demask_step(case: Case) -> None:
     batch, length, vocabulary = sizes(case)
-    vocabulary = max(2, vocabulary)
+    length, vocabulary = case.pick(length, 9, 16), max(2, min(vocabulary, 100))
     options, _ = sampling_options(case, vocabulary)
     options.pop("mask_id", None)
     mask_id = case.pick(case.choices.randrange(vocabulary), vocabulary - 1, vocabulary + 3)
@@ -695,7 +695,7 @@ def demask_step(case: Case) -> None:
     is_masked = case.flags(case.pick(0.0, 0.6, 1.0), batch, length)
     ids = np.where(is_masked, mask_id, case.ids(vocabulary, batch, length))
     counts, numbers = counts_of(case, batch, length)
-    threshold = case.pick(None, None, 0.0, 1.0, 0.3, case.choices.random())
+    threshold = case.pick(None, None, 0.0, 1.0, 0.1, 0.3, case.choices.random())
     if threshold is not None and case.chance(0.5):
         counts, numbers = None, is_masked.sum(-1).tolist()
     scale = case.pick(0.0, 0.0, 0.5, 4.5)
