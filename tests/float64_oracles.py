@@ -1,7 +1,7 @@
 """What the operations mean, once more, in NumPy's float64: nothing here is fastmask's own arithmetic.
 
-Tolerances are bounds, not guesses: what a rounding of the operands to float32, or to the dtype they came in, can do to
-a figure to first order, half as much again, and the rounding of the figure itself.
+Tolerances are bounds, not guesses: what a rounding of the operands to float32, or to the dtype they came in, can do
+to a figure to first order, half as much again, and the rounding of the figure itself.
 """
 
 from __future__ import annotations
@@ -117,15 +117,21 @@ def row_loss(
     odds = float((np.delete(p, target) * np.delete(exponent, target)).sum())
     tiny = num_columns * (2.0**-126 if rounding > 2.0**-50 else 2.0**-1022)  # what underflows
     odds = odds + q * exponent[target] + tiny
-    rounded_top = rounding * STEPS * (abs(top) + (abs(z_target) if np.isfinite(z_target) else 0.0)) * (p_target < 0.75)
+    rounded_top = (
+        rounding * STEPS * (abs(top) + (abs(z_target) if np.isfinite(z_target) else 0.0)) * (p_target < 0.75)
+    )
     nll_bound = (odds + rounded_top + rounding * STEPS * abs(nll)) if np.isfinite(nll) else 0.0
     if np.isfinite(nll) and p_target < 0.75:
         nll_bound += finite_error[target] + top_error
-    smooth_error = average + rounding * (STEPS + num_columns) * finite_gap.mean() + 2 * finite_error.mean() + top_error
+    smooth_error = (
+        average + rounding * (STEPS + num_columns) * finite_gap.mean() + 2 * finite_error.mean() + top_error
+    )
     loss_bound = (1 - e) * nll_bound + lam * (2 * abs(lse) + lse_error) * lse_error + rounding * STEPS * abs(loss)
     loss_bound += e * (smooth_error + rounding * STEPS) if e > 0 else 0.0
     by_lse = 1 + 2 * lam * abs(lse)
-    gradient_bound = tiny + p * relative * by_lse + p * 2 * lam * lse_error + rounding * STEPS * (np.abs(by_z) + e / size)
+    gradient_bound = (
+        tiny + p * relative * by_lse + p * 2 * lam * lse_error + rounding * STEPS * (np.abs(by_z) + e / size)
+    )
     gradient_bound[target] = (
         odds
         + q * average
@@ -234,19 +240,11 @@ def row_figures(logits: np.ndarray, vocabulary: np.ndarray) -> RowFigures:
     )
 
 
-def likely_log_prob_bound(figures: RowFigures, id: int) -> float:
-    """Of a log p that keeps its relative accuracy where p goes to 1."""
-    value = abs(figures.log_probs[id])
-    return min(float(figures.log_probs_bound[id]), math.inf) if value > 0.5 else MARGIN * 2.0**-24 * 40 * value * STEPS
-
-
 # Which positions are masked again
 
 
-def expected_selection(
-    keys: np.ndarray, eligible: np.ndarray, count: int, min_key: float | None
-) -> np.ndarray:
-    """The ``count`` eligible positions of the highest keys of a row [N]: NaN first, the last of those that tie first."""
+def expected_selection(keys: np.ndarray, eligible: np.ndarray, count: int, min_key: float | None) -> np.ndarray:
+    """The ``count`` eligible positions of the highest keys of a row [N]: NaN first, of those that tie the last."""
     if min_key is not None:
         eligible = eligible & ~(keys < min_key)
     places = [int(i) for i in np.flatnonzero(eligible)]

@@ -13,8 +13,7 @@ import multiprocessing
 import os
 import random
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import float64_oracles as oracle
@@ -122,7 +121,9 @@ def run_twice(case: Case, function: Callable, *arguments: Any, **options: Any) -
         again = function(*arguments, **options)
         for x, y in zip(out, again, strict=True):
             assert (x is None) == (y is None)
-            assert x is None or torch.equal(torch.nan_to_num(x, nan=7.5), torch.nan_to_num(y, nan=7.5)), "not the same"
+            assert x is None or torch.equal(torch.nan_to_num(x, nan=7.5), torch.nan_to_num(y, nan=7.5)), (
+                "not the same"
+            )
     return out
 
 
@@ -159,7 +160,9 @@ class Loss:
         self.num_rows = math.prod(self.shape)
         self.targets = case.ids(self.vocabulary, *self.shape)
         self.is_masked = case.pick(None, case.flags(0.5, *self.shape), case.flags(case.pick(0.0, 1.0), *self.shape))
-        self.ignore_index = case.pick(-100, -1, case.choices.randrange(self.vocabulary)) if case.chance(0.25) else None
+        self.ignore_index = (
+            case.pick(-100, -1, case.choices.randrange(self.vocabulary)) if case.chance(0.25) else None
+        )
         if self.ignore_index is not None:
             self.targets[case.flags(0.3, *self.shape)] = self.ignore_index
         if self.is_masked is not None and case.chance(0.3):  # never read
@@ -214,7 +217,12 @@ class Loss:
 
 
 def check_figures(
-    loss: Loss, out: Any, rows: dict[int, oracle.RowLoss], weights: np.ndarray, rounding: float, is_short: bool = False
+    loss: Loss,
+    out: Any,
+    rows: dict[int, oracle.RowLoss],
+    weights: np.ndarray,
+    rounding: float,
+    is_short: bool = False,
 ) -> np.ndarray:
     """The loss, nll and correct; what each row's gradient is multiplied with, [R], without what comes from above."""
     nll, nll_bound = np.zeros(loss.num_rows), np.zeros(loss.num_rows)
@@ -263,7 +271,9 @@ def masked_cross_entropy(case: Case) -> None:
     rounding = oracle.ROUNDING["float64" if is_double else "float32"]
     weights = loss.row_weights(np.float64 if is_double else np.float32)
     rows = {
-        int(row): oracle.row_loss(exact[row], int(loss.targets.reshape(-1)[row]), rounding=rounding, **loss.row_options)
+        int(row): oracle.row_loss(
+            exact[row], int(loss.targets.reshape(-1)[row]), rounding=rounding, **loss.row_options
+        )
         for row in np.flatnonzero(weights)
     }
     factors = check_figures(loss, out, rows, weights, rounding)
@@ -341,7 +351,8 @@ def linear_masked_cross_entropy(case: Case) -> None:
     above = loss.upstream(out.loss)
     gradients = torch.autograd.grad(out.loss, leaves, above, allow_unused=False)
     for gradient, leaf in zip(gradients, leaves, strict=True):
-        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+        assert gradient.dtype == leaf.dtype
+        assert gradient.shape == leaf.shape
     if is_short:
         assert bool(gradients[1].isnan().any()), "gradients of more rows than num_masked"
         return
@@ -500,7 +511,12 @@ def sizes(case: Case) -> tuple[int, int, int]:
 def sample_tokens(case: Case) -> None:
     batch, length, vocabulary = sizes(case)
     options, forbidden = sampling_options(case, vocabulary)
-    draws = {"seed": case.seed(), "step": case.pick(0, 1, 77), "sample_offset": case.pick(0, 5), "backend": case.backend}
+    draws = {
+        "seed": case.seed(),
+        "step": case.pick(0, 1, 77),
+        "sample_offset": case.pick(0, 5),
+        "backend": case.backend,
+    }
     mask_id = options.get("mask_id")
     listed, is_compact = np.arange(batch * length), False
     if case.chance(0.5):
@@ -538,11 +554,14 @@ def sample_tokens(case: Case) -> None:
         is_listed = np.zeros(batch * length, dtype=bool)
         is_listed[listed[listed >= 0]] = True
         ids, log_probs = out.ids.flatten().numpy(), out.log_probs.flatten().numpy()
-        assert (ids[~is_listed] == 77).all() and (log_probs[~is_listed] == 9.5).all(), "written beside its rows"
+        assert (ids[~is_listed] == 77).all(), "written beside its rows"
+        assert (log_probs[~is_listed] == 9.5).all(), "written beside its rows"
         ids = np.where(listed >= 0, ids[listed] if batch else -1, -1)
         log_probs = np.where(listed >= 0, log_probs[listed] if batch else 0.0, 0.0)
     else:
-        assert out.ids.shape == shape and out.ids.dtype == torch.int64 and out.log_probs.dtype == torch.float32
+        assert out.ids.shape == shape
+        assert out.ids.dtype == torch.int64
+        assert out.log_probs.dtype == torch.float32
         ids, log_probs = out.ids.flatten().numpy(), out.log_probs.flatten().numpy()
     margins = None if out.margins is None else out.margins.flatten().tolist()
     entropies = None if out.entropies is None else out.entropies.flatten().tolist()
@@ -553,13 +572,16 @@ def sample_tokens(case: Case) -> None:
         margin = None if margins is None else margins[m]
         entropy = None if entropies is None else entropies[m]
         if place < 0:
-            assert ids[m] == -1 and log_probs[m] == 0 and not margin and not entropy, "figures of no row"
+            figures = ids[m], log_probs[m], margin or 0.0, entropy or 0.0
+            assert figures == (-1, 0.0, 0.0, 0.0), "figures of no row"
             continue
         kept_id = -1 if kept_flat is None else int(kept_flat[m])
         Row(flat[m], options, mask_id, forbidden).check(int(ids[m]), float(log_probs[m]), margin, entropy, kept_id)
     is_plain = "row_indices" not in options and kept is None and written is None and isinstance(logits, Tensor)
     if is_plain and batch > 1:  # a part of the batch gives the same
-        part = functional.sample_tokens(logits[1:], **options, **{**draws, "sample_offset": draws["sample_offset"] + 1})
+        part = functional.sample_tokens(
+            logits[1:], **options, **{**draws, "sample_offset": draws["sample_offset"] + 1}
+        )
         assert torch.equal(part.ids, out.ids[1:]), "a split of the batch"
 
 
@@ -572,14 +594,18 @@ def remask_keys(case: Case) -> None:
     draws = {"seed": case.seed(), "step": case.pick(0, 3), "sample_offset": case.pick(0, 2), "backend": case.backend}
     values = -np.abs(case.logits(batch, length)).astype(np.float32)
     if case.chance(0.5):
-        sign, keys = -1, functional.confidence_remask_keys(
-            case.laid_out(values, torch.float32), choice_temperature=scale, **draws
+        sign, keys = (
+            -1,
+            functional.confidence_remask_keys(
+                case.laid_out(values, torch.float32), choice_temperature=scale, **draws
+            ),
         )
     else:
         logits = case.laid_out(values, FLOATS[case.dtype()])
         values = exactly(logits)
         sign, keys = 1, functional.critic_remask_keys(logits, noise_scale=scale, **draws)
-    assert keys.dtype == torch.float32 and keys.shape == (batch, length)
+    assert keys.dtype == torch.float32
+    assert keys.shape == (batch, length)
     if scale == 0:
         oracle.assert_within(keys, sign * values, 2.0**-24 * np.abs(values), "key")
         return
@@ -631,7 +657,9 @@ def expected_masks(
             assert (got[b] == expected).all(), (b, keys[b], eligible[b], counts[b], min_key, got[b])
             continue
         assert not (got[b] & ~eligible[b]).any()
-        bounds = [oracle.expected_selection(keys[b] + shift, eligible[b], counts[b], min_key) for shift in (-slack, slack)]
+        bounds = [
+            oracle.expected_selection(keys[b] + shift, eligible[b], counts[b], min_key) for shift in (-slack, slack)
+        ]
         assert min(x.sum() for x in bounds) <= got[b].sum() <= max(x.sum() for x in bounds), "how many"
         last = np.nan_to_num(keys[b], nan=np.inf)[got[b]].min(initial=np.inf)
         left = eligible[b] & ~got[b] & ~(keys[b] < (-np.inf if min_key is None else min_key - slack))
@@ -672,7 +700,9 @@ def remask_(case: Case) -> None:
     got_ids, got_masked, listed = (x.numpy() for x in written)
     expected_masks(keys, is_masked if eligible is None else eligible, numbers, min_key, got_masked, slack)
     assert (got_ids == np.where(got_masked, case_mask_id(case), ids)).all(), "ids"
-    assert listed.tolist() == oracle.row_list(got_masked, [min(max(0, x), num_places) for x in starts], num_places), "the list of rows"
+    assert listed.tolist() == oracle.row_list(got_masked, [min(max(0, x), num_places) for x in starts], num_places), (
+        "the list of rows"
+    )
 
 
 def case_mask_id(case: Case) -> int:
@@ -723,7 +753,8 @@ def demask_step(case: Case) -> None:
         case, functional.demask_step, logits, given_ids, given_masked, counts, mask_id=mask_id,
         choice_temperature=scale, threshold=threshold, **options, **draws,
     )  # fmt: skip
-    assert (given_ids.numpy() == ids).all() and (given_masked.numpy() == is_masked).all(), "wrote what it was given"
+    assert (given_ids.numpy() == ids).all(), "wrote what it was given"
+    assert (given_masked.numpy() == is_masked).all(), "wrote what it was given"
     log_probs, got_masked, got_ids = exactly(out.log_probs), out.is_masked.numpy(), out.ids.numpy()
     min_key = None
     if threshold is not None:
@@ -742,7 +773,8 @@ def demask_step(case: Case) -> None:
         for i in range(length):
             place = b * length + i
             if not is_masked[b, i]:
-                assert got_ids[b, i] == ids[b, i] and log_probs[b, i] == 0 and not got_masked[b, i], "not masked"
+                left = got_ids[b, i], log_probs[b, i], got_masked[b, i]
+                assert left == (ids[b, i], 0.0, False), "not masked"
                 continue
             row = Row(exact[row_of[place] if is_compact else place], options, mask_id, forbidden)
             if got_masked[b, i]:
@@ -759,7 +791,11 @@ def demask_step(case: Case) -> None:
 
 SCHEDULES: dict[str, tuple[Any, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "linear": ("linear", lambda t: 1 - t, lambda t: torch.full_like(t, -1.0)),
-    "cosine": ("cosine", lambda t: torch.cos(t.double() * math.pi / 2), lambda t: -math.pi / 2 * torch.sin(t.double() * math.pi / 2)),
+    "cosine": (
+        "cosine",
+        lambda t: torch.cos(t.double() * math.pi / 2),
+        lambda t: -math.pi / 2 * torch.sin(t.double() * math.pi / 2),
+    ),
     "square": (lambda t: 1 - t**2, lambda t: 1 - t**2, lambda t: -2 * t),
     "constant": (0.15, lambda t: torch.full_like(t, 0.15), lambda t: torch.zeros_like(t)),
 }  # fmt: skip
@@ -811,9 +847,10 @@ def mask_sampling(case: Case) -> None:
     out = run_twice(case, functional.mask_sampling, tokens, **fixed, **options, **draws)
     candidate = np.ones((batch, length), dtype=bool) if maskable is None else maskable
     num_maskable = candidate.sum(-1)
-    is_masked, visible, token = out.is_masked.numpy(), out.masked_ids.numpy(), tokens.numpy()
+    is_masked, token = out.is_masked.numpy(), tokens.numpy()
     counts = out.counts.tolist()
-    assert out.masked_ids.dtype == tokens.dtype and out.times.dtype == out.loss_weights.dtype == torch.float32
+    assert out.masked_ids.dtype == tokens.dtype
+    assert out.times.dtype == out.loss_weights.dtype == torch.float32
     assert not (is_masked & ~candidate).any(), "masked what is not maskable"
     assert (is_masked.sum(-1) == counts).all() if batch else counts == [], "counts"
     check_times(options, given_times, out.times, draws["sample_offset"], batch)
@@ -893,7 +930,8 @@ def check_visible(
     if mask_id < vocabulary and not may_be_mask:
         may_appear[mask_id] = False
     strange = visible[is_masked & (visible != token) & (visible != mask_id)]
-    assert ((strange >= 0) & (strange < vocabulary)).all() and may_appear[strange].all(), "random ids"
+    assert ((strange >= 0) & (strange < vocabulary)).all(), "random ids"
+    assert may_appear[strange].all(), "random ids"
     assert rand > 0 or len(strange) == 0, "random ids where none were asked for"
     masks, same = (is_masked & (visible == mask_id)).sum(-1), (is_masked & (visible == token)).sum(-1)
     odd = is_masked.sum(-1) - masks - same
@@ -946,7 +984,9 @@ def run_case(number: int, backend: str = "reference", only: str | None = None) -
 # A long run by hand
 
 
-def _failures(first: int, calls: int, stride: int, backend: str, only: str | None) -> tuple[collections.Counter, list]:
+def _failures(
+    first: int, calls: int, stride: int, backend: str, only: str | None
+) -> tuple[collections.Counter, list]:
     torch.set_num_threads(1)
     counted: collections.Counter = collections.Counter()
     failed: list[str] = []
@@ -955,7 +995,7 @@ def _failures(first: int, calls: int, stride: int, backend: str, only: str | Non
         try:
             counted[run_case(number, backend, only)] += 1
         except AssertionError as error:
-            failed.append(f"{error}\n{traceback.format_exc(limit=-1, chain=True)[:1]}")
+            failed.append(str(error))
             print(str(error)[:1500], flush=True)
         if done and done % 20_000 == 0:
             print(f"{done} calls in {time.monotonic() - began:.0f} s, {len(failed)} failed", flush=True)
@@ -971,14 +1011,19 @@ def main() -> None:
     parser.add_argument("--only", choices=list(OPERATIONS))
     given = parser.parse_args()
     began = time.monotonic()
-    shares = [(given.first + i, given.calls - i, given.processes, given.backend, given.only) for i in range(given.processes)]
+    shares = [
+        (given.first + i, given.calls - i, given.processes, given.backend, given.only) for i in range(given.processes)
+    ]
     if given.processes == 1:
         results = [_failures(*shares[0])]
     else:
         with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
             results = pool.starmap(_failures, shares)
     counted, failed = sum((c for c, _ in results), collections.Counter()), [f for _, fs in results for f in fs]
-    print(f"{given.calls} calls on {given.backend}, {time.monotonic() - began:.0f} s, {len(failed)} failed: {dict(counted)}")
+    print(
+        f"{given.calls} calls on {given.backend}, {time.monotonic() - began:.0f} s, "
+        f"{len(failed)} failed: {dict(counted)}"
+    )
     raise SystemExit(bool(failed))
 
 

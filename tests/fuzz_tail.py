@@ -1,8 +1,8 @@
-"""Tokens that are almost never drawn: 50 000 ids of probability 1e-8 each among V 50257, which the others' mass hides.
+"""Tokens that are almost never drawn: 50 000 ids of probability 1e-8 each at V 50257, hidden by the others' mass.
 
-By hand: ``python tests/fuzz_tail.py --draws 20000000``. All rows being equal, what the reference finds of a row before
-its race is found once, and every draw is a race of its own; ``--whole`` calls the public function for each, in an hour
-or more of one core, and gives the same ids.
+By hand: ``python tests/fuzz_tail.py --draws 20000000``. All rows being equal, what the reference finds of a row
+before its race is found once, and every draw is a race of its own; ``--whole`` calls the public function for each,
+in an hour or more of one core, and gives the same ids.
 """
 
 from __future__ import annotations
