@@ -49,12 +49,31 @@ def _mask(length: int, with_maskable: bool = False, **options: Any) -> object:
 
 
 _COINS = {"no_replace_prob": 0.15, "random_token_prob": 0.1}
-# One for each way keys are kept: a warp, registers, registers with everything on, drawn again. 16 divides strides.
+# One for each way keys are kept: a warp, registers, registers with everything on, drawn again. Then other masks, and
+# other things shown there. 16 divides strides.
 _MASKS: dict[str, dict[str, Any]] = {
     "128": {"length": 128},
     "1024": {"length": 1024},
     "4096 gated": {"length": 4096, "schedule": "cosine", "stratified": True, **_COINS},
     "65536 gated": {"length": 65536, "mode": "bernoulli", "with_maskable": True, **_COINS},
+    "1024 complement": {"length": 1024, "complement": True},
+    "4096 complement gated": {
+        "length": 4096,
+        "schedule": "cosine",
+        "stratified": True,
+        "complement": True,
+        "random_excludes": [0],
+        **_COINS,
+    },
+    "1024 by token": {"length": 1024, "gate": "token", "random_excludes": [0], **_COINS},
+    "65536 complement by token": {
+        "length": 65536,
+        "mode": "bernoulli",
+        "with_maskable": True,
+        "complement": True,
+        "gate": "token",
+        **_COINS,
+    },
 }
 
 

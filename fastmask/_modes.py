@@ -10,7 +10,13 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards, and after an exception, each submodule in the mode it had."""
+    """Evaluation mode; afterwards, and after an exception, each submodule in the mode it had.
+
+    A module all in evaluation mode is not touched, so that several threads may use it.
+    """
+    if not any(part.training for part in module.modules()):
+        yield
+        return
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

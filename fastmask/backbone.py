@@ -109,6 +109,7 @@ def run(net: Any, heads: Heads, ids: Tensor, *, with_embeddings: bool = False, *
     """
     heads.warn_of_borrowed(net)
     heads.prove(net, ids, kwargs)
+    ids = ids.clone()  # a network may write into them
     # x-transformers cuts prepended embeddings off again on its way to logits only.
     head = None if kwargs.get("excise_prepend_embeds") else heads.way(net).head
     if head is not None:
@@ -122,7 +123,7 @@ def run(net: Any, heads: Heads, ids: Tensor, *, with_embeddings: bool = False, *
 
 def embeddings(net: Any, ids: Tensor, **kwargs: Any) -> Tensor:
     """The network's embeddings [B, N, D] of ids [B, N]."""
-    out: Tensor = net(ids, return_embeddings=True, **kwargs)
+    out: Tensor = net(ids.clone(), return_embeddings=True, **kwargs)  # it may write into them
     return out
 
 

@@ -49,7 +49,7 @@ def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Ten
         kwargs = {name: value for name, value in kwargs.items() if name in parameters}
     if getattr(getattr(critic, "attn_layers", None), "cross_attend", None) is False:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("context", "context_mask")}
-    logits: Tensor = critic(ids, **kwargs)
+    logits: Tensor = critic(ids.clone(), **kwargs)  # it may write into them
     if logits.shape == (*ids.shape, 1):
         logits = logits.squeeze(-1)
     if logits.shape != ids.shape:

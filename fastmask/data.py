@@ -99,7 +99,7 @@ class TokenWindows(_TokenDataset):
         super().__init__(seq_len, num_tokens, mask_id)
         self.ids = _integers("ids", ids, ndim=1)
         self.stride = self.seq_len if stride is None else _integer("stride", stride, at_least=1)
-        if tail not in ("error", "drop"):
+        if not isinstance(tail, str) or tail not in ("error", "drop"):
             raise ValueError(f'expected tail "error" or "drop", received {tail!r}; give one of the two')
         total = len(self.ids)
         if total < self.seq_len:
@@ -149,6 +149,7 @@ class TokenSequences(_TokenDataset):
         for i, sequence in enumerate(sequences):
             row = _integers(f"sequence {i}", sequence, ndim=1)
             self._refuse_length(len(row), f"sequence {i}")
+            _refuse_wrapping(row, f"sequence {i}, ")
             rows.append(_int64(row))
         self.ids = torch.stack(rows) if rows else torch.empty(0, self.seq_len, dtype=torch.int64)
 
@@ -177,7 +178,7 @@ def open_ids(path: str | os.PathLike[str], dtype: Any = None) -> np.ndarray[Any,
         numpy array in the file's shape, for TokenWindows [T] or TokenSequences [S, N]; a bare file is [T].
 
     Raises:
-        ImportError: no numpy. OSError: the file cannot be read.
+        ImportError: no numpy. OSError: the file cannot be read. TypeError: dtype is not an integer's.
         ValueError: dtype missing, or given for .npy; the size is 0 or no multiple of the dtype's.
 
     Example:
@@ -199,6 +200,10 @@ def open_ids(path: str | os.PathLike[str], dtype: Any = None) -> np.ndarray[Any,
         return mapped
     if dtype is None:
         raise ValueError(f'expected the dtype of the ids in {path}, received None; give it, such as "uint16"')
+    if np.dtype(dtype).kind not in ("i", "u"):  # the bytes of a file are no Python objects: to read one is a crash
+        raise TypeError(
+            f'expected an integer dtype for {path}, received {np.dtype(dtype)}; give it, such as "uint16"'
+        )
     size, width = os.path.getsize(path), np.dtype(dtype).itemsize
     if size == 0 or size % width:
         raise ValueError(
@@ -231,7 +236,7 @@ def from_text(
         seq_len, num_tokens, mask_id, stride, tail: as for TokenWindows.
 
     Raises:
-        TypeError: not a tokenizer, or its result is not integers. OSError: a file cannot be read.
+        TypeError: not a path; not a tokenizer, or its result is not integers. OSError: a file cannot be read.
         ValueError: not UTF-8; an id out of range or equal to mask_id, anywhere; and as TokenWindows.
 
     Example:
@@ -244,15 +249,20 @@ def from_text(
         b'or not'
     """
     num_tokens, mask_id = _vocabulary(num_tokens, mask_id)
-    parts = [torch.empty(0, dtype=torch.int32)]
+    dtype = torch.int32 if num_tokens <= 2**31 else torch.int64
+    parts = [torch.empty(0, dtype=dtype)]
+    if isinstance(paths, (bytes, int)) or not isinstance(paths, (str, os.PathLike, Iterable)):
+        raise TypeError(f"expected paths as a path or several, received {type(paths).__name__}; give a str or a Path")
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        if not isinstance(path, (str, os.PathLike)):  # to open() an int is a file that is open already
+            raise TypeError(f"expected paths to name files, received {path!r} among them; give a str or a Path")
         try:
             with open(path, encoding="utf-8", newline="") as file:
                 text = file.read()
         except UnicodeDecodeError as error:
             raise ValueError(f"expected UTF-8 in {path}, received {error}; convert the file") from error
         ids = _integers(f"ids of {path}", _encode(tokenizer, text), ndim=1)
-        parts.append(_clean(ids, num_tokens, mask_id, f"{path}, ", 0).to(torch.int32))
+        parts.append(_clean(ids, num_tokens, mask_id, f"{path}, ", 0).to(dtype))
     joined = torch.cat(parts)
     return TokenWindows(joined, seq_len, num_tokens=num_tokens, mask_id=mask_id, stride=stride, tail=tail)
 
@@ -278,7 +288,8 @@ def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -
 
     Raises:
         TypeError: values not real, or levels not an int.
-        ValueError: no image; images of several shapes; a value outside value_range, or NaN; a bad argument.
+        ValueError: no image; images of several shapes; a value outside value_range, infinite or NaN; integers past
+            2**53, which float64 rounds; a bad argument, levels above 2**31 among them.
 
     Example:
         >>> data = from_images(torch.tensor([[[0.0, 1.0], [0.5, 0.2]]]), levels=3, value_range=(0, 1))
@@ -286,25 +297,39 @@ def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -
         (tensor([0, 2, 1, 0]), 4, 4, 3)
     """
     levels, low, high = _scale(levels, value_range)
+    if not hasattr(images, "__len__") or isinstance(images, (str, bytes, Mapping)):
+        raise TypeError(
+            f"expected images as an array, tensor or sequence, received {type(images).__name__}; give a list of them"
+        )
+    if isinstance(images, Tensor):
+        _refuse_sparse("images", images)
+    if getattr(images, "ndim", 1) == 0:
+        raise ValueError("expected images of shape [S, ...], received a single value; give a batch of images")
     if len(images) == 0:
         raise ValueError("expected at least one image, received none; their shape gives the sequence length")
-    shape = _tensor(images[0]).shape
+    shape = _image(images[0], 0).shape
+    if shape.numel() == 0:
+        raise ValueError(f"expected images that hold values, received shape {tuple(shape)} as image 0; leave it out")
     ids = torch.empty(len(images), shape.numel(), dtype=torch.uint8 if levels <= 256 else torch.int32)
     for i in range(len(images)):  # one by one: the float64 copy of a whole set could be too large
-        image = _tensor(images[i]).cpu()
+        image = _image(images[i], i)
         if image.shape != shape:
             raise ValueError(
                 f"expected images of one shape, {tuple(shape)} as image 0, received {tuple(image.shape)} as "
                 f"image {i}; resize or crop the images"
             )
-        if image.is_complex():
-            raise TypeError(f"expected real values, received {image.dtype}; take the real part or modulus")
-        # Floats are compared in their own dtype: float32(0.1), a little above 0.1, lies in (0, 0.1).
+        # Floats are compared in their own dtype: float32(0.1), a little above 0.1, lies in (0, 0.1). An end past what
+        # the dtype holds is infinite there, and the values are finite all the same.
         values = image if image.is_floating_point() else image.double()
-        outside = ~((values >= low) & (values <= high))
+        outside = ~((values >= low) & (values <= high) & values.isfinite())
         remedy = "give the value_range of the data, or clamp the values"
         _refuse(outside, image, f"values in [{low:g}, {high:g}]", remedy, f"image {i}, ")
-        ids[i] = ((values.double() - low) / (high - low) * (levels - 1)).round().flatten()
+        if not image.is_floating_point():
+            rounded = values.abs() >= 2**53
+            _refuse(rounded, image, "integers below 2**53, which float64 holds", "scale them down", f"image {i}, ")
+        scaled = (values.double() - low) / (high - low) * (levels - 1)
+        # An end rounded to a coarse dtype may lie past it: 100.4 is 100.5 in bfloat16.
+        ids[i] = scaled.round().clamp(0, levels - 1).flatten()
     return TokenSequences(ids, ids.shape[1], num_tokens=levels + 1, mask_id=levels)
 
 
@@ -322,16 +347,20 @@ def dequantise(ids: Tensor, *, levels: int, value_range: tuple[float, float]) ->
         float32, the shape and device of ids; reshape it to the shape of the images.
 
     Raises:
-        TypeError: ids are not integers. ValueError: an id outside [0, levels), such as the mask.
+        TypeError: ids are not integers. ValueError: an id outside [0, levels), such as the mask; a value_range past
+            float32's.
 
     Example:
         >>> dequantise(torch.tensor([0, 1, 2]), levels=3, value_range=(0, 1))
         tensor([0.0000, 0.5000, 1.0000])
     """
     levels, low, high = _scale(levels, value_range)
-    ids = _int64(_integers("ids", ids))
+    if max(-low, high) > torch.finfo(torch.float32).max:
+        raise ValueError(f"expected value_range that float32 holds, received {value_range}; scale the values down")
+    raw = _integers("ids", ids)
+    ids = _int64(raw)
     remedy = "give the levels the images were quantised to, and no masked ids"
-    _refuse((ids < 0) | (ids >= levels), ids, f"ids in [0, {levels})", remedy)
+    _refuse((ids < 0) | (ids >= levels), raw, f"ids in [0, {levels})", remedy)
     steps = torch.arange(levels, dtype=torch.float64)  # on the CPU: MPS has no float64
     return (low + steps * (high - low) / (levels - 1)).float().to(ids.device)[ids]
 
@@ -418,6 +447,13 @@ def _clean(raw: Any, num_tokens: int, mask_id: int, where: str, first: int) -> T
     return ids
 
 
+def _refuse_wrapping(ids: Any, where: str) -> None:
+    """uint64 ids past int64's largest, which would be negative there."""
+    wraps = _int64(ids) < 0
+    if str(ids.dtype).endswith("uint64"):
+        _refuse(wraps, ids, "ids below 2**63, which int64 holds", "clean the data", where)
+
+
 def _refuse(bad: Tensor, values: Any, expected: str, remedy: str, where: str = "", first: int = 0) -> None:
     """Raises for the first of `values` that is `bad`, both of one shape; `first` is the position of [0]."""
     if bad.any():
@@ -438,7 +474,9 @@ def _integers(name: str, values: Any, ndim: int | None = None) -> Any:
                 f"expected {name} as an array, tensor or list of integers, received {type(values).__name__} "
                 f"({error}); open a file of ids by open_ids(path)"
             ) from error
+    _refuse_masked(name, values)
     if isinstance(values.dtype, torch.dtype):
+        _refuse_sparse(name, values)
         dtype = values.dtype
         are_integers = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     else:
@@ -458,14 +496,46 @@ def _int64(raw: Any) -> Tensor:
     return raw.to(torch.int64, copy=True) if isinstance(raw, Tensor) else torch.as_tensor(raw.astype("int64"))
 
 
-def _tensor(values: Any) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.tensor(values)
+def _image(values: Any, i: int) -> Tensor:
+    """Image `i` as a dense tensor of real values on the CPU."""
+    _refuse_masked("images", values)
+    try:
+        if isinstance(getattr(values, "dtype", None), torch.dtype):
+            image = values.cpu()
+        elif hasattr(values, "dtype") and not values.dtype.isnative:  # torch lacks foreign byte orders
+            image = torch.as_tensor(values.astype(values.dtype.newbyteorder("=")))
+        else:
+            image = torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"expected image {i} as an array, tensor or list of numbers, received {type(values).__name__} "
+            f"({str(error).splitlines()[0]:.80}); convert it"
+        ) from error
+    if image.is_complex():
+        raise TypeError(f"expected real values, received {image.dtype}; take the real part or modulus")
+    _refuse_sparse("images", image)
+    return image.float() if image.is_floating_point() and image.dtype.itemsize == 1 else image  # no order in float8
+
+
+def _refuse_masked(name: str, values: Any) -> None:
+    if hasattr(values, "filled"):  # numpy.ma: torch would take what lies under the mask
+        raise TypeError(f"expected {name} without a mask, received {type(values).__name__}; use .filled(value)")
+
+
+def _refuse_sparse(name: str, values: Tensor) -> None:
+    if values.layout is not torch.strided or values.is_nested or values.device.type == "meta":
+        kind = "a meta tensor" if values.device.type == "meta" else f"layout {values.layout}"
+        raise TypeError(f"expected {name} as a dense tensor that holds values, received {kind}; use .to_dense()")
 
 
 def _integer(name: str, value: Any, at_least: int | None = None) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"expected {name} to be an int, received {value!r}; give a whole number")
-    number = operator.index(value)
+    """`value` as an int: Python's, numpy's, or a tensor's with one, as a Subset by `torch.randperm` asks for."""
+    try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"expected {name} to be an int, received {value!r}; give a whole number") from None
     if at_least is not None and number < at_least:
         raise ValueError(f"expected {name} >= {at_least}, received {number}; give a larger one")
     return number
@@ -473,6 +543,8 @@ def _integer(name: str, value: Any, at_least: int | None = None) -> int:
 
 def _vocabulary(num_tokens: int, mask_id: int) -> tuple[int, int]:
     num_tokens = _integer("num_tokens", num_tokens, at_least=2)  # one clean id and the mask
+    if num_tokens >= 2**63:
+        raise ValueError(f"expected num_tokens < 2**63, which int64 holds, received {num_tokens}; give a smaller one")
     mask_id = _integer("mask_id", mask_id)
     if not 0 <= mask_id < num_tokens:
         raise ValueError(
@@ -484,13 +556,17 @@ def _vocabulary(num_tokens: int, mask_id: int) -> tuple[int, int]:
 
 def _scale(levels: int, value_range: tuple[float, float]) -> tuple[int, float, float]:
     levels = _integer("levels", levels, at_least=2)
+    if levels > 2**31:
+        raise ValueError(f"expected levels <= 2**31, which four bytes hold, received {levels}; give fewer")
     try:
+        if isinstance(value_range, (str, bytes)) or any(isinstance(end, (str, bytes)) for end in value_range):
+            raise TypeError
         low, high = map(float, value_range)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low = high = math.nan
-    if not -math.inf < low < high < math.inf:
+    if not (-math.inf < low < high < math.inf and high - low < math.inf):
         raise ValueError(
             f"expected value_range (low, high), finite and low < high, received {value_range}; give the "
-            "least and the largest value there can be"
+            "least and the largest value there can be (their difference finite too)"
         )
     return levels, low, high

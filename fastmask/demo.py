@@ -7,10 +7,18 @@ extra ``demo``: tqdm, matplotlib, scikit-learn, x-transformers.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
 import math
+import os
 import pathlib
+import signal
 import sys
+import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
-from fastmask import data
+from fastmask import _progress, data
 from fastmask.records import Trajectory
 from fastmask.wrapper import NonAutoregressiveWrapper
 
@@ -39,7 +47,7 @@ NUM_GENERATED = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is built, trained and sampled; docs/sampling.md says what its temperatures are for."""
+    """How the network is built, trained and sampled; docs/sampling.md says what its temperature is for."""
 
     dim: int = 64
     depth: int = 4
@@ -50,9 +58,8 @@ class Recipe:
     weight_decay: float = 0.01
     warm_up: int = 50
     weight_average: float = 0.99
-    generate_steps: int = 32
-    start_temperature: float = 0.8
-    choice_temperature: float = 2.5
+    generate_steps: int = 18
+    choice_temperature: float = 4.5
 
 
 RECIPE = Recipe()
@@ -75,35 +82,85 @@ class Task:
         return self.num_tokens - 1
 
 
+class Refused(ValueError):
+    """What the command line cannot use: one line for the reader, no traceback."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo's options."""
     parser.add_argument("--text", type=pathlib.Path, help="learn the characters of this UTF-8 file instead of digits")
-    parser.add_argument("--steps", type=_positive, default=1500, help="training steps (default 1500)")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("fastmask-demo.png"), help="the picture")
+    parser.add_argument("--steps", type=_positive, default=1500, help="training steps in all (default 1500)")
     parser.add_argument(
-        "--checkpoint", type=pathlib.Path, default=pathlib.Path("fastmask-demo.pt"), help="where training is saved"
+        "--output",
+        type=pathlib.Path,
+        help="the picture, a PNG (default fastmask-demo.png); with --text the samples, UTF-8 (fastmask-demo.txt)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        default=pathlib.Path("fastmask-demo.pt"),
+        help="where training is saved (default fastmask-demo.pt); read by torch.load(weights_only=True)",
+    )
+    onto = parser.add_mutually_exclusive_group()
+    onto.add_argument("--resume", action="store_true", help="go on from the checkpoint, with its seed")
+    onto.add_argument("--force", action="store_true", help="overwrite a checkpoint that is there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, received {number}")
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, low: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, received {text!r}") from None
+    if number < low:
+        raise argparse.ArgumentTypeError(f"expected at least {low}, received {number}")
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected less than 2**63, received {number}")
     return number
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains, evaluates, generates, reports; returns the exit status (130 after Ctrl-C)."""
+    """Trains, evaluates, generates, reports; returns the exit status: 2 after an argument or a file that cannot be
+    used, 1 where packages are missing, 130 after Ctrl-C."""
     missing = _missing_packages()
     if missing:
         print(f"the demo needs {', '.join(missing)}: pip install 'fastmask[demo]'", file=sys.stderr)
         return 1
+    try:
+        return _run(arguments)
+    except Refused as error:
+        print(f"fastmask demo: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.output is None:
+        arguments.output = pathlib.Path("fastmask-demo.png" if arguments.text is None else "fastmask-demo.txt")
+    refuse_device(arguments.device)
+    refuse_place("--output", arguments.output)
+    refuse_place("--checkpoint", arguments.checkpoint)
+    if arguments.checkpoint.exists() and not arguments.checkpoint.is_file():  # /dev/null would be renamed over
+        raise Refused(f"expected --checkpoint to name a plain file, received {arguments.checkpoint}; name another")
+    places = {"--text": arguments.text, "--output": arguments.output, "--checkpoint": arguments.checkpoint}
+    for (option, path), (other, place) in itertools.combinations(places.items(), 2):
+        if path is not None and path.resolve() == place.resolve():
+            raise Refused(f"expected files of their own, received {path} for {option} and {other}; name another")
     if arguments.resume and not arguments.checkpoint.exists():
-        print(f"nothing to resume: there is no {arguments.checkpoint}; leave --resume out", file=sys.stderr)
-        return 1
+        raise Refused(f"nothing to resume: there is no {arguments.checkpoint}; leave --resume out")
+    if arguments.checkpoint.exists() and not (arguments.resume or arguments.force):
+        raise Refused(
+            f"expected no file at {arguments.checkpoint}, received a checkpoint to overwrite; --resume goes on "
+            "from it, --force overwrites it, --checkpoint names another"
+        )
     torch.manual_seed(arguments.seed)
     task = digits_task() if arguments.text is None else text_task(arguments.text)
     model = build(task).to(arguments.device)
@@ -112,11 +169,33 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\nstopped; --resume goes on from {arguments.checkpoint}")
         return 130
     report_bound(average, task)
-    if arguments.text is None:
-        report_digits(average, task, arguments.output)
-    else:
-        report_text(average, task.characters)
+    try:
+        if arguments.text is None:
+            report_digits(average, task, arguments.output)
+        else:
+            report_text(average, task.characters, arguments.output)
+    except OSError as error:
+        raise Refused(f"expected to write {arguments.output}, received {error}; --output names another") from error
     return 0
+
+
+def refuse_device(name: str) -> None:
+    """A device that is not here, or that holds no values."""
+    try:
+        torch.zeros(1, device=torch.device(name)).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # the latter two: not built in, not installed
+        reason = str(error).splitlines()[0]
+        raise Refused(f"expected a device of this machine, received {name!r} ({reason}); try --device cpu") from error
+
+
+def refuse_place(option: str, path: pathlib.Path) -> None:
+    """A path that no file can be written to, found before training and not after."""
+    if path.is_dir():
+        raise Refused(f"expected {option} to name a file, received the folder {path}; add a name")
+    if not path.parent.is_dir():
+        raise Refused(f"expected {option} in a folder that is there, received {path}; make {path.parent} first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Refused(f"expected {option} where it can be written, received {path}; choose another place")
 
 
 def _missing_packages() -> list[str]:
@@ -167,21 +246,21 @@ def digits_task() -> Task:
 
 def text_task(path: pathlib.Path) -> Task:
     """The characters of a text, in windows; the last tenth of the windows is held out."""
-    characters = alphabet(path)
+    text = read_text(path)
+    if len(text) < 20 * TEXT_LENGTH:
+        raise Refused(
+            f"expected a text of at least {20 * TEXT_LENGTH} characters, received {path} with {len(text)}; "
+            "give a longer one"
+        )
+    characters = "".join(sorted(set(text)))
     index = {character: i for i, character in enumerate(characters)}
-    windows = data.from_text(
-        [path],
-        lambda text: [index[character] for character in text],
+    windows = data.TokenWindows(
+        [index[character] for character in text],
         TEXT_LENGTH,
         num_tokens=len(characters) + 1,
         mask_id=len(characters),
         tail="drop",
     )
-    if len(windows) < 20:
-        raise ValueError(
-            f"expected a text of at least {20 * TEXT_LENGTH} characters, received {path} with "
-            f"{len(windows) * TEXT_LENGTH}; give a longer one"
-        )
     cut = len(windows) - len(windows) // 10
     train = Subset(windows, range(cut))
     held_out = stack(Subset(windows, range(cut, min(len(windows), cut + MAX_HELD_OUT))))
@@ -192,10 +271,20 @@ def text_task(path: pathlib.Path) -> Task:
     return Task(train, held_out, len(characters) + 1, TEXT_LENGTH, independent, None, characters)
 
 
-def alphabet(path: pathlib.Path) -> str:
-    """The characters of a text, line ends as they are."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return "".join(sorted(set(file.read())))
+def read_text(path: pathlib.Path) -> str:
+    """A text, line ends as they are."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read()
+    except OSError as error:
+        raise Refused(
+            f"expected --text to name a text file, received {path} ({error.strerror}); give another"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise Refused(f"expected UTF-8 in {path}, received {error}; convert the file") from error
+    if "\0" in text:
+        raise Refused(f"expected text in {path}, received a NUL at character {text.index(chr(0))}; it is binary")
+    return text
 
 
 # Network and training
@@ -239,27 +328,31 @@ def _row_and_column_waves(side: int, dim: int) -> Tensor:
 def train(
     model: NonAutoregressiveWrapper, task: Task, arguments: argparse.Namespace
 ) -> NonAutoregressiveWrapper | None:
-    """The average of the weights over the last steps; None after Ctrl-C. Either way a checkpoint is written."""
+    """The average of the weights over the last steps; None after Ctrl-C. Either way a checkpoint is written.
+
+    A resumed run ends where an uninterrupted one does: the checkpoint holds the random state too, and the order of
+    the data follows from the seed and the step.
+    """
     from tqdm.auto import tqdm
 
     optimizer = torch.optim.AdamW(_parameter_groups(model), lr=RECIPE.learning_rate, betas=RECIPE.betas)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(arguments.steps))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(RECIPE.weight_average))
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    done = 0
+    done, seed = 0, arguments.seed
     if arguments.resume:
-        checkpoint = torch.load(arguments.checkpoint, map_location=arguments.device)
-        done = checkpoint["done"]
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])  # type: ignore[attr-defined]
-    batches = _endless_batches(task.train)
+        done, seed = load_checkpoint(arguments.checkpoint, task, parts, arguments.device)
+    batches = _endless_batches(task.train, seed, done)
     smooth = None
     # So small a network gains little from a second CPU thread, and beside another program loses a lot by it.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with tqdm(total=arguments.steps, initial=done, desc="training", unit="step") as bar:
-            while done < arguments.steps:
+        with (
+            _ctrl_c() as pressed,
+            tqdm(total=arguments.steps, initial=done, desc="training", unit="step", **_progress.pace(tqdm)) as bar,
+        ):
+            while done < arguments.steps and not pressed:
                 loss = model(next(batches).to(arguments.device)).loss
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -272,14 +365,87 @@ def train(
                 if done % 10 == 0:
                     bar.set_postfix_str(f"bound {smooth.item() / math.log(2):.2f} bits/token", refresh=False)
                 bar.update()
-    except KeyboardInterrupt:
-        return None
     finally:
         torch.set_num_threads(threads)
-        state = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
-        torch.save({"done": done, **state}, arguments.checkpoint)
+    random = _random_state(arguments.device)
+    states = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
+    save_checkpoint(
+        {"done": done, "seed": seed, "task": _identity(task), "random": random, **states}, arguments.checkpoint
+    )
     averaged: NonAutoregressiveWrapper = average.module  # type: ignore[assignment]
-    return averaged
+    return None if pressed else averaged
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """A list that Ctrl-C adds to instead of breaking off a step, so that a checkpoint holds whole steps only."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone may hear signals
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    """What a checkpoint must have in common with a task, and a network with another, to go on."""
+    sizes = {"num_tokens": task.num_tokens, "seq_len": task.seq_len, "sequences": len(task.train)}  # type: ignore[arg-type]
+    return {**sizes, "characters": task.characters, "recipe": repr(dataclasses.astuple(RECIPE))}
+
+
+def _random_state(device: str) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if torch.device(device).type == "cuda" else state
+
+
+def save_checkpoint(state: dict[str, Any], path: pathlib.Path) -> None:
+    """Written beside and renamed: a save that fails leaves the checkpoint that was there."""
+    contents = io.BytesIO()  # torch's own writer fails in words of its own
+    torch.save(state, contents)
+    place = path.resolve()  # a link stays one
+    temporary = place.with_name(f".fastmask-{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(contents.getbuffer())
+        os.replace(temporary, place)
+    except OSError as error:
+        raise Refused(f"expected to save {path}, received {error}; what was there is as it was") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: pathlib.Path, task: Task, parts: dict[str, Any], device: str) -> tuple[int, int]:
+    """Puts every part and the random state where they were; returns the steps done and the seed."""
+    remedy = "give the checkpoint that this task wrote, or start again with --force"
+    try:
+        # weights_only: a file from elsewhere must not run code.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign formats, which the line below names
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"a file that holds {type(checkpoint).__name__}")
+        identity = checkpoint["task"]
+    except Exception as error:  # torch.load raises a dozen kinds
+        reason = (str(error).splitlines() or [""])[0]
+        raise Refused(
+            f"expected a checkpoint of this demo in {path}, received {type(error).__name__} ({reason:.120}); {remedy}"
+        ) from error
+    if identity != _identity(task):
+        theirs = identity if isinstance(identity, dict) else {}
+        differ = ", ".join(name for name, value in _identity(task).items() if theirs.get(name) != value)
+        raise Refused(f"expected a checkpoint of this task in {path}, received one of another ({differ}); {remedy}")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if torch.device(device).type == "cuda" and "cuda" in checkpoint["random"]:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+        return int(checkpoint["done"]), int(checkpoint["seed"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise Refused(f"expected a whole checkpoint in {path}, received one with {reason:.120}; {remedy}") from error
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -298,11 +464,16 @@ def _learning_rate(steps: int) -> Callable[[int], float]:
     return lambda step: min((step + 1) / RECIPE.warm_up, 1.0) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def _endless_batches(dataset: Dataset[Tensor]) -> Iterator[Tensor]:
-    size = min(RECIPE.batch_size, len(dataset))  # type: ignore[arg-type]
-    loader = DataLoader(dataset, batch_size=size, shuffle=True, drop_last=True)
-    while True:
-        yield from loader
+def _endless_batches(dataset: Dataset[Tensor], seed: int, start: int) -> Iterator[Tensor]:
+    """The batches of step `start` and after: every epoch in an order of its own, known from seed and epoch alone."""
+    count = len(dataset)  # type: ignore[arg-type]
+    size = min(RECIPE.batch_size, count)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in itertools.count():
+        batches = torch.randperm(count, generator=generator).split(size)[: count // size]
+        for step, rows in enumerate(batches, epoch * len(batches)):
+            if step >= start:
+                yield torch.stack([dataset[i] for i in rows.tolist()])
 
 
 # Evaluation
@@ -324,8 +495,6 @@ def sample(model: NonAutoregressiveWrapper, count: int) -> tuple[Tensor, Traject
     ids, trajectory = model.generate(
         count,
         steps=RECIPE.generate_steps,
-        start_temperature=RECIPE.start_temperature,
-        filter_thres=None,
         choice_temperature=RECIPE.choice_temperature,
         progress=True,
         return_trajectory=True,
@@ -399,12 +568,16 @@ def draw(real: Tensor, generated: Tensor, trajectory: Trajectory, output: pathli
         for axis in axes[:, column]:
             axis.axis("off")
     panels[2].colorbar(image, ax=axes[1, :], shrink=0.9, label="confidence")
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=110, format="png")
     pyplot.close(figure)
 
 
-def report_text(model: NonAutoregressiveWrapper, characters: str) -> None:
-    """Prints generated windows of text."""
+def report_text(model: NonAutoregressiveWrapper, characters: str, output: pathlib.Path) -> None:
+    """Prints generated windows of text, and writes them."""
     ids, _ = sample(model, 8)
-    for sequence in ids.tolist():
-        print(repr("".join(characters[i] for i in sequence)))
+    samples = ["".join(characters[i] for i in sequence) for sequence in ids.tolist()]
+    for text in samples:
+        encoding = sys.stdout.encoding or "utf-8"  # which may lack characters of the text
+        print(repr(text).encode(encoding, "backslashreplace").decode(encoding))
+    output.write_bytes("\n\n".join(samples).encode())
+    print(f"samples: {output}")

@@ -54,22 +54,31 @@ class Options(NamedTuple):
     filter_thres: float | None
     top_p: float | None
     noise_level_scale: float
-    choice_temperature: float
+    choice_temperature: float | None
     threshold: float | None
     sample_offset: int
 
-    def check(self) -> None:
-        """Refuses numbers that do not fit."""
+    def checked(self) -> Options:
+        """The same as Python's own numbers; those that do not fit are refused."""
         _check.number("start_temperature", self.start_temperature, 0.0)
         if self.filter_thres is not None:
             _check.number("filter_thres", self.filter_thres, 0.0, 1.0, below_high=True)
         if self.top_p is not None:
             _check.number("top_p", self.top_p, 0.0, 1.0)
         _check.number("noise_level_scale", self.noise_level_scale, 0.0)
-        _check.number("choice_temperature", self.choice_temperature, 0.0)
+        if self.choice_temperature is not None:
+            _check.number("choice_temperature", self.choice_temperature, 0.0)
         if self.threshold is not None:
             _check.number("threshold", self.threshold, 0.0, 1.0)
-        _check.integer("sample_offset", self.sample_offset, 0, 2**32)
+        sample_offset = _check.integer("sample_offset", self.sample_offset, 0, 2**32)
+        numbers: dict[str, Any] = {name: None if x is None else float(x) for name, x in self._asdict().items()}
+        return Options(**{**numbers, "sample_offset": sample_offset})
+
+    def choice_noise(self, formulas: Formulas) -> float:
+        """Scale of the noise on the confidence: by default none where not counts alone decide, or all is greedy."""
+        if self.choice_temperature is not None:
+            return self.choice_temperature
+        return formulas.choice_temperature if self.threshold is None and self.start_temperature > 0.0 else 0.0
 
     def top_k(self, num_tokens: int) -> int | None:
         """How many logits filter_thres keeps; None for all."""
@@ -109,19 +118,37 @@ def start(
     """The start from what ``generate`` was given; batch_size None takes the prompt's own, else 1."""
     if batch_size is not None:
         batch_size = _check.integer("batch_size", batch_size, 0)
-    if (prompt is None) != (prompt_mask is None):
-        raise ValueError("expected prompt and prompt_mask together, received one of them; give both")
-    if prompt is None or prompt_mask is None:
+    if prompt is None:
+        if prompt_mask is not None:
+            raise ValueError("expected prompt_mask with prompt, received it alone; give both")
         return _all_masked(1 if batch_size is None else batch_size, length, mask_id, device)
+    _check_prompt(prompt, prompt_mask, length)
+    rows = batch_size
+    if rows is None:
+        rows = 1 if prompt.ndim == 1 else len(prompt)
+    if prompt.ndim == 1:
+        prompt = prompt.expand(rows, -1)
+        prompt_mask = None if prompt_mask is None else prompt_mask.expand(rows, -1)
+    _check.shape("prompt", prompt, [rows, prompt.shape[1]], "B, P")
+    return _prompted(prompt, prompt_mask, length, mask_id, device)
+
+
+def _check_prompt(prompt: Tensor, prompt_mask: Tensor | None, length: int) -> None:
     _check.tensor("prompt", prompt, _check.INTEGER)
+    if prompt.ndim not in (1, 2):
+        raise ValueError(f"expected prompt [P] or [B, P], received shape {list(prompt.shape)}")
+    size = prompt.shape[-1]
+    if prompt_mask is None:
+        if size >= length:
+            raise ValueError(
+                "expected a prompt without prompt_mask, which is a prefix, shorter than seq_len = "
+                f"{length}, received {size} positions; say what is given with prompt_mask=, or shorten it"
+            )
+        return
     _check.tensor("prompt_mask", prompt_mask, [torch.bool])
     _check.shape("prompt_mask", prompt_mask, prompt.shape, "as prompt")
-    if prompt.ndim == 1:
-        rows = 1 if batch_size is None else batch_size
-        prompt, prompt_mask = prompt.expand(rows, -1), prompt_mask.expand(rows, -1)
-    expected = [len(prompt) if batch_size is None else batch_size, length]
-    _check.shape("prompt", prompt, expected, "B, max_seq_len")
-    return _prompted(prompt, prompt_mask, mask_id, device)
+    if size > length:
+        raise ValueError(f"expected prompt of at most seq_len = {length} positions, received {size}; cut it")
 
 
 def _all_masked(batch_size: int, length: int, mask_id: int, device: torch.device) -> Start:
@@ -129,10 +156,18 @@ def _all_masked(batch_size: int, length: int, mask_id: int, device: torch.device
     return Start(ids, torch.zeros_like(ids, dtype=torch.bool), torch.full((batch_size,), length, device="cpu"))
 
 
-def _prompted(prompt: Tensor, prompt_mask: Tensor, mask_id: int, device: torch.device) -> Start:
-    num_maskable = (~prompt_mask).sum(dim=-1).cpu()  # the one wait for a device, if the prompt is on one
-    prompt, is_given = to_device(prompt, device), to_device(prompt_mask, device)
-    return Start(prompt.long().where(is_given, mask_id), is_given, num_maskable)
+def _prompted(prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: int, device: torch.device) -> Start:
+    """A prompt [B, P] at the beginning of sequences that are open after it."""
+    rows, size = prompt.shape
+    num_open = torch.full((rows,), length - size, device="cpu")
+    ids, is_given, _ = _all_masked(rows, length, mask_id, device)
+    if prompt_mask is None:
+        ids[:, :size], is_given[:, :size] = to_device(prompt, device), True
+        return Start(ids, is_given, num_open)
+    num_open += (~prompt_mask).sum(dim=-1).cpu()  # the one wait for a device, if the prompt is on one
+    is_given[:, :size] = to_device(prompt_mask, device)
+    ids[:, :size] = to_device(prompt, device).long().where(is_given[:, :size], mask_id)
+    return Start(ids, is_given, num_open)
 
 
 # The plan
@@ -141,24 +176,25 @@ def _prompted(prompt: Tensor, prompt_mask: Tensor, mask_id: int, device: torch.d
 class Step(NamedTuple):
     """One step of a plan.
 
-    number: from 0. remaining: the share of steps that follow. num_rows, num_rows_after: the places in the list of
-    masked positions before the step and after it. runs: whether the step can change anything.
+    number: from 0. row: of the plan's tensors. remaining: the share of steps that follow. num_rows,
+    num_rows_after: the places in the list of masked positions before the step and after it.
     """
 
     number: int
+    row: int
     remaining: float
     num_rows: int
     num_rows_after: int
-    runs: bool
 
 
 class Plan(NamedTuple):
-    """All steps, with what they need on the device.
+    """The steps that can change anything, of so many in total, with what they need on the device.
 
-    counts: [steps, B] int64, how many positions of each sequence stay masked at most. row_starts: [steps, B + 1]
-    int64, where in the list of masked positions after a step those of each sequence begin.
+    counts: [R, B] int64, how many positions of each sequence stay masked at most, after each of these R steps.
+    row_starts: [R, B + 1] int64, where in the list of masked positions after it those of each sequence begin.
     """
 
+    total: int
     steps: tuple[Step, ...]
     counts: Tensor
     row_starts: Tensor
@@ -176,7 +212,7 @@ def plan(
     always_runs: bool,
     num_places: int | None = None,
 ) -> Plan:
-    """Every step of a generation.
+    """The steps of a generation.
 
     Args:
         num_maskable: [B] int64 on the CPU.
@@ -186,18 +222,24 @@ def plan(
         always_runs: whether even a step that commits nothing can change what follows.
         num_places: a number that no element of num_maskable exceeds: the plan's steps then depend on it alone.
     """
-    counts = _counts(schedule, formulas, steps, num_maskable, may_remask, by_threshold)
-    places, first = counts, num_maskable
-    if num_places is not None:
-        first = torch.full_like(num_maskable, num_places)
-        places = _counts(schedule, formulas, steps, first, may_remask, by_threshold)
-    before = torch.cat([first[None], places[:-1]])
-    runs = _runs(before, places, always_runs or num_places is not None)
-    row_starts = torch.cat([torch.zeros_like(places[:, :1]), places.cumsum(dim=-1)], dim=-1)
-    sizes = zip(before.sum(dim=-1).tolist(), places.sum(dim=-1).tolist(), runs.tolist(), strict=True)
+    sizes, columns = num_maskable.unique(return_inverse=True)  # sequences of one size have the same counts
+
+    def changes(size: Tensor) -> Changes:
+        return _changes(size, _counts(schedule, formulas, steps, size, may_remask, by_threshold).squeeze(-1))
+
+    own = [changes(size) for size in sizes.split(1)] if len(sizes) else []
+    places = own if num_places is None else [changes(torch.full_like(sizes[:1], num_places))] * len(own)
+    numbers = _running(places, always_runs or num_places is not None)
+    before = _table(places, numbers - 1, columns).sum(dim=-1)
+    after = _table(places, numbers, columns)
+    row_starts = torch.cat([torch.zeros_like(before)[:, None], after.cumsum(dim=-1)], dim=-1)
+    rows = zip(numbers.tolist(), before.tolist(), after.sum(dim=-1).tolist(), strict=True)
     return Plan(
-        tuple(Step(number, (steps - 1 - number) / steps, *size) for number, size in enumerate(sizes)),
-        to_device(counts, device),
+        steps,
+        tuple(
+            Step(number, row, (steps - 1 - number) / steps, *num_rows) for row, (number, *num_rows) in enumerate(rows)
+        ),
+        to_device(_table(own, numbers, columns), device),
         to_device(row_starts, device),
     )
 
@@ -222,11 +264,39 @@ def _counts(
     return counts if may_remask else torch.cat([num_maskable[None], counts]).cummin(dim=0).values[1:]
 
 
-def _runs(before: Tensor, after: Tensor, always_runs: bool) -> Tensor:
-    """Which steps can change anything, [steps] bool, of masked positions before and after each, [steps, B]."""
-    is_open_later = after.any(dim=-1).flip(0).cummax(dim=0).values.flip(0)
-    # A step that commits nothing changes nothing, unless the next one is conditioned on it.
-    return (before.any(dim=-1) | is_open_later) & ((after < before).any(dim=-1) | always_runs)
+class Changes(NamedTuple):
+    """When the number of masked positions of a sequence changes, in few words even of a million steps.
+
+    numbers: [K] int64, of the steps that change it. values: [K + 1] int64, the number before them and after each.
+    """
+
+    numbers: Tensor
+    values: Tensor
+
+    def after(self, numbers: Tensor) -> Tensor:
+        """How many are masked after the steps of these numbers; -1 is before the first."""
+        return self.values[torch.searchsorted(self.numbers, numbers, right=True)]
+
+
+def _changes(size: Tensor, counts: Tensor) -> Changes:
+    """Of counts [steps] after each step, from size [1] on."""
+    numbers = torch.cat([counts[:1] != size, counts[1:] != counts[:-1]]).nonzero().squeeze(-1)
+    return Changes(numbers, torch.cat([size, counts[numbers]]))
+
+
+def _running(changes: list[Changes], always_runs: bool) -> Tensor:
+    """Numbers of the steps that can change anything, [R] int64, in order."""
+    numbers = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *(each.numbers for each in changes)])
+    if not always_runs:  # a step that commits nothing changes nothing, unless the next one is conditioned on it
+        return numbers.unique()
+    return torch.arange(int(numbers.max()) + 1 if len(numbers) else 0, device="cpu")  # the last change is to 0
+
+
+def _table(changes: list[Changes], numbers: Tensor, columns: Tensor) -> Tensor:
+    """Masked positions after steps, [R, B], of sequences with the changes in these columns [B]."""
+    if not changes:
+        return torch.zeros(len(numbers), 0, dtype=torch.int64, device="cpu")
+    return torch.stack([each.after(numbers) for each in changes], dim=-1)[:, columns]
 
 
 # The state
@@ -259,11 +329,12 @@ class State(NamedTuple):
 def first_state(start: Start, plan: Plan, seed: Tensor, forbidden: Tensor | None) -> State:
     """The state before the first step."""
     ids, maskable = start.ids.contiguous(), (~start.is_given).contiguous()
-    rows = torch.nonzero_static(maskable.flatten(), size=plan.steps[0].num_rows).squeeze(-1)
+    size = plan.steps[0].num_rows if plan.steps else 0
+    rows = torch.nonzero_static(maskable.flatten(), size=size).squeeze(-1)
     return State(
         ids=ids,
         is_masked=maskable.clone(),
-        log_probs=torch.zeros(ids.shape, device=ids.device),
+        log_probs=torch.zeros(ids.shape, dtype=torch.float32, device=ids.device),
         row_indices=rows.clone(),
         maskable=maskable,
         maskable_rows=rows,
@@ -285,15 +356,33 @@ def run(
     arguments: dict[str, Any],
     generator: torch.Generator | None = None,
 ) -> Iterator[None]:
-    """Runs the steps on the state, and yields after each; ``arguments`` are the network's."""
+    """Runs the steps on the state, and yields after each of all; ``arguments`` are the network's."""
     condition = model.null_embed
-    for step in plan.steps:
-        if step.runs:
-            out = _network(model, state, condition, arguments)
-            _propose(out, state, step, model, options, generator)
+    running = {step.number: step for step in plan.steps}
+    for number in range(plan.total):
+        if number in running:
+            step = running[number]
+            condition = _propose(state, step, model, options, condition, arguments, generator)
             _remask(state, step, model, options, arguments)
-            condition = None if condition is None else out.embeddings
         yield
+
+
+def _propose(
+    state: State,
+    step: Step,
+    model: Model,
+    options: Options,
+    condition: Tensor | None,
+    arguments: dict[str, Any],
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    """Fills in every masked position, and returns what conditions the next step.
+
+    The logits are let go when it returns, before the critic or the network makes others.
+    """
+    out = _network(model, state, condition, arguments)
+    _sample(out, state, step, model, options, generator)
+    return None if condition is None else out.embeddings
 
 
 def _network(model: Model, state: State, condition: Tensor | None, arguments: dict[str, Any]) -> backbone.Output:
@@ -302,7 +391,7 @@ def _network(model: Model, state: State, condition: Tensor | None, arguments: di
     return model.run(state.ids, with_embeddings=True, **model.condition(condition), **arguments)
 
 
-def _propose(
+def _sample(
     out: backbone.Output,
     state: State,
     step: Step,
@@ -329,18 +418,18 @@ def _propose(
 
 def _remask(state: State, step: Step, model: Model, options: Options, arguments: dict[str, Any]) -> None:
     """Masks again what deserves it most, and lists it."""
-    values, noise_scale = state.log_probs, options.choice_temperature
+    values, noise_scale = state.log_probs, options.choice_noise(model.formulas)
     if model.critic is not None:
         values = critic_logits(model.critic, state.ids, model.formulas.critic_arguments(arguments))
         noise_scale = options.noise_level_scale
-    counts = state.counts[step.number]
+    counts = state.counts[step.row]
     if options.threshold is not None and not model.may_remask:
         counts = counts_that_commit(counts, state.is_masked)
     functional.remask_(
         state.ids,
         state.is_masked,
         state.row_indices[: step.num_rows_after],
-        state.row_starts[step.number],
+        state.row_starts[step.row],
         values,
         counts,
         mask_id=model.mask_id,

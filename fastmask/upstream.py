@@ -17,15 +17,18 @@ from fastmask.backbone import Output
 from fastmask.records import Draws, MaskedTokens, Sampled, Sampling
 from fastmask.schedules import LINEAR, Schedule, step_counts, step_ratios
 
-# Neither library lets a temperature reach 0: in generation, and in the sample that a critic is trained on.
+# Neither library lets a temperature fall to 0: in generation, and in the sample that a critic is trained on.
 MIN_TEMPERATURE = 1e-3
 MIN_CRITIC_TEMPERATURE = 1e-10
+# Noise on the confidence in generation: MaskGIT's public code, https://github.com/google-research/maskgit
+CHOICE_TEMPERATURE = 4.5
 
 
 class Formulas:
     """fastmask's."""
 
     random_may_be_mask = False
+    choice_temperature = CHOICE_TEMPERATURE
 
     def check_options(self, **options: object) -> None:
         """Refuses options of ``generate`` that there is no formula for; None is one not given."""
@@ -76,8 +79,8 @@ class Formulas:
         return step_counts(schedule, steps, num_maskable)
 
     def temperature(self, start: float, remaining: float) -> float:
-        """The temperature of a step after which this share of the steps remains."""
-        return max(start * remaining, MIN_TEMPERATURE)
+        """The temperature of a step after which this share of the steps remains; from 0 on it is 0."""
+        return max(start * remaining, MIN_TEMPERATURE) if start > 0.0 else 0.0
 
     def sample_(
         self,
@@ -107,6 +110,7 @@ class XTransformersFormulas(Formulas):
     """x-transformers' own."""
 
     random_may_be_mask = True
+    choice_temperature = 0.0
 
     def check_options(self, **options: object) -> None:
         received = [name for name, value in options.items() if value is not None]
@@ -155,6 +159,9 @@ class XTransformersFormulas(Formulas):
         counts = (ratios[:, None] * num_maskable).long().clamp(min=0).minimum(num_maskable)
         counts[-1:] = 0
         return counts
+
+    def temperature(self, start: float, remaining: float) -> float:
+        return max(start * remaining, MIN_TEMPERATURE)
 
     def sample_(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastmask import _check, backbone, evaluation, functional, generation, own_masks, upstream
+from fastmask import _check, _names, _progress, backbone, evaluation, functional, generation, own_masks, upstream
 from fastmask._devices import device_of
 from fastmask._host_count import HostCount
 from fastmask._modes import evaluating
@@ -341,6 +341,7 @@ class NonAutoregressiveWrapper(nn.Module):
             >>> int(one.num_masked + other.num_masked)
             6
         """
+        _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.forward)
         self._check_tokens("x", x)
         for name, flag in (
             ("only_train_generator", only_train_generator),
@@ -526,8 +527,10 @@ class NonAutoregressiveWrapper(nn.Module):
 
         Source: MDLM (https://arxiv.org/abs/2406.07524, eq. 10).
         """
+        _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.nelbo)
         num_samples = _check.integer("num_samples", num_samples, 1)
         _check.option("reduction", reduction, ["mean", "none"])
+        _progress.check(progress)
         falls = self._schedule.check_falls(
             "nelbo",
             "NonAutoregressiveWrapper(net, mask_id=...) evaluates the same network at a linear schedule",
@@ -587,8 +590,9 @@ class NonAutoregressiveWrapper(nn.Module):
         *,
         top_p: float | None = None,
         forbidden: Tensor | Sequence[int] | None = None,
-        choice_temperature: float = 0.0,
+        choice_temperature: float | None = None,
         threshold: float | None = None,
+        seq_len: int | None = None,
         prompt: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         steps: int | None = None,
@@ -601,24 +605,38 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> Tensor | tuple[Tensor, Trajectory]:
         """Generates sequences, or fills in the positions that a prompt leaves open.
 
+        ========= =================================== ==============================================
+        For       give                                other libraries call it
+        ========= =================================== ==============================================
+        diversity higher choice_temperature,          alg_temp, r_temp; temperature
+                  start_temperature
+        quality   more steps; lower                   num_steps, num_inference_steps, timesteps;
+                  start_temperature, top_p,           temperature, top_p, top_k
+                  higher filter_thres
+        speed     fewer steps, threshold; cuda_graph  num_steps; confidence_threshold
+        ========= =================================== ==============================================
+
         Args:
             batch_size: B; None for one sequence without batch dimension (or the prompt's own).
-            start_temperature: annealed linearly to 0 (floor 1e-3).
+            start_temperature: annealed linearly to 0 (floor 1e-3); 0 takes the likeliest id in every step.
             filter_thres: keeps the ceil((1 - filter_thres) V) largest logits; None keeps all.
             noise_level_scale: scale of the annealed Gumbel noise on the critic's scores.
             top_p: of those, keeps the nucleus of this probability; None keeps all.
             forbidden: [V] bool, True at more ids that are never sampled beside mask_id; or a sequence of those ids.
-            choice_temperature: scale of the annealed Gumbel noise on the log confidence, without a critic;
-                0 commits greedily and tends to one mode (MaskGIT: 4.5).
+            choice_temperature: scale of the annealed Gumbel noise on the log confidence, without a critic; 0
+                commits the likeliest first and tends to one mode. None is 4.5, MaskGIT's, where counts alone
+                decide how many are committed and start_temperature is above 0; else, and with compat, 0.
             threshold: in [0, 1]: in place of the schedule's counts every step commits all tokens whose confidence
                 (their probability; with a critic, that of being right) is above it, and one of each sequence at
                 least; the last step commits everything. With can_mask_prev_unmasked a step masks again what is not
                 above it (a token that the filter leaves out has probability 0). All steps run, since nothing waits
                 to see what is still masked: give few, or write the loop with ``functional.demask_step`` and stop when
                 you have looked.
-            prompt: [N] or [B, N] int32|int64; with
-            prompt_mask: likewise bool, True where the prompt's id is given: it is never changed, even if it
-                equals mask_id.
+            seq_len: N, from 1 to max_seq_len; default max_seq_len.
+            prompt: [P] or [B, P] int32|int64, the first P positions. Alone it is a prefix, all of it given, of
+                P < N; with
+            prompt_mask: likewise bool, P up to N, True where the prompt's id is given. What follows is open. A
+                given id is never changed, even if it equals mask_id.
             steps: default the wrapper's own.
             generator: default torch's own of the network's device.
             sample_offset: global index of the first sequence: a batch may be split without changing it.
@@ -634,13 +652,15 @@ class NonAutoregressiveWrapper(nn.Module):
             ids [B, N] int64 ([N] for one sequence); with ``return_trajectory`` (ids, Trajectory).
 
         Raises:
-            TypeError, ValueError: arguments that do not fit.
+            TypeError, ValueError: arguments that do not fit; names near to one of these, or other libraries' for
+                them, that the network does not have in its forward.
 
         Randomness: one seed of the generator.
 
         Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); the threshold: Fast-dLLM
         (https://arxiv.org/abs/2505.22618, section 3.3).
         """
+        _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.generate)
         steps = _check.integer("steps", self.steps if steps is None else steps, 1, 2**24)
         options = generation.Options(
             start_temperature=start_temperature,
@@ -651,7 +671,11 @@ class NonAutoregressiveWrapper(nn.Module):
             threshold=threshold,
             sample_offset=sample_offset,
         )
-        options.check()
+        options = options.checked()
+        for name, flag in (("return_trajectory", return_trajectory), ("cuda_graph", cuda_graph)):
+            _check.flag(name, flag)
+        _progress.check(progress)
+        length = _check.integer("seq_len", self.max_seq_len if seq_len is None else seq_len, 1, self.max_seq_len + 1)
         self._formulas.check_options(
             top_p=top_p, forbidden=forbidden, threshold=threshold, cuda_graph=cuda_graph or None
         )
@@ -662,12 +686,15 @@ class NonAutoregressiveWrapper(nn.Module):
             )
         device = backbone.device_of(self.net)
         forbidden = as_forbidden(forbidden, self.num_tokens, device, mask_id=self.mask_id)
-        start = generation.start(batch_size, prompt, prompt_mask, self.max_seq_len, self.mask_id, device)
-        plan = self._plan(steps, start.num_maskable, device, threshold is not None, cuda_graph and prompt is not None)
+        start = generation.start(batch_size, prompt, prompt_mask, length, self.mask_id, device)
+        num_places = None
+        if cuda_graph and prompt is not None:
+            num_places = generation.places_for_any_prompt(start.num_maskable, length)
+        plan = self._plan(steps, start.num_maskable, device, threshold is not None, num_places)
         state = generation.first_state(start, plan, functional.draw_seed(device, generator), forbidden)
         ids, trajectory = state.ids, None
         with evaluating(self):
-            if cuda_graph and any(step.runs for step in plan.steps):
+            if cuda_graph and plan.steps:
                 ids = generation.replayed(self, self._model(), state, plan, options, kwargs)
             else:
                 run = generation.run(self._model(), state, plan, options, kwargs, generator)
@@ -679,7 +706,7 @@ class NonAutoregressiveWrapper(nn.Module):
         return ids if trajectory is None else (ids, trajectory)
 
     def _plan(
-        self, steps: int, num_maskable: Tensor, device: torch.device, by_threshold: bool, for_any_prompt: bool
+        self, steps: int, num_maskable: Tensor, device: torch.device, by_threshold: bool, num_places: int | None
     ) -> generation.Plan:
         return generation.plan(
             self._schedule,
@@ -690,7 +717,7 @@ class NonAutoregressiveWrapper(nn.Module):
             may_remask=self.can_mask_prev_unmasked,
             by_threshold=by_threshold,
             always_runs=self.self_cond or self.can_mask_prev_unmasked,
-            num_places=generation.places_for_any_prompt(num_maskable, self.max_seq_len) if for_any_prompt else None,
+            num_places=num_places,
         )
 
     def _model(self) -> generation.Model:

@@ -26,7 +26,7 @@ class Known(nn.Module):
 
     def forward(self, ids, return_embeddings=False, return_logits_and_embeddings=False, **kwargs):
         self.calls.append({"ids": ids.clone(), "training": self.training, **kwargs})
-        logits = self.logits.expand(*ids.shape, -1)
+        logits = self.logits[: ids.shape[1]].expand(*ids.shape, -1)
         embeddings = torch.full((*ids.shape, self.emb_dim), float(len(self.calls)), device=ids.device)
         if return_logits_and_embeddings:
             return logits, embeddings
@@ -51,8 +51,8 @@ class Context(nn.Module):
         self.table = nn.Parameter(torch.randn(length, V, length, V, generator=generator))
 
     def forward(self, ids):
-        place = torch.arange(self.max_seq_len, device=ids.device)
-        return self.table[place, ids].sum(dim=1)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        return self.table[place, ids][:, :, : ids.shape[1]].sum(dim=1)
 
 
 class Small(nn.Module):
@@ -68,8 +68,8 @@ class Small(nn.Module):
         self.head = nn.Parameter(scale * torch.randn(4, V, generator=generator))
 
     def forward(self, ids, sum_embeds=0.0, return_embeddings=False, return_logits_and_embeddings=False):
-        place = torch.arange(self.max_seq_len, device=ids.device)
-        embeddings = self.table[place, ids].sum(dim=1).tanh() + sum_embeds
+        place = torch.arange(ids.shape[1], device=ids.device)
+        embeddings = self.table[place, ids][:, :, : ids.shape[1]].sum(dim=1).tanh() + sum_embeds
         if return_embeddings:
             return embeddings
         logits = (embeddings[..., None] * self.head).sum(dim=-2)
@@ -100,7 +100,7 @@ class FixedCritic(nn.Module):
         self.logits = nn.Parameter(torch.as_tensor(logits, dtype=torch.float32))
 
     def forward(self, ids):
-        return self.logits.expand(ids.shape)[..., None]
+        return self.logits[: ids.shape[1]].expand(ids.shape)[..., None]
 
 
 class Jumping(nn.Module):

@@ -13,12 +13,25 @@ SAMPLERS = [name for name in NAMES if name != "row list"]
 
 # Measured with Triton 3.7.1; the bounds leave about a tenth for other versions. Instructions are the whole
 # program's, of which a thread of "1024" has 4 positions: 1030 on sm_90, 72 a round of the search.
-MOST_REGISTERS = {"128": 62, "1024": 56, "4096 gated": 196, "65536 gated": 106}
+MOST_REGISTERS = {
+    "128": 62,
+    "1024": 56,
+    "4096 gated": 196,
+    "65536 gated": 106,
+    "1024 complement": 53,
+    "4096 complement gated": 240,
+    "1024 by token": 70,
+    "65536 complement by token": 84,
+}
 MOST_INSTRUCTIONS = {
     "128": {"sm_80": 1180, "sm_90": 1180, "gfx942": 900},
     "1024": {"sm_80": 1110, "sm_90": 1140, "gfx942": 1010},
     "4096 gated": {"sm_80": 4700, "sm_90": 4730, "gfx942": 3490},
     "65536 gated": {"sm_80": 2700, "sm_90": 2720, "gfx942": 2100},
+    "1024 complement": {"sm_80": 1120, "sm_90": 1150, "gfx942": 990},
+    "4096 complement gated": {"sm_80": 4180, "sm_90": 4210, "gfx942": 3070},
+    "1024 by token": {"sm_80": 1300, "sm_90": 1330, "gfx942": 1110},
+    "65536 complement by token": {"sm_80": 1690, "sm_90": 1690, "gfx942": 1170},
 }
 
 

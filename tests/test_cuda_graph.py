@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Encoder, TransformerWrapper
 
-from fastmask import NonAutoregressiveWrapper, _cuda_graph
+from fastmask import NonAutoregressiveWrapper, _cuda_graph, generation
 from fastmask.reference import vocabulary_filter
 
 V, N, MASK = 11, 16, 4
@@ -50,8 +50,10 @@ class Net(nn.Module):
         self, ids, sum_embeds=0.0, shift=0.0, scale=1.0, mems=(), return_embeddings=False,
         return_logits_and_embeddings=False,
     ):  # fmt: skip
-        place = torch.arange(self.max_seq_len, device=ids.device)
-        embeddings = self.table[place, ids].sum(dim=1).tanh() + sum_embeds + sum(x.mean() for x in mems)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        embeddings = (
+            self.table[place, ids][:, :, : ids.shape[1]].sum(dim=1).tanh() + sum_embeds + sum(x.mean() for x in mems)
+        )
         if return_embeddings:
             return embeddings
         logits = (embeddings[..., None] * self.head).sum(dim=-2) * scale + shift
@@ -209,24 +211,27 @@ def test_a_graph_gives_what_the_loop_gives(case, graphs):
 def test_the_plans_shape_depends_on_the_rounded_largest_number_of_open_positions(options, by_threshold):
     wrapper = wrap(**options)
 
+    def plan(*num_open):
+        num_maskable = torch.tensor(num_open)
+        places = generation.places_for_any_prompt(num_maskable, N)
+        return wrapper._plan(4, num_maskable, torch.device("cpu"), by_threshold, places)
+
     def steps(*num_open):
-        return wrapper._plan(4, torch.tensor(num_open), torch.device("cpu"), by_threshold, True).steps
+        return plan(*num_open).steps
 
     for eighth in range(8):
         low, high = 2 * eighth + 1, 2 * eighth + 2
         assert len({steps(low, 0, 0), steps(high, 0, 0), steps(1, low, low), steps(0, 0, high)}) == 1
     assert len({steps(2 * eighth, 0, 0) for eighth in range(9)}) == 9
     assert steps(3, 3) != steps(3, 3, 3)
-    counts = [wrapper._plan(4, torch.tensor([n]), torch.device("cpu"), by_threshold, True).counts for n in (3, 4)]
-    assert not torch.equal(*counts)  # but not what it does
+    assert not torch.equal(plan(3).counts, plan(4).counts)  # but not what it does
 
 
 @pytest.mark.parametrize("length", [1, 3, 7, 9, 15, 18])
 def test_the_rounded_number_of_open_positions_is_within_the_sequence(length):
-    wrapper, eighth = wrap(Net(length)), math.ceil(length / 8)
+    eighth = math.ceil(length / 8)
     for num_open in range(length + 1):
-        plan = wrapper._plan(3, torch.tensor([num_open]), torch.device("cpu"), False, True)
-        places = plan.steps[0].num_rows
+        places = generation.places_for_any_prompt(torch.tensor([num_open]), length)
         assert num_open <= places <= min(length, num_open + eighth - 1)
         assert places in (length, *range(0, length, eighth))
 
@@ -240,6 +245,16 @@ def test_prompts_of_one_eighth_share_a_graph(graphs):
     assert len(graphs) == 2
     ids = drawn(wrapper, 0, cuda_graph=True, **prompts([0, 0]))
     assert torch.equal(ids, prompts([0, 0])["prompt"])
+
+
+def test_each_length_has_a_graph_of_its_own(graphs):
+    wrapper, prefix = wrap(), torch.tensor([[1, 2]])
+    for number, length in enumerate((4, N, 5, 6), start=1):
+        for given in ({"batch_size": 1, "seq_len": length}, {"prompt": prefix, "seq_len": length}):
+            ids = drawn(wrapper, 0, cuda_graph=True, **given)
+            assert ids.shape == (1, length)
+            assert torch.equal(ids, drawn(wrapper, 0, **given))
+        assert len(graphs) == 2 * number
 
 
 def assert_randomness_is_fresh(wrapper) -> None:

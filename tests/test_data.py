@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from collections import UserDict
 
@@ -542,6 +543,147 @@ def test_images_refuse_what_has_no_level():
         from_images(np.zeros((0, 2, 2)), **scale)
     with refuses(TypeError, "expected real values", "received torch.complex64"):
         from_images([good.to(torch.complex64)], **scale)
+
+
+def test_an_end_rounded_up_in_a_coarse_dtype_is_the_last_level():
+    """100.4 is 100.5 in bfloat16 and lies in (100, 100.4) there: a quarter past the range, 318 of 255 levels."""
+    image = torch.tensor([[100.0, 100.4]], dtype=torch.bfloat16)
+    assert from_images(image, levels=256, value_range=(100, 100.4))[0].tolist() == [0, 255]
+
+
+def test_levels_and_ranges_that_would_overflow_are_refused():
+    with refuses(ValueError, "expected levels <= 2**31", f"received {2**31 + 1}", "give fewer"):
+        from_images(torch.zeros(1, 1), levels=2**31 + 1, value_range=(0, 1))
+    with refuses(ValueError, "expected value_range", "(-1e+308, 1e+308)", "difference finite"):
+        from_images(torch.zeros(1, 1), levels=2, value_range=(-1e308, 1e308))
+
+
+@pytest.mark.parametrize(("dtype", "high"), [("float16", 1e6), ("bfloat16", 1e300), ("float32", 1e300)])
+def test_an_infinite_value_is_refused_where_the_end_is_infinite_in_its_dtype_too(dtype, high):
+    image = torch.tensor([[1.0, float("inf")]]).to(getattr(torch, dtype))
+    with refuses(ValueError, "received inf at image 0, position 1", "clamp"):
+        from_images(image, levels=3, value_range=(0, high))
+
+
+def test_integers_that_float64_rounds_are_refused():
+    for values in (torch.tensor([[1, 2**53 + 1]]), np.array([[1, 2**64 - 1]], "u8")):
+        with refuses(
+            ValueError, "integers below 2**53", f"received {int(values[0, 1])} at image 0, position 1", "scale"
+        ):
+            from_images(values, levels=3, value_range=(0, 2.0**70))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16])
+def test_integer_images_past_their_range_do_not_wrap(dtype):
+    values = np.array([[7, 200]], dtype)
+    with refuses(ValueError, "values in [0, 100]", "received 200 at image 0, position 1"):
+        from_images(values, levels=101, value_range=(0, 100))
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "words"),
+    [
+        (np.ma.masked_array([[0.5, 0.5]], [[1, 0]]), TypeError, ("without a mask", "MaskedArray", "filled")),
+        (torch.zeros(1, 2).to_sparse(), TypeError, ("dense tensor", "sparse_coo", "to_dense")),
+        (torch.zeros(1, 2, device="meta"), TypeError, ("dense tensor", "meta")),
+        ({"a": 1}, TypeError, ("array, tensor or sequence", "dict", "list")),
+        (None, TypeError, ("array, tensor or sequence", "NoneType")),
+        (iter([[0.5]]), TypeError, ("array, tensor or sequence", "list_iterator")),
+        (["a"], TypeError, ("image 0 as an array", "received str")),
+        ([[0.5], [None]], TypeError, ("image 1 as an array", "received list")),
+        (torch.tensor(0.5), ValueError, ("shape [S, ...]", "single value")),
+        (np.array(0.5), ValueError, ("shape [S, ...]", "single value")),
+        (torch.zeros(2, 0), ValueError, ("hold values", "shape (0,)")),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(images, error, words):
+    with refuses(error, *words):
+        from_images(images, levels=3, value_range=(0, 1))
+
+
+def test_images_of_foreign_byte_order_are_taken():
+    for dtype in (">f4", "<f4", ">i4", "<u2"):
+        assert from_images(np.array([[0, 1, 1]], dtype), levels=3, value_range=(0, 1))[0].tolist() == [0, 2, 2]
+
+
+@pytest.mark.parametrize("bad", ["01", ("0", "1"), (0, 10**400), (0, b"1")])
+def test_a_range_of_words_or_past_a_float_is_refused(bad):
+    with refuses(ValueError, "expected value_range (low, high)", "received"):
+        from_images(torch.zeros(1, 1), levels=2, value_range=bad)
+
+
+def test_drawn_values_past_float32_are_refused():
+    with refuses(ValueError, "value_range that float32 holds", "scale"):
+        dequantise(torch.tensor([1]), levels=2, value_range=(0, 1e300))
+
+
+def test_integers_of_numpy_are_taken_and_what_only_looks_like_one_is_not():
+    data = TokenWindows([1, 2], np.int64(2), num_tokens=np.uint16(9), mask_id=np.int8(8), stride=np.array(2))
+    assert data[np.uint8(0)].tolist() == data[torch.tensor(0)].tolist() == [1, 2]
+    assert from_images(torch.zeros(1, 1), levels=np.int32(3), value_range=(0, np.float32(1))).num_tokens == 4
+    for bad in (np.array([2, 3]), np.bool_(True), torch.tensor(True), torch.tensor(2.0), np.float64(2)):
+        with refuses(TypeError, "expected seq_len to be an int", "whole number"):
+            windows([1, 2], bad)
+
+
+def test_a_vocabulary_past_int64_and_ids_that_would_be_negative_there_are_refused():
+    with refuses(ValueError, "expected num_tokens < 2**63", f"received {2**64}", "smaller"):
+        TokenWindows([1, 2], 2, num_tokens=2**64, mask_id=0)
+    with refuses(ValueError, "ids below 2**63", f"received {2**64 - 1} at sequence 0, position 1"):
+        TokenSequences([np.array([1, 2**64 - 1], "u8")], 2, **VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (np.ma.masked_array([1, 2], [0, 1]), ("without a mask", "filled")),
+        (torch.tensor([1, 2]).to_sparse(), ("dense tensor", "to_dense")),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), ("dense tensor", "meta")),
+    ],
+)
+def test_ids_that_hide_some_of_their_values_are_refused(ids, words):
+    with refuses(TypeError, *words):
+        windows(ids, 2)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "U0", "bool"])
+def test_a_file_is_opened_as_integers_only(tmp_path, dtype):
+    (tmp_path / "ids.bin").write_bytes(b"12345678")
+    with refuses(TypeError, "expected an integer dtype", "ids.bin", f"received {np.dtype(dtype)}", "uint16"):
+        open_ids(tmp_path / "ids.bin", dtype)
+
+
+@pytest.mark.parametrize("paths", [987, None, b"text.txt", [987], [None]])
+def test_paths_that_name_no_file_are_refused(paths):
+    """An int would be read as an open file, and closed."""
+    with refuses(TypeError, "expected paths", "give a str or a Path"):
+        from_text(paths, str.encode, 2, **VOCABULARY)
+
+
+@pytest.mark.parametrize("progress", ["no", 2, [], 0.5])
+def test_progress_is_a_flag_or_a_callable(progress):
+    with refuses(TypeError, "expected progress to be True, False, None or a callable", f"received {progress!r}"):
+        validate(windows([1, 2], 2), progress=progress)
+
+
+def test_a_bar_off_a_terminal_prints_its_begin_and_its_end(capsys, monkeypatch):
+    """Not hundreds of lines: pytest's standard error is no terminal. On one, it keeps tqdm's own pace."""
+    pytest.importorskip("tqdm")
+    slow = TokenSequences([[1]] * 40, 1, **VOCABULARY)
+    real = TokenSequences.__getitem__
+    monkeypatch.setattr(TokenSequences, "__getitem__", lambda self, i: (time.sleep(0.02), real(self, i))[1])
+    validate(slow)
+    assert 1 <= capsys.readouterr().err.count("\r") <= 3
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    validate(slow)
+    assert capsys.readouterr().err.count("\r") > 3
+
+
+def test_text_ids_past_four_bytes_do_not_wrap(tmp_path):
+    (tmp_path / "a.txt").write_text("A", encoding="utf-8")
+    ids = [2**31, 2**32 + 5]
+    data = from_text(tmp_path / "a.txt", lambda text: ids, 2, num_tokens=2**40, mask_id=0)
+    assert data[0].tolist() == ids
 
 
 @pytest.mark.parametrize("call", [from_images, dequantise])

@@ -85,7 +85,7 @@ def naive_remasked(state, row_starts, values, counts, noise, *, is_confidence, m
     least = -math.inf if min_remask_key is None else min_remask_key
     for b, row in enumerate(keys.tolist()):
         places = [n for n, key in enumerate(row) if allowed[b, n] and not key < least]
-        places.sort(key=lambda n, row=row: (0, 0.0, n) if math.isnan(row[n]) else (1, -row[n], n))
+        places.sort(key=lambda n, row=row: (0, 0.0, -n) if math.isnan(row[n]) else (1, -row[n], -n))
         chosen = sorted(places[: max(0, int(counts[b]))])
         is_masked[b, chosen], ids[b, chosen] = True, MASK
         room = listed[row_starts[b] : row_starts[b + 1]]
@@ -288,8 +288,8 @@ def test_rows_without_a_law_stay_masked_while_others_can_go(door):
     logits[0, :2, 0] = math.nan
     logits[1] = math.nan
     out = door.demask_step(logits, torch.full((2, 3), 3), is_masked, mask_id=3, threshold=0.1, seed=0)
-    assert out.is_masked.tolist() == [[True, True, False], [True, True, False]]
-    assert out.ids[1].tolist() == [3, 3, 0]
+    assert out.is_masked.tolist() == [[True, True, False], [False, True, True]]
+    assert out.ids[1].tolist() == [0, 3, 3]
 
 
 def test_compact_rows_give_the_step_of_all_positions(door):

@@ -250,6 +250,19 @@ HEAD_CASES = [
     (ValueError, "received embeddings on cpu, weight on meta", [EMBEDDINGS, WEIGHT.to(META)], {}),
     (ValueError, "weight on cpu, bias on meta", [], {"bias": torch.zeros(V, device=META)}),
 ]  # fmt: skip
+EXCLUDES_CASES = [
+    (TypeError, "expected random_excludes as [V] bool or as a sequence of ids, received a tensor of torch.int64; "
+     "give ids as random_excludes.tolist()", torch.arange(V)),
+    (ValueError, "expected random_excludes of shape [V] = [6], received [5]", torch.zeros(V - 1, dtype=torch.bool)),
+    (ValueError, "expected random_excludes on cpu, received meta; move it with .to(device)",
+     torch.zeros(V, dtype=torch.bool, device=META)),
+    (TypeError, "or as a sequence of ids, received int", 3),
+    (TypeError, "or as a sequence of ids, received str", "3"),
+    (ValueError, "expected random_excludes' ids of at least 0 and below 6, received 6", [0, V]),
+    (TypeError, "expected random_excludes' ids to be an int, received bool", [True]),
+    (ValueError, "expected random_excludes to leave an id to draw random tokens from, received all 6 (but mask_id); "
+     "set random_token_prob=0", range(V - 1)),
+]  # fmt: skip
 
 CASES = [
     refused(TypeError, "expected tokens to be a torch.Tensor, received list", mask, [[1, 2]]),
@@ -264,6 +277,12 @@ CASES = [
     refused(ValueError, "expected mode to be one of 'exact', 'bernoulli'; received 'random'", mask, mode="random"),
     refused(ValueError, "expected no_replace_prob in [0, 1], received 1.1", mask, no_replace_prob=1.1),
     refused(ValueError, "expected random_token_prob in [0, 1], received -0.1", mask, random_token_prob=-0.1),
+    refused(ValueError, "expected gate to be one of 'batch', 'token'; received 'row'", mask, gate="row"),
+    refused(ValueError, "expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
+            "0.6 + 0.5", mask, gate="token", no_replace_prob=0.6, random_token_prob=0.5),
+    *(refused(TypeError, f"expected {flag} to be True or False, received 1 of type int", mask, **{flag: 1})
+      for flag in ("stratified", "random_may_be_mask", "complement", "check")),
+    *(refused(*case[:2], mask, random_token_prob=0.1, random_excludes=case[2]) for case in EXCLUDES_CASES),
     refused(ValueError, "expected global_batch_size of at least 1, received 0", mask, global_batch_size=0),
     refused(ValueError, "expected an id besides mask_id 0 to draw random tokens from, received num_tokens 1; "
             "set random_token_prob=0", mask, mask_id=0, num_tokens=1, random_token_prob=0.1),
@@ -292,6 +311,7 @@ CASES = [
     refused(ValueError, "with V of at least 1, received [2, 4, 0]", dense, LOGITS[..., :0]),
     refused(ValueError, "expected a column besides exclude_id, received logits with V = 1", dense, LOGITS[..., :1],
             exclude_id=0),
+    refused(TypeError, "expected inplace_grad to be True or False, received 1 of type int", dense, inplace_grad=1),
     refused(ValueError, "received logits on cpu, targets on meta, is_masked on cpu", dense,
             targets=TARGETS.to(META)),
     refused(ValueError, "is_masked on cpu, weights on meta", dense, weights=torch.ones(B).to(META)),

@@ -61,27 +61,45 @@ def linear_list(tokens, chosen):
     return linear(tokens, chosen, is_masked=None, row_indices=rows, num_masked=tokens.shape[0] * 8, ignore_index=5)
 
 
-@pytest.mark.parametrize("dynamic", [False, True, None])
-@pytest.mark.parametrize("operation", [mask, mask_with_all])
-def test_masks_compile_whole_at_any_batch_size(backend, operation, dynamic):
-    assert_compiles(operation, backend, dynamic)
+SLOW = pytest.mark.slow_interpreted
 
 
-@pytest.mark.parametrize("dynamic", [False, True, None])
 @pytest.mark.parametrize(
-    "operation", [dense, partial(dense, reduction="none"), dense_of_a_batch, linear, linear_list]
+    "operation",
+    [
+        mask,
+        mask_with_all,
+        linear_list,
+        *(pytest.param(loss, marks=SLOW) for loss in (dense, dense_of_a_batch, linear)),
+    ],
 )
-def test_losses_compile_whole_at_any_batch_size(kernel, operation, dynamic):
+def test_operations_compile_whole_at_any_batch_size(kernel, operation):
+    assert_compiles(operation, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", [mask, mask_with_all])
+def test_the_references_masks_compile_whole_at_any_batch_size(reference, operation):
+    assert_compiles(operation, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "operation",
+    [mask, mask_with_all, dense, partial(dense, reduction="none"), dense_of_a_batch, linear, linear_list],
+)
+def test_whole_with_sizes_fixed_or_free_from_the_first(kernel, operation, dynamic):
     assert_compiles(operation, kernel, dynamic)
 
 
-def assert_compiles(operation, backend, dynamic):
-    """Without a break, in at most two graphs for five sizes (one where it is one size)."""
+def assert_compiles(operation, backend, dynamic=None):
+    """Without a break, in at most two graphs for three sizes (one where it is one size)."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     run = partial(operation, chosen={"backend": "triton" if backend.is_kernel else "reference"})
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=counter)
-    for batch in (4, 4) if dynamic is False else (4, 3, 5, 7, 6):
+    for batch in (4, 4) if dynamic is False else (4, 3, 5):
         ids = tokens(batch).to(backend.device)
         torch.testing.assert_close(compiled(ids), run(ids), rtol=1e-6, atol=1e-6)
     assert counter.frame_count <= (1 if dynamic is False else 2)
@@ -99,67 +117,75 @@ def test_the_references_losses_compile_in_parts(reference, operation):
 # ---- the default dtype ----
 
 
-@pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float64], ids=str)
-def set_default(request):
-    """Sets the default dtype, and sets it back."""
-    yield partial(torch.set_default_dtype, request.param)
+@pytest.fixture
+def under_other_defaults():
+    """Calls a function under a narrower and a wider default dtype."""
+
+    def call(function):
+        results = []
+        for dtype in (torch.float16, torch.float64):
+            torch.set_default_dtype(dtype)
+            results.append(function())
+        return results
+
+    yield call
     torch.set_default_dtype(torch.float32)
 
 
-def masks():
-    batch = tokens(6)
-    options = [
-        {}, {"schedule": "cosine", "stratified": True}, {"mode": "bernoulli", "maskable": batch > 3},
-        {"schedule": 0.5}, {"schedule": SQUARE}, {"times": torch.linspace(0, 1, 6)}, {"counts": torch.arange(6)},
-        {"no_replace_prob": 0.15, "random_token_prob": 0.3, "complement": True},
-        {"gate": "token", "no_replace_prob": 0.15, "random_token_prob": 0.3, "random_excludes": [1, 3]},
-    ]  # fmt: skip
-    return [(functional.mask_sampling, (batch,), {**OPTIONS, **one}) for one in options]
+MASKS = [
+    {"schedule": "cosine", "stratified": True},
+    {"schedule": 0.2501},  # of 8 positions 3, and 2 in float16
+    {"mode": "bernoulli", "maskable": tokens(6) > 3},
+    {"schedule": SQUARE, "no_replace_prob": 0.15, "random_token_prob": 0.3, "complement": True},
+    {"times": torch.linspace(0, 1, 6), "gate": "token", "no_replace_prob": 0.15, "random_token_prob": 0.3,
+     "random_excludes": [1, 3]},
+]  # fmt: skip
+LOSSES = [
+    {
+        "denominator": 7,
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "softcap": 5.0,
+        "exclude_id": 16,
+        "with_correct": True,
+    },
+    pytest.param({"denominator": torch.tensor(7)}, marks=SLOW),
+    pytest.param({"reduction": "none", "weights": torch.linspace(0, 2, 3, dtype=torch.float32)}, marks=SLOW),
+]
+LISTED = pytest.param({"row_indices": torch.tensor([3, 1, -1]), "num_masked": 3}, marks=SLOW)
 
 
-def losses():
-    batch, weights = tokens(3), torch.linspace(0, 2, 3, dtype=torch.float32)
-    x, head = rows_of(batch, 5), rows_of(torch.arange(17), 5)
-    logits = (x @ head.T).requires_grad_()
-    options = [
-        {}, {"reduction": "none", "weights": weights}, {"denominator": 7}, {"denominator": torch.tensor(7)},
-        {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "exclude_id": 16, "with_correct": True},
-    ]  # fmt: skip
-    heads = [*options, {"num_masked": 9}, {"row_indices": torch.tensor([3, 1, -1]), "num_masked": 3}]
-    return [(functional.masked_cross_entropy, (logits.to(dtype).detach().requires_grad_(), batch), one)
-            for dtype in (torch.float32, torch.bfloat16) for one in options] + [
-           (functional.linear_masked_cross_entropy,
-            (x.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), batch), one)
-            for dtype in (torch.float32, torch.bfloat16) for one in heads]  # fmt: skip
+@pytest.mark.parametrize("options", MASKS)
+def test_the_default_dtype_does_not_reach_masks(backend, under_other_defaults, options):
+    run = partial(backend.run, functional.mask_sampling, tokens(6), **OPTIONS, **options)
+    assert_same(run(), *under_other_defaults(run))
 
 
-@pytest.mark.parametrize("number", range(len(masks())))
-def test_the_default_dtype_does_not_reach_masks(backend, set_default, number):
-    function, arguments, options = masks()[number]
-    expected = backend.run(function, *arguments, **options)
-    set_default()
-    assert_same(backend.run(function, *arguments, **options), expected)
+@pytest.mark.parametrize("options", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=SLOW)], ids=str)
+def test_the_default_dtype_does_not_reach_losses(backend, under_other_defaults, dtype, options):
+    logits = rows_of(tokens(3), 17).to(dtype).requires_grad_()
+    run = partial(results, backend, functional.masked_cross_entropy, [logits], options)
+    assert_same(run(), *under_other_defaults(run))
 
 
-@pytest.mark.parametrize("number", range(len(losses())))
-def test_the_default_dtype_does_not_reach_losses(backend, set_default, number):
-    """Nor their gradients."""
-    function, arguments, options = losses()[number]
-    leaves = [x for x in arguments if x.requires_grad]
-
-    def run():
-        out = backend.run(function, *arguments, **options)
-        upstream = torch.ones_like(out.loss)
-        return *out, *torch.autograd.grad(out.loss, leaves, upstream)
-
-    expected = run()
-    set_default()
-    assert_same(run(), expected)
+@pytest.mark.parametrize("options", [*LOSSES, LISTED])
+def test_the_default_dtype_does_not_reach_linear_losses(backend, under_other_defaults, options):
+    leaves = [rows_of(ids, 5).requires_grad_() for ids in (tokens(3), torch.arange(17))]
+    run = partial(results, backend, functional.linear_masked_cross_entropy, leaves, options)
+    assert_same(run(), *under_other_defaults(run))
 
 
-def assert_same(got, expected):
-    """Bit for bit, NaN too."""
-    for one, other in zip(got, expected, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)  # dtypes too
+def results(backend, function, leaves, options):
+    """A loss, what comes with it, and its gradients."""
+    out = backend.run(function, *leaves, tokens(3), **options)
+    return *out, *torch.autograd.grad(out.loss, leaves, torch.ones_like(out.loss))
+
+
+def assert_same(expected, *others):
+    """Bit for bit, dtypes and NaN too."""
+    for got in others:
+        for one, other in zip(got, expected, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

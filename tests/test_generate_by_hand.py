@@ -22,7 +22,7 @@ def device() -> torch.device:
 
 def by_hand(wrapper, generator, options, prompt=None, prompt_mask=None, batch=4) -> torch.Tensor:
     """What generate does, out of the public functions, at every position of every step."""
-    options = {"filter_thres": 0.7, "noise_level_scale": 1.0, "choice_temperature": 0.0, **options}
+    options = {"filter_thres": 0.7, "noise_level_scale": 1.0, "choice_temperature": 4.5, **options}
     net, critic, steps, filter_thres = wrapper.net, wrapper.token_critic, wrapper.steps, options["filter_thres"]
     device = net.table.device
     seed = functional.draw_seed(device, generator)

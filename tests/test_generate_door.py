@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from generating import N, V, wrap
+
+from fastmask import generation
 
 
 @pytest.mark.parametrize(
@@ -38,8 +41,22 @@ GIVEN = torch.zeros(N, dtype=torch.bool)
         ({"filter_thres": -0.1}, ValueError, r"expected filter_thres in \[0, 1\), received -0.1"),
         ({"choice_temperature": -1}, ValueError, r"expected choice_temperature in \[0, inf\), received -1"),
         ({"sample_offset": -1}, ValueError, "expected sample_offset of at least 0 and below 4294967296, received -1"),
-        ({"prompt": ROW}, ValueError, "expected prompt and prompt_mask together, received one of them; give both"),
-        ({"prompt_mask": GIVEN}, ValueError, "expected prompt and prompt_mask together, received one of them"),
+        ({"prompt": ROW}, ValueError, "a prefix, shorter than seq_len = 18, received 18 positions"),
+        ({"prompt": ROW[:5], "seq_len": 4}, ValueError, "shorter than seq_len = 4, received 5 positions"),
+        ({"prompt_mask": GIVEN}, ValueError, "expected prompt_mask with prompt, received it alone; give both"),
+        ({"seq_len": 0}, ValueError, "expected seq_len of at least 1 and below 19, received 0"),
+        ({"seq_len": N + 1}, ValueError, "expected seq_len of at least 1 and below 19, received 19"),
+        ({"seq_len": 4.0}, TypeError, "expected seq_len to be an int, received float"),
+        (
+            {"return_trajectory": 1},
+            TypeError,
+            "expected return_trajectory to be True or False, received 1 of type int",
+        ),
+        ({"cuda_graph": torch.tensor(True)}, TypeError, "expected cuda_graph to be True or False, received tensor"),
+        ({"progress": "yes"}, TypeError, r"to be True, False, None or a callable\(done, total\), received 'yes'"),
+        ({"progress": 1}, TypeError, r"to be True, False, None or a callable\(done, total\), received 1 of type int"),
+        ({"start_temperature": math.inf}, ValueError, r"expected start_temperature in \[0, inf\), received inf"),
+        ({"choice_temperature": torch.ones(())}, TypeError, "to be a number, received Tensor"),
         ({"prompt": [0] * N, "prompt_mask": GIVEN}, TypeError, "expected prompt to be a torch.Tensor, received list"),
         (
             {"prompt": ROW.float(), "prompt_mask": GIVEN},
@@ -53,14 +70,14 @@ GIVEN = torch.zeros(N, dtype=torch.bool)
             r"expected prompt_mask of shape \[as prompt\] = \[18\], received \[17\]",
         ),
         (
-            {"prompt": ROW[1:], "prompt_mask": GIVEN[1:]},
+            {"prompt": ROW, "prompt_mask": GIVEN, "seq_len": 17},
             ValueError,
-            r"expected prompt of shape \[B, max_seq_len\] = \[1, 18\], received \[1, 17\]",
+            "expected prompt of at most seq_len = 17 positions, received 18; cut it",
         ),
         (
             {"batch_size": 2, "prompt": ROW.expand(3, -1), "prompt_mask": GIVEN.expand(3, -1)},
             ValueError,
-            r"expected prompt of shape \[B, max_seq_len\] = \[2, 18\], received \[3, 18\]",
+            r"expected prompt of shape \[B, P\] = \[2, 18\], received \[3, 18\]",
         ),
     ],
 )
@@ -98,7 +115,21 @@ def test_new_options_that_do_not_fit(options, error, message):
 
 
 def test_a_prompt_of_three_dimensions_is_refused():
-    with pytest.raises(
-        ValueError, match=r"expected prompt of shape \[B, max_seq_len\] = \[1, 18\], received \[1, 1, 18\]"
-    ):
+    with pytest.raises(ValueError, match=r"expected prompt \[P\] or \[B, P\], received shape \[1, 1, 18\]"):
         wrap("cpu").generate(prompt=ROW[None, None], prompt_mask=GIVEN[None, None])
+
+
+def test_numbers_of_numpy_are_numbers():
+    numbers = {"start_temperature": np.float32(0.5), "filter_thres": np.float64(0.5), "threshold": np.float32(0.5)}
+    counts = {"batch_size": np.int64(2), "steps": np.int32(3), "seq_len": np.int16(4), "sample_offset": np.uint8(1)}
+    outs = [
+        wrap("cpu").generate(**given, generator=torch.Generator().manual_seed(0))
+        for given in (
+            {**numbers, **counts},
+            {name: number.item() for name, number in {**numbers, **counts}.items()},
+        )
+    ]
+    assert torch.equal(*outs)
+    assert outs[0].shape == (2, 4)
+    options = generation.Options(*[np.float32(0.5)] * 6, np.int64(1)).checked()
+    assert [type(number) for number in options] == [float] * 6 + [int]

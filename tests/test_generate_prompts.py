@@ -77,6 +77,57 @@ def test_shapes_of_prompts_and_outputs(dtype, device):
     assert wrapper.generate(0, prompt=row, prompt_mask=given).shape == (0, N)
 
 
+# ---- lengths ----
+
+
+@pytest.mark.parametrize("length", [1, 5, N])
+def test_sequences_of_every_length(length, device):
+    wrapper = wrap(device)
+    assert wrapper.generate(seq_len=length).shape == (length,)
+    ids = wrapper.generate(3, seq_len=length)
+    assert ids.shape == (3, length)
+    assert (ids != MASK).all()
+    assert all(call["ids"].shape[1] == length for call in wrapper.net.calls)
+    assert len(wrapper.net.calls) == 2 * length  # 18 steps commit one each
+
+
+@pytest.mark.parametrize("length", [4, 9, N])
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_a_prompt_without_a_mask_is_a_prefix(size, length, device):
+    wrapper, prefix = wrap(device, Context()), torch.full((2, size), MASK, device=device)
+    masked = {
+        "prompt": torch.nn.functional.pad(prefix, (0, length - size)),
+        "prompt_mask": torch.arange(length, device=device).expand(2, -1) < size,
+    }
+    outs = [
+        wrapper.generate(seq_len=length, generator=torch.Generator().manual_seed(1), **given)
+        for given in ({"prompt": prefix}, {"prompt": prefix.int()}, masked)
+    ]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[0][:, :size], prefix)
+    assert (outs[0][:, size:] != MASK).all()
+    assert wrapper.generate(prompt=prefix[0], seq_len=length).shape == (length,)
+    assert wrapper.generate(3, prompt=prefix[0], seq_len=length).shape == (3, length)
+
+
+def test_what_follows_a_short_prompt_with_a_mask_is_open(device):
+    wrapper = wrap(device, Context())
+    prompt = torch.tensor([[MASK, 1, 2], [3, MASK, 4]], device=device)
+    given = torch.tensor([[True, False, True], [False, True, True]], device=device)
+    outs = [
+        wrapper.generate(prompt=p, prompt_mask=g, seq_len=7, generator=torch.Generator().manual_seed(1))
+        for p, g in (
+            (prompt, given),
+            (torch.nn.functional.pad(prompt, (0, 4)), torch.nn.functional.pad(given, (0, 4))),
+        )
+    ]
+    assert torch.equal(*outs)
+    assert torch.equal(outs[0][:, :3][given], prompt[given])
+    assert (outs[0][:, 3:] != MASK).all()
+    assert wrapper.generate(prompt=prompt, prompt_mask=given).shape == (2, N)
+
+
 # ---- self-conditioning ----
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import pytest
@@ -121,6 +120,7 @@ def test_listed_targets_may_be_ignored(backend, num_masked):
 def test_targets_out_of_range_are_nan_behind_a_head(backend, target, reduction):
     x, w, targets = draw(2, 3, D).requires_grad_(), draw(V, D, seed=5), draw_targets(2, 3, vocabulary=V)
     targets[0, 2] = target
+    w[[0, -1]] = 9 * x.detach()[0, 2]  # an end of the row, which such a target may be taken for, is the likeliest
     run = partial(backend.run, functional.linear_masked_cross_entropy)
     out = run(x, w, targets, reduction=reduction, with_correct=True)
     assert out.nll.isnan().nonzero().tolist() == [[0, 2]]
@@ -140,14 +140,15 @@ def _losses(backend):
         "logits": lambda x, y=targets: functional.masked_cross_entropy(x, y, **chosen).loss,
         "embeddings": lambda x, y=targets: functional.linear_masked_cross_entropy(x, head, y, **chosen).loss,
         "weight": lambda w, y=targets: functional.linear_masked_cross_entropy(rows, w, y, **chosen).loss,
+        "bias": lambda b, y=targets: functional.linear_masked_cross_entropy(rows, head, y, bias=b, **chosen).loss,
     }
 
 
-@pytest.mark.parametrize("name", ["logits", "embeddings", "weight"])
+@pytest.mark.parametrize("name", ["logits", "embeddings", "weight", "bias"])
 @pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jacfwd", "jacrev", "hessian", "dual"])
 def test_other_derivatives_are_refused(backend, name, transform):
     """Never dropped: a tangent that is would be a derivative of 0."""
-    loss, x = _losses(backend)[name], draw(V if name == "weight" else 4, V)
+    loss, x = _losses(backend)[name], draw(V, V) if name == "weight" else draw(V) if name == "bias" else draw(4, V)
 
     def dual():
         with forward_ad.dual_level():
@@ -177,9 +178,19 @@ def test_vmap_is_refused(backend, name):
         torch.func.vmap(partial(loss, draw(4, V)))(draw_targets(3, 4, vocabulary=V))
 
 
+@pytest.mark.parametrize("name", ["weights", "denominator"])
+def test_tangents_of_constants_are_refused(loss_of, name):
+    """What a gradient is refused for already, when the tensor requires one."""
+    constant = torch.tensor(7.0) if name == "denominator" else torch.rand(2, 3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(constant, torch.ones_like(constant))
+        with pytest.raises(RuntimeError, match=f"expected {name} to be a plain tensor, received one with a forward"):
+            loss_of(draw(2, 3, V), draw_targets(2, 3, vocabulary=V), **{name: dual})
+
+
 def test_a_level_without_tangents_changes_nothing(backend):
     loss, x = _losses(backend)["logits"], draw(4, V).requires_grad_()
     expected = loss(x)
     with forward_ad.dual_level():
         assert loss(x) == expected
-    assert math.isfinite(expected)
+    assert expected.isfinite()

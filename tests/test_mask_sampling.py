@@ -93,6 +93,18 @@ def test_masks_of_times_that_require_a_gradient_carry_none(backend):
     assert torch.equal(out.times, times)
 
 
+@pytest.mark.parametrize("name", ["tokens", "times", "maskable"])
+def test_torch_funcs_transforms_are_refused(backend, name):
+    """Under vmap all samples would draw the same numbers."""
+    given = {"tokens": foreign(2, 5), "times": torch.rand(2), "maskable": torch.ones(2, 5, dtype=torch.bool)}
+
+    def masks(value):
+        return backend.run(functional.mask_sampling, **{**given, name: value}, mask_id=3, num_tokens=7, seed=0)[1]
+
+    with pytest.raises(RuntimeError, match=f"expected {name} to be a plain tensor, received one batched by"):
+        torch.func.vmap(masks)(torch.stack([given[name]] * 3))
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_stratified_times_fall_once_in_each_stratum(backend, world):
     rows = 4
@@ -479,7 +491,7 @@ def test_kernel_equals_reference_when_long(kernel, reference, length):
         assert_equal_outputs(sample(kernel, tokens, seed, **options), sample(reference, tokens, seed, **options))
 
 
-@pytest.mark.parametrize("form", ["drawn", "stratified", "ratios", "counts", "bernoulli"])
+@pytest.mark.parametrize("form", ["drawn", "stratified", "ratios", "counts", "bernoulli", "complement"])
 def test_kernel_counts_earlier_rows_block_by_block(kernel, reference, form, monkeypatch):
     """More rows than are counted at once."""
     monkeypatch.setattr(kernel.module("mask_sampling"), "_BLOCK_B", 4)
@@ -490,6 +502,7 @@ def test_kernel_counts_earlier_rows_block_by_block(kernel, reference, form, monk
         "ratios": {"ratios": torch.linspace(0, 1, 10)},
         "counts": {"counts": torch.arange(10) % 7},
         "bernoulli": {"bernoulli": True},
+        "complement": {"complement": True},
     }[form]
     assert_equal_outputs(sample(kernel, tokens, **options), sample(reference, tokens, **options))
 
@@ -522,7 +535,7 @@ def call_arguments(device, **options):
     return tree_map_only(torch.Tensor, lambda x: x.to(device), given)
 
 
-@pytest.mark.parametrize("form", ["drawn", "given", "counts", "maskable", "bernoulli"])
+@pytest.mark.parametrize("form", ["drawn", "given", "counts", "maskable", "bernoulli", "excludes"])
 def test_opcheck(kernel, form):
     row = torch.tensor([0.2, 0.7])
     options = {
@@ -531,6 +544,11 @@ def test_opcheck(kernel, form):
         "counts": {"counts": torch.tensor([1, 4])},
         "maskable": {"maskable": torch.arange(12).view(2, 6) % 2 == 0},
         "bernoulli": {"bernoulli": True},
+        "excludes": {
+            "gates_tokens": True,
+            "complement": True,
+            "random_ids": RandomIds(torch.arange(7), torch.tensor(4)),
+        },
     }[form]
     operation = kernel.operation("mask_sampling")
     torch.library.opcheck(

@@ -416,6 +416,7 @@ def test_targets_out_of_range(operation, backend, target):
     outside it (10**9 columns on lies no memory)."""
     logits, targets, is_masked, nll = (x.to(backend.device) for x in small())
     targets[0, 2] = target
+    logits[0, 2, [0, -1]] = 9.0  # an end of the row, which such a target may be taken for, is the likeliest
     logits.requires_grad_()
     out = operation(logits, targets, is_masked, reduction="none", with_correct=True)
     assert out.loss.isnan().nonzero().tolist() == out.nll.isnan().nonzero().tolist() == [[0, 2]]

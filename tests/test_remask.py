@@ -92,11 +92,12 @@ def test_without_noise_the_critics_keys_are_its_logits(door):
 
 
 def brute_force(keys, eligible, counts):
+    """Of equally sure positions the last is masked again first."""
     chosen = torch.zeros_like(eligible)
     for b, row in enumerate(keys.tolist()):
         allowed = [i for i in range(len(row)) if eligible[b, i]]
-        nans = [i for i in allowed if math.isnan(row[i])]
-        others = sorted((i for i in allowed if not math.isnan(row[i])), key=lambda i: (-row[i], i))
+        nans = [i for i in allowed if math.isnan(row[i])][::-1]
+        others = sorted((i for i in allowed if not math.isnan(row[i])), key=lambda i: (-row[i], -i))
         for i in (nans + others)[: max(0, int(counts[b]))]:
             chosen[b, i] = True
     return chosen
@@ -173,7 +174,7 @@ def test_a_sequence_too_long_for_the_selections_keys_is_refused(kernel):
 def test_longer_sequences_than_the_kernels_keys_hold_are_selected_by_the_reference(monkeypatch):
     monkeypatch.setenv("FASTMASK_BACKEND", "triton")
     chosen = functional.select_to_remask(torch.zeros(1, 65537), torch.ones(1, 65537).bool(), torch.tensor([2]))
-    assert chosen.nonzero().tolist() == [[0, 0], [0, 1]]
+    assert chosen.nonzero().tolist() == [[0, 65535], [0, 65536]]
 
 
 @pytest.mark.parametrize("operation", ["score_noise", "select_to_remask", "remask_"])
@@ -190,3 +191,26 @@ def test_the_kernels_are_torch_operations(kernel, operation):
     flat = operator.signature.flat(arguments)
     flat = [x.to(kernel.device) if isinstance(x, torch.Tensor) else x for x in flat]
     torch.library.opcheck(operator.overload, tuple(flat))
+
+
+def test_equally_sure_positions_are_committed_from_the_first_on(door):
+    """Up to the longest sequence of one block, and of several."""
+    for length in (6, 5000):
+        logits = torch.zeros(1, length, 5)
+        logits[..., 2] = 100.0
+        ids, is_masked = torch.full((1, length), 4), torch.ones(1, length, dtype=torch.bool)
+        out = door.demask_step(logits, ids, is_masked, length - 2, mask_id=4, temperature=0.0, seed=0)
+        assert out.is_masked[0].tolist() == [False, False] + [True] * (length - 2)
+
+
+@pytest.mark.parametrize("row_starts", [[-3, 2], [0, 99], [5, 1], [2, 99], [-9, -1]], ids=str)
+def test_starts_outside_of_the_list_write_nothing_around_it(backend, row_starts):
+    """Four places amid other memory, of which the kernel may leave some as they were, and write no others."""
+    room = torch.full((12,), 7, device=backend.device)
+    ids, is_masked = room.new_zeros(1, 6), torch.ones(1, 6, dtype=torch.bool, device=backend.device)
+    values = torch.zeros(1, 6)
+    backend.run(functional.remask_, ids, is_masked, room[4:8], torch.tensor(row_starts), values, 4, mask_id=9)
+    assert is_masked.tolist() == [[False, False, True, True, True, True]]
+    assert (room[:4] == 7).all()
+    assert (room[8:] == 7).all()
+    assert set(room[4:8].tolist()) <= {-1, 2, 3, 4, 5, 7}

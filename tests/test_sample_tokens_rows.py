@@ -239,6 +239,65 @@ def test_a_kept_id_beyond_the_vocabulary_gives_nan(kernel):
     assert out.log_probs[0].isnan().tolist() == [True, False]
 
 
+@pytest.mark.ptx
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.3}, {}, {"top_p": 0.999999}], ids=str)
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(5, torch.float32), (301, torch.bfloat16), (4104, torch.bfloat16)])
+def test_a_sure_ids_log_prob_keeps_its_relative_accuracy(door, vocabulary, dtype, options):
+    """Wherever the id lies, at the ends too; sampled or kept, of logits or of what gives them."""
+    gaps = [8.0, 17.0, 25.0, 40.0]
+    places = [0, vocabulary // 2, vocabulary - 2, 1]
+    logits = torch.zeros(1, 4, vocabulary)
+    logits[0, range(4), places] = torch.tensor(gaps) + round(math.log(vocabulary))
+    logits = (logits + draw(vocabulary, seed=vocabulary, scale=0.5).clamp(-1, 1)).to(dtype)
+    options = {"mask_id": vocabulary - 1, "with_margin": True, "with_entropy": True, "seed": 1, **options}
+    z = logits.double()[0]
+    kept = torch.ones_like(z).bool()
+    kept[:, -1] = False
+    if "top_p" in options:  # which the largest alone has, from a gap of 17 on
+        laws = torch.stack([torch.from_numpy(probabilities(row, top_p=options["top_p"], mask_id=vocabulary - 1))
+                            for row in logits[0].float()])  # fmt: skip
+        kept = laws > 0
+    z = z.masked_fill(~kept, -math.inf)
+    others = z.sub(z.amax(-1, keepdim=True)).scatter(-1, torch.tensor(places)[:, None], -math.inf).exp()
+    expected = -others.sum(-1).log1p()
+    law = z.softmax(-1)
+    entropies = -expected - (law * z.sub(z.amax(-1, keepdim=True)).clamp(min=-1e30)).sum(-1)
+    heads = [logits]
+    if vocabulary == 5:
+        heads.append(LinearLogits(logits, torch.eye(5)))
+    for given in heads:
+        for kept_ids in (None, torch.tensor([places])):
+            out = door.sample_tokens(given, kept_ids=kept_ids, **options)
+            assert out.ids[0].tolist() == places
+            torch.testing.assert_close(out.log_probs[0].double(), expected, rtol=4e-6, atol=0.0)
+            torch.testing.assert_close(out.entropies[0].double(), entropies, rtol=4e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("vocabulary", [3, 33, 65, 507, 33001])
+def test_equal_rows_have_equal_figures(door, vocabulary, threads):
+    """Bit for bit, in any batch, at any place of it, compact or not."""
+    row = draw(vocabulary, seed=vocabulary)
+    options = {"temperature": 0.0, "with_margin": True, "with_entropy": True}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        figures = set()
+        for length in (1, 2, 7, 17, 147, 1537):
+            if length > door.rows(max(3, 500_000 // vocabulary), few=7):
+                continue
+            logits = row.expand(1, length, -1).contiguous()
+            out = door.sample_tokens(logits, **options)
+            listed = torch.arange(length // 2, length)
+            parts = door.sample_tokens(logits, row_indices=listed, **options)
+            compact = door.sample_tokens(logits[0][listed], row_indices=listed, seq_len=length, **options)
+            for some in (out, parts, compact):
+                figures |= set(zip(*(x.flatten().tolist() for x in some[1:]), strict=True))
+    finally:
+        torch.set_num_threads(before)
+    assert len(figures) == 1, figures
+
+
 # ---- margins and entropies ----
 
 
@@ -361,3 +420,47 @@ def test_nothing_of_an_empty_canvas_is_a_row(door, place):
     for logits in (torch.zeros(0, 3, 5), LinearLogits(torch.zeros(0, 3, 2), torch.ones(5, 2))):
         out = door.sample_tokens(logits, row_indices=rows, seed=1)
         assert (out.ids.tolist(), out.log_probs.tolist()) == ([-1, -1], [0.0, 0.0])
+
+
+STRAYS = [[0, -1, 2], [-1, 1, -1], [3, 1, 0], [0, 2**40, 1], [-2, -(2**60), 2]]
+
+
+@pytest.mark.parametrize("rows", STRAYS, ids=str)
+@pytest.mark.parametrize("kind", ["all", "compact", "head", "compact head"])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+def test_listed_rows_that_are_no_position_are_no_rows(backend, rows, kind, filters):
+    """Neither read nor written through, wherever they stand in the list; the others are what they are alone."""
+    generator = torch.Generator().manual_seed(0)
+    device, row_indices = backend.device, torch.tensor(rows)
+    embeddings, weight = torch.randn(1, 3, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    given = embeddings if "head" in kind else embeddings @ weight.mT
+    is_row = (row_indices >= 0) & (row_indices < 3)
+    compact = {"seq_len": 3} if "compact" in kind else {}
+    if compact:
+        given = given[0][row_indices.clamp(0, 2)]
+
+    def sample(given, row_indices, **options):
+        logits = functional.LinearLogits(given, weight) if "head" in kind else given
+        return backend.run(
+            functional.sample_tokens, logits, row_indices=row_indices, seed=1, **compact, **filters, **options
+        )
+
+    room = torch.full((9,), 7, device=device)
+    figures = torch.full((9,), 7.0, device=device)
+    sample(given, row_indices, out=functional.Sampled(room[3:6].view(1, 3), figures[3:6].view(1, 3)))
+    for memory in (room, figures):
+        assert (memory[:3] == 7).all()
+        assert (memory[6:] == 7).all()
+    places = row_indices[is_row]
+    alone = sample(given[is_row] if compact else given, places)
+    assert torch.equal(room[3:6].cpu()[places], alone.ids)
+    torch.testing.assert_close(figures[3:6].cpu()[places], alone.log_probs)  # a product rounds by its rows
+    others = torch.ones(3, dtype=torch.bool).index_fill(0, places, False)
+    assert (room[3:6].cpu()[others] == 7).all()
+
+
+def test_kept_ids_that_are_none_give_nan(door):
+    logits = draw(1, 3, 5)
+    out = door.sample_tokens(logits, kept_ids=torch.tensor([[5, 2**40, 1]]), seed=0)
+    assert out.log_probs[0, :2].isnan().all()
+    torch.testing.assert_close(out.log_probs[0, 2], logits[0, 2].log_softmax(dim=-1)[1])

@@ -66,7 +66,7 @@ def linear_masked_cross_entropy(
         targets, is_masked, weights, reduction, denominator, ignore_index, check, backend, and the options: as in
             :func:`masked_cross_entropy`.
 
-    Returns, Raises, Randomness, Source: as :func:`masked_cross_entropy`; gradients reach embeddings
+    Returns, Raises, Compiled, Randomness, Source: as :func:`masked_cross_entropy`; gradients reach embeddings
     (0 where unmasked), weight and bias, in their own dtypes, accumulated in float32.
 
     Example:
@@ -87,8 +87,9 @@ def linear_masked_cross_entropy(
         _check.tensor("row_indices", row_indices, [torch.int64], ndim=1)
     if num_masked is not None:
         num_masked = _check.integer("num_masked", num_masked, 0)
-    _check.same_device(embeddings=embeddings, weight=weight, bias=bias, **rows._asdict(), row_indices=row_indices)
-    _check.plain(embeddings=embeddings, weight=weight, bias=bias, **rows._asdict(), row_indices=row_indices)
+    tensors = {"embeddings": embeddings, "weight": weight, "bias": bias, **rows._asdict(), "row_indices": row_indices}
+    _check.same_device(**tensors)
+    _check.plain(**tensors, denominator=reducing.denominator)
     is_target = None if ignore_index is None else not_ignored(targets, ignore_index)
     if row_indices is None:
         if is_target is not None:

@@ -85,6 +85,9 @@ def masked_cross_entropy(
         double backward, on a second backward with inplace_grad, and inside of torch.func's transforms or with
         forward-mode tangents: derivatives are reverse-mode only.
 
+    Compiled: the kernels are one operator in a graph. PyTorch's code (backend "reference") computes as many rows as
+    are masked, which no graph holds: torch.compile splits the graph there, and refuses with fullgraph=True.
+
     Randomness: none.
 
     Source: label smoothing, Szegedy et al. (https://arxiv.org/abs/1512.00567, section 7); z-loss, PaLM
@@ -108,7 +111,7 @@ def masked_cross_entropy(
     options = LossOptions(label_smoothing, z_loss, softcap, exclude_id, with_correct)
     check_loss_options(options, num_tokens)
     _check.same_device(logits=logits, **rows._asdict())
-    _check.plain(logits=logits, **rows._asdict())
+    _check.plain(logits=logits, **rows._asdict(), denominator=reducing.denominator)
     if ignore_index is not None:
         is_target = not_ignored(targets, ignore_index)
         rows = rows._replace(is_masked=is_target if is_masked is None else is_masked & is_target)

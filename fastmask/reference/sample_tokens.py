@@ -9,7 +9,6 @@ summation up to rounding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +49,8 @@ def sample_tokens(
         out: ids and log_probs [B, N] to write in place, at the rows' positions.
 
     A row with NaN, +inf or no finite logit gives the lowest allowed id and NaN; no row gives id -1 and zeros.
+    Equal rows of logits give equal figures, bit for bit, wherever they lie in whatever batch. Behind a head that is
+    left to the matrix product (BLAS), which may round by a row's place and the batch's size.
     """
     if isinstance(logits, LinearLogits):
         chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // len(logits.weight))
@@ -86,14 +87,16 @@ def _joined(parts: Sequence[Iterable[Tensor | None]]) -> Iterator[Any]:
 
 
 class _Figures(NamedTuple):
-    """What is known of rows of logits before a race: sums of unheated and heated exp(z - max z), all float32.
+    """What is known of rows of logits before a race.
 
-    is_valid: [M, 1] bool, whether the largest logit is finite. totals: [M, 1]. sub_tiles: [M, S], heated, None where
-    nothing races. margins, entropies: [M, 1], None where not asked for.
+    is_valid: [M, 1] bool, whether the largest logit is finite. largest_ids: [M, 1] int64, its id, of those that tie
+    the lowest. log_totals: [M, 1] float32, log sum exp(z - max z). sub_tiles: [M, S] float32, the heated law's share
+    of each, None where nothing races. margins, entropies: [M, 1] float32, None where not asked for.
     """
 
     is_valid: Tensor
-    totals: Tensor
+    largest_ids: Tensor
+    log_totals: Tensor
     sub_tiles: Tensor | None
     margins: Tensor | None
     entropies: Tensor | None
@@ -104,10 +107,8 @@ def _sample_chunk_(
 ) -> Sampled:
     """Of logits z [M, V] float32, which are filtered in place."""
     blocks = [_figures(part, _filter_(part, sampling), sampling) for part in z.split(_block_rows(z))]
-    is_valid, totals, sub_tiles, margins, entropies = _joined(blocks)
-    if sub_tiles is None:
-        ids = z.argmax(dim=-1, keepdim=True)
-    else:
+    is_valid, ids, log_totals, sub_tiles, margins, entropies = _joined(blocks)
+    if sub_tiles is not None:
         ids = _race(z, sub_tiles, sampling.temperature, rows, draws)
     ids = ids.where(is_valid, _lowest_allowed(sampling, z.shape[-1]))
     if kept_ids is not None:
@@ -115,7 +116,7 @@ def _sample_chunk_(
 
     is_row = rows.row_indices[:, None] >= 0
     is_id = ids < z.shape[-1]
-    log_probs = (z.gather(-1, ids.where(is_id, 0)) - totals.log()).where(is_id, torch.nan)
+    log_probs = (z.gather(-1, ids.where(is_id, 0)) - log_totals).where(is_id, torch.nan)
     figures: list[Any] = [log_probs, margins, entropies]
     figures = [None if x is None else x.where(is_valid, torch.nan).where(is_row, 0.0).squeeze(-1) for x in figures]
     return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)
@@ -149,20 +150,37 @@ def _filter_(z: Tensor, sampling: Sampling) -> Tensor:
 
 def _figures(z: Tensor, is_valid: Tensor, sampling: Sampling) -> _Figures:
     """Of z [M, V] as :func:`_filter_` leaves it."""
-    unheated = _weights(z, 1.0)
-    totals = unheated.sum(dim=-1, keepdim=True)
-    margins = _margins(z) / totals if sampling.with_margin else None
-    entropies = None
-    if sampling.with_entropy:
-        energy = (unheated * z.clamp(min=-1e30)).sum(dim=-1, keepdim=True)  # 0 times infinity is NaN
-        entropies = (totals.log() - energy / totals).clamp(min=0.0)
+    missing = -z.shape[-1] % streams.SUB_TILE
+    z = F.pad(z, (0, missing), value=-torch.inf) if missing else z
+    law = z.softmax(dim=-1)
     sub_tiles = None
     if not sampling.is_greedy:
-        heated = unheated if sampling.temperature == 1.0 else _weights(z, sampling.temperature)
-        missing = -z.shape[-1] % streams.SUB_TILE
-        heated = F.pad(heated, (0, missing)) if missing else heated
-        sub_tiles = heated.unflatten(-1, (-1, streams.SUB_TILE)).sum(dim=-1)
-    return _Figures(is_valid, totals, sub_tiles, margins, entropies)
+        sub_tiles = _sub_tiles(law if sampling.temperature == 1.0 else _heated(z, sampling.temperature))
+    energy = _sum(law * z.clamp(min=-1e30)) if sampling.with_entropy else None  # 0 times infinity is NaN
+    # Summed without the largest's own 1, which would round them away.
+    largest_ids = z.argmax(dim=-1, keepdim=True)
+    p_largest = law.gather(-1, largest_ids)
+    others = _sum(law.scatter_(-1, largest_ids, 0.0)) / p_largest
+    log_totals = others.log1p()
+    return _Figures(
+        is_valid,
+        largest_ids,
+        log_totals,
+        sub_tiles,
+        # 1 - exp(second largest): 1 where nothing else stays.
+        -torch.expm1(z.topk(2, dim=-1).values[:, 1:]) / (1.0 + others) if sampling.with_margin else None,
+        None if energy is None else (log_totals - energy).clamp(min=0.0),
+    )
+
+
+def _sub_tiles(x: Tensor) -> Tensor:
+    """The sums of x [M, 64 S] over sub-tiles, [M, S]."""
+    return x.unflatten(-1, (-1, streams.SUB_TILE)).sum(dim=-1)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum of each row of x [M, 64 S], [M, 1]: by sub-tiles, since a CPU splits a row that is alone."""
+    return _sub_tiles(x).sum(dim=-1, keepdim=True)
 
 
 def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
@@ -175,22 +193,15 @@ def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
     return excluded.argmin()
 
 
-def _margins(z: Tensor) -> Tensor:
-    """1 - exp(second largest) of each row of z [M, V] whose largest is 0, [M, 1]; 1 where nothing else stays."""
-    return torch.ones_like(z) if z.shape[-1] == 1 else -torch.expm1(z.topk(2, dim=-1).values[:, 1:])
-
-
-def _weights(z: Tensor, temperature: float) -> Tensor:
-    """exp(z / temperature), [M, V], of z <= 0."""
-    # Base 2: on a CPU several times as fast as exp, and not slowed by underflow.
+def _heated(z: Tensor, temperature: float) -> Tensor:
+    """softmax(z / temperature), [M, V], of z <= 0. Of what a CPU has, softmax alone rounds by nothing but the row."""
     # The factor stays finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf.
     limits = torch.finfo(torch.float32)
-    factor = max(limits.tiny, min(math.log2(math.e) / temperature, limits.max))
-    return (z * factor).exp2_()
+    return (z * max(limits.tiny, min(1.0 / temperature, limits.max))).softmax(dim=-1)
 
 
 def _race(z: Tensor, sub_tiles: Tensor, temperature: float, rows: SampledRows, draws: Draws) -> Tensor:
-    """Ids [M, 1] of z [M, V], likely in proportion to their heated weights, of which sub_tiles [M, S] are sums."""
+    """Ids [M, 1] of z [M, V], by their heated law, of which sub_tiles [M, S] are sums."""
     per_tile = min(streams.TILE // streams.SUB_TILE, sub_tiles.shape[-1])
     sub_tiles = F.pad(sub_tiles, (0, -sub_tiles.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))
     row = torch.arange(len(z), device=z.device)
@@ -200,8 +211,8 @@ def _race(z: Tensor, sub_tiles: Tensor, temperature: float, rows: SampledRows, d
     first = sub_tile * streams.SUB_TILE
     ids = first[:, None] + torch.arange(streams.SUB_TILE, device=z.device)
     is_id = ids < z.shape[-1]
-    weights = _weights(z.gather(-1, ids.where(is_id, 0)), temperature).where(is_id, 0.0)
-    return (first + _winner(weights, streams.ELEMENT_RACE, rows, draws, first))[:, None]
+    z = z.gather(-1, ids.where(is_id, 0)).where(is_id, -torch.inf)
+    return (first + _winner(_heated(z, temperature), streams.ELEMENT_RACE, rows, draws, first))[:, None]
 
 
 def _winner(weights: Tensor, stream: int, rows: SampledRows, draws: Draws, first: Tensor) -> Tensor:

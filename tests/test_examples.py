@@ -1,0 +1,74 @@
+"""Each file in examples/ runs, cut short, and prints what it says it does."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """A file of prose."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "CHANGELOG.md"]
+    prose = " ".join(re.sub(r"[^a-z.,' ]+", " ", page.read_text(encoding="utf-8").lower()) for page in pages)
+    path.write_text(re.sub(" +", " ", prose), encoding="utf-8")
+    return str(path)
+
+
+def run(name: str, capsys, *arguments: str) -> str:
+    """What an example prints."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(list(arguments))
+    return capsys.readouterr().out
+
+
+def number(pattern: str, printed: str) -> float:
+    """The last number that the pattern's group finds."""
+    return float(re.findall(pattern, printed)[-1])
+
+
+def test_text(text, capsys):
+    printed = run("text", capsys, text, "--steps", "100", "--length", "32", "--prompt", "the ")
+    assert number(r"held out: ([\d.]+) bits", printed) < 4.3  # independent characters: 4.4 bits at least
+    lines = printed.splitlines()[-4:]
+    assert all(line.startswith("'the ") and len(line) == 34 for line in lines), lines
+    assert len(set(lines)) == 4
+
+
+def test_class_conditional_images(capsys):
+    printed = run("class_conditional_images", capsys, "--steps", "100", "--guidance", "1.5")
+    assert number(r"([\d.]+) nats a pixel", printed) < 1.3  # uniform: ln 5 = 1.61
+    picture = printed.splitlines()[-8:]
+    assert all(re.fullmatch(r"([ .:*#]{8}  ){7}[ .:*#]{8}", line) for line in picture), picture
+
+
+def test_own_network(capsys):
+    printed = run("own_network", capsys)
+    assert "linear head: True" in printed
+    assert number(r"(\d+) of 64 sequences", printed) > 48
+    assert number(r"from (\d+) letters", printed) > 8
+
+
+@pytest.mark.parametrize("masks", [[], ["--whole-words"]], ids=["tokens", "words"])
+def test_bert_hugging_face(text, capsys, masks):
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    printed = run("bert_hugging_face", capsys, text, "--steps", "101", *masks)
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)[::2])
+    assert last < first - 0.5
+
+
+def test_all_are_run():
+    """And each says on top how it is run."""
+    tested = {name.removeprefix("test_") for name in globals()}
+    for name in EXAMPLES:
+        assert name in tested
+        assert f"python examples/{name}.py" in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
