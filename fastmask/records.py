@@ -204,8 +204,13 @@ class SampledRows(NamedTuple):
         return self._replace(row_indices=self.row_indices[part], is_compact=True)
 
     def of(self, values: Tensor, part: slice) -> Tensor:
-        """What belongs to some of the rows; some other's where there is no row."""
-        return values[part] if self.is_compact else values[self.row_indices[part].clamp(0, len(values) - 1)]
+        """What belongs to some of the rows; some other's where there is no row, and 0 where there is none at all."""
+        if self.is_compact:
+            return values[part]
+        row_indices = self.row_indices[part]
+        if len(values) == 0:
+            return values.new_zeros(len(row_indices), values.shape[1])
+        return values[row_indices.clamp(0, len(values) - 1)]
 
 
 class Sampling(NamedTuple):

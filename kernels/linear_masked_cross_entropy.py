@@ -190,6 +190,10 @@ def _chunked(
             by_bias = part_bias if index == 0 else by_bias.add_(part_bias)
     if falls_short is not None:
         losses.masked_fill_(falls_short, torch.nan)
+        if not sizes:  # no row has brought NaN to the gradients
+            for total in (by_embeddings, by_weight, by_bias):
+                if total is not None:
+                    total.masked_fill_(falls_short, torch.nan)
     return Outputs(
         losses[:num_rows],
         nll[:num_rows],

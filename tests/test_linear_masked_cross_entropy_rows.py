@@ -94,11 +94,12 @@ def test_a_bound_that_is_too_low_gives_nan(linear_cross_entropy, reduction, is_l
     assert out.loss.isnan().all()
 
 
-def test_a_bound_that_is_too_low_spoils_the_gradients_too(linear_cross_entropy):
+@pytest.mark.parametrize("num_masked", [0, 4])
+def test_a_bound_that_is_too_low_spoils_the_gradients_too(linear_cross_entropy, num_masked):
     """So that a loop which never looks at its loss cannot train on a part of the rows."""
     leaves, targets, _ = draw_case(2, 5)
     x, w, b = leaves
-    loss = linear_cross_entropy(x, w, targets, torch.ones(2, 5).bool(), bias=b, num_masked=4).loss
+    loss = linear_cross_entropy(x, w, targets, torch.ones(2, 5).bool(), bias=b, num_masked=num_masked).loss
     assert loss.isnan()
     assert all(grad.isnan().any() for grad in torch.autograd.grad(loss, leaves))
 

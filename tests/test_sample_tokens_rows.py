@@ -414,6 +414,14 @@ def test_a_forbidden_id_may_be_kept_and_has_no_probability(door):
     torch.testing.assert_close(out.log_probs, torch.tensor([[-math.inf, -math.log(3)]]))
 
 
+@pytest.mark.parametrize("place", [-1, 0])
+def test_nothing_of_an_empty_canvas_is_a_row(door, place):
+    rows = torch.tensor([place, -1])
+    for logits in (torch.zeros(0, 3, 5), LinearLogits(torch.zeros(0, 3, 2), torch.ones(5, 2))):
+        out = door.sample_tokens(logits, row_indices=rows, seed=1)
+        assert (out.ids.tolist(), out.log_probs.tolist()) == ([-1, -1], [0.0, 0.0])
+
+
 STRAYS = [[0, -1, 2], [-1, 1, -1], [3, 1, 0], [0, 2**40, 1], [-2, -(2**60), 2]]
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from training import CRITICS, MASK, SCHEDULES, N, Table, build, clean, transformer
+from training import CRITICS, MASK, SCHEDULES, N, Recorder, Table, build, clean, transformer
 
 from fastmask import NonAutoregressiveWrapper, functional
 
@@ -419,3 +419,21 @@ def test_a_batch_with_nothing_maskable_costs_nothing(critic, weighted, device):
     assert all(loss == 0 for loss in losses if loss is not None)
     losses.loss.backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in wrapper.parameters())
+
+
+class Writing(Recorder):
+    """A network that overwrites the ids it is given."""
+
+    def forward(self, ids, **kwargs):
+        out = super().forward(ids.clone(), **kwargs)
+        ids.zero_()
+        return out
+
+
+@pytest.mark.parametrize("kind", [Recorder, Writing])
+def test_a_network_that_writes_into_its_ids_is_shown_the_same(kind, device):
+    model = build(device, net=kind(), self_cond=True, self_cond_train_prob=1.0, use_simple_mdlm_loss_weight=False)
+    ids = torch.full((2, N), MASK, device=device)
+    model(clean(device, 2), is_masked=ids == MASK, masked_ids=ids)
+    assert bool((ids == MASK).all())
+    assert [call["ids"].tolist() for call in model.net.calls] == [ids.tolist()] * 2
