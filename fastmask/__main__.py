@@ -25,6 +25,13 @@ PACKAGES = (
     "scikit-learn",
 )
 
+HEADS = (
+    "NonAutoregressiveWrapper(net, head=an nn.Linear of net)",
+    "net.linear_head() returning fastmask.Head",
+    "an nn.Linear called to_logits beside return_embeddings=, once a run has proved it",
+    "x-transformers' TransformerWrapper with a plain or tied head",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def doctor() -> str:
-    """Versions, devices, and which backend each operation will use and why."""
+    """Versions, devices, which backend each operation will use and why, and which networks skip logits."""
     lines = [f"fastmask {fastmask.__version__} ({os.path.dirname(fastmask.__file__)})"]
     lines.append(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPU cores")
     lines += [f"{package} {_version(package)}" for package in PACKAGES]
@@ -51,6 +58,8 @@ def doctor() -> str:
         lines.append(f"{device}: {description}")
         for operation in _dispatch.OPERATIONS:
             lines.append(f"    {operation:<28} {_backend(operation, device)}")
+    lines += ["networks whose logits are made for masked positions only:", *(f"    {kind}" for kind in HEADS)]
+    lines.append("    others give all logits: see wrapper.has_linear_head, and repr(wrapper) for the reason")
     return "\n".join(lines)
 
 

@@ -46,7 +46,6 @@ def as_drawn(tokens: Tensor, is_masked: Tensor, masked_ids: Tensor | None, mask_
     else:
         _check.tensor("masked_ids", masked_ids, _check.INTEGER)
         _check.shape("masked_ids", masked_ids, tokens.shape, "B, N")
-        masked_ids = masked_ids.clone()  # a network may write into its ids
     _check.same_device(x=tokens, is_masked=is_masked, masked_ids=masked_ids)
     ones = torch.ones(len(tokens), dtype=torch.float32, device=tokens.device)
     counts = is_masked.sum(dim=-1)

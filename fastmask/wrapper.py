@@ -438,7 +438,7 @@ class NonAutoregressiveWrapper(nn.Module):
         if _host_uniform(generator) < self.self_cond_train_prob:
             with torch.no_grad():
                 first = self._formulas.first_condition(self.null_embed)
-                earlier = backbone.embeddings(self.net, ids.clone(), **self._condition(first), **kwargs)
+                earlier = backbone.embeddings(self.net, ids, **self._condition(first), **kwargs)
             # The null embedding stays in the graph: data parallelism expects a gradient of each parameter.
             embeddings = earlier.detach() + 0.0 * self.null_embed
         return self._condition(embeddings)

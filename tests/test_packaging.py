@@ -115,6 +115,7 @@ def test_doctor_names_versions_devices_and_a_reason_for_each_backend():
     for operation in _dispatch.OPERATIONS:
         backend, reason = _dispatch.choose(operation, torch.device("cpu"))
         assert re.search(rf"{operation} +{backend} \({re.escape(reason)}\)", report)
+    assert "net.linear_head() returning fastmask.Head" in report
 
 
 def test_doctor_survives_a_wrong_environment_variable(monkeypatch):
