@@ -47,7 +47,7 @@ NUM_GENERATED = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is built, trained and sampled; docs/sampling.md says what its temperature is for."""
+    """How the network is built and trained. It is sampled by generate's defaults."""
 
     dim: int = 64
     depth: int = 4
@@ -58,8 +58,6 @@ class Recipe:
     weight_decay: float = 0.01
     warm_up: int = 50
     weight_average: float = 0.99
-    generate_steps: int = 18
-    choice_temperature: float = 4.5
 
 
 RECIPE = Recipe()
@@ -491,15 +489,8 @@ def report_bound(model: NonAutoregressiveWrapper, task: Task) -> None:
 
 
 def sample(model: NonAutoregressiveWrapper, count: int) -> tuple[Tensor, Trajectory]:
-    """Sequences [count, N] by the recipe, with their trajectory."""
-    ids, trajectory = model.generate(
-        count,
-        steps=RECIPE.generate_steps,
-        choice_temperature=RECIPE.choice_temperature,
-        progress=True,
-        return_trajectory=True,
-    )
-    return ids, trajectory
+    """Sequences [count, N] by generate's defaults, with their trajectory."""
+    return model.generate(count, progress=True, return_trajectory=True)
 
 
 def report_digits(model: NonAutoregressiveWrapper, task: Task, output: pathlib.Path) -> None:

@@ -51,7 +51,7 @@ def test_the_judge_tells_digits_from_noise():
 
 def test_a_short_run_learns_reports_and_draws(tmp_path, monkeypatch, capsys):
     """60 steps already beat independent pixels; the picture is a PNG."""
-    monkeypatch.setattr(demo, "RECIPE", dataclasses.replace(demo.RECIPE, generate_steps=6, weight_average=0.9))
+    monkeypatch.setattr(demo, "RECIPE", dataclasses.replace(demo.RECIPE, weight_average=0.9))
     monkeypatch.setattr(demo, "NUM_GENERATED", 64)
     assert demo.run(arguments(tmp_path, "--steps", "60")) == 0
     printed = capsys.readouterr().out
