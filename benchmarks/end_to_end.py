@@ -149,13 +149,19 @@ class WrapperProblem:
         return self._train_errors(step) if self.case.task == "train" else self._generate_errors(step)
 
     def _train_errors(self, step: Step) -> dict[str, float]:
-        """Where every position is masked and unweighted, loss and gradients are those of the plain cross-entropy."""
+        """Where every position is masked and unweighted, loss and gradients are those of the plain cross-entropy.
+
+        Of fastmask's over all ids but the mask, the last.
+        """
         options = {"no_replace_prob": 0.0, "random_token_prob": 0.0, "use_simple_mdlm_loss_weight": False}
         model = self.model(step.function, schedule=lambda t: 1.0 - 0.0 * t, **options)
         masked = torch.full_like(self.tokens, self.mask_id)
         results = []
         with autocast(self.device):
-            losses = model(self.tokens).loss, F.cross_entropy(self.net(masked).flatten(0, 1), self.tokens.flatten())
+            logits = self.net(masked).flatten(0, 1)
+            if step.function.wrapper is fastmask.NonAutoregressiveWrapper:
+                logits = logits[:, : self.mask_id]
+            losses = model(self.tokens).loss, F.cross_entropy(logits, self.tokens.flatten())
         for loss in losses:
             loss.backward()
             gradients = [p.grad.flatten().float() for p in self.net.parameters() if p.grad is not None]

@@ -3,11 +3,11 @@
     python examples/own_network.py
 
     linear head: True
-    loss 2.77 nats a token at step 0 (uniform: 2.77)
-    loss ...
-    every sequence counts on: ...
+    loss ... nats a token at step 0 (uniform: 2.77)
+    ...
+    ... of the letters count on, from 16 first ones
 
-The data are sequences that count: 3 4 5 6 ..., modulo 16. Runs in seconds on a CPU.
+The data are sequences that count: 3 4 5 6 ..., modulo 16. Runs in half a minute on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastmask import Head, NonAutoregressiveWrapper
 
-LETTERS, LENGTH = 16, 24
+LETTERS, LENGTH = 16, 12
 
 
 class Network(nn.Module):
@@ -53,9 +53,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
 
-    model = NonAutoregressiveWrapper(Network(LETTERS + 1, LENGTH), mask_id=LETTERS)
+    model = NonAutoregressiveWrapper(
+        Network(LETTERS + 1, LENGTH),
+        mask_id=LETTERS,
+        no_replace_prob=0.0,
+        random_token_prob=0.0,
+        stratified_times=True,
+    )
     print("linear head:", model.has_linear_head)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(options.steps):
         start = torch.randint(LETTERS, (64, 1))
         loss = model((start + torch.arange(LENGTH)) % LETTERS).loss
@@ -66,8 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"loss {loss.item():.2f} nats a token at step {step} (uniform: {math.log(LETTERS):.2f})")
 
     ids = model.generate(batch_size=64, filter_thres=None)
-    counts_on = ((ids[:, 1:] - ids[:, :-1]) % LETTERS == 1).all(dim=1)
-    print(f"{int(counts_on.sum())} of 64 sequences count on, from {len(ids[:, 0].unique())} letters")
+    counts_on = (ids[:, 1:] - ids[:, :-1]) % LETTERS == 1
+    print(f"{counts_on.float().mean().item():.0%} of the letters count on, from {len(ids[:, 0].unique())} first ones")
     print(ids[0].tolist())
 
 

@@ -17,6 +17,7 @@ from fastmask._host_count import HostCount
 from fastmask._modes import evaluating
 from fastmask._progress import Progress
 from fastmask.critic import SelfCritic, critic_logits, critic_loss
+from fastmask.first_look import FirstLook
 from fastmask.heads import Heads
 from fastmask.ops.sample_tokens import as_forbidden
 from fastmask.ops.seeds import as_seed
@@ -169,8 +170,7 @@ class NonAutoregressiveWrapper(nn.Module):
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
         self.mask_mode = mask_mode
         self.stratified_times = stratified_times
-        self.check = check
-        self._has_checked = False
+        self._first_look = FirstLook(check)
         self.compat = compat
 
         self.self_cond = self_cond
@@ -381,7 +381,7 @@ class NonAutoregressiveWrapper(nn.Module):
         else:
             own_masks.refuse_what_draws(maskable, complement, self.use_simple_mdlm_loss_weight)
             masked = own_masks.as_drawn(x, is_masked, masked_ids, self.mask_id)
-        self._check_ids("x", x, maskable if is_masked is None else is_masked)
+        self._look_at("x", x, maskable if is_masked is None else is_masked)
         counted = HostCount(masked.num_masked)
         num_maskable = _num_maskable(x, maskable)
         share = 1.0 if num_tokens is None else num_maskable / _scalar("num_tokens", num_tokens)
@@ -550,7 +550,7 @@ class NonAutoregressiveWrapper(nn.Module):
         def mask(tokens: Tensor, maskable: Tensor | None, draws: Draws, global_batch_size: int) -> MaskedTokens:
             self._check_tokens("tokens", tokens)
             masked = self._mask(tokens, maskable, draws, global_batch_size, stratified=True)
-            self._check_ids("tokens", tokens, maskable)
+            self._look_at("tokens", tokens, maskable)
             return masked
 
         def cost(tokens: Tensor, masked: MaskedTokens, arguments: dict[str, Any]) -> CrossEntropy:
@@ -739,27 +739,13 @@ class NonAutoregressiveWrapper(nn.Module):
                 f"{list(tokens.shape)}; cut longer sequences (fastmask.data)"
             )
 
-    def _check_ids(self, name: str, tokens: Tensor, maskable: Tensor | None) -> None:
-        """Looks at the values, as often as ``check`` says."""
-        if self.check == "never" or (self._has_checked and self.check == "first") or _cannot_look(tokens):
-            return
-        _check.clean_tokens(name, tokens, self.num_tokens, None)
-        if not self.compat:
-            remedy = "give maskable=, False where the mask is among the ids"
-            _check.clean_tokens(name, tokens, self.num_tokens, self.mask_id, maskable, remedy)
-        self._has_checked = True
+    def _look_at(self, name: str, tokens: Tensor, maskable: Tensor | None) -> None:
+        self._first_look(name, tokens, self.num_tokens, None if self.compat else self.mask_id, maskable)
 
 
 def _num_maskable(tokens: Tensor, maskable: Tensor | None) -> Tensor | float:
     """sum_b n_b, at least 1."""
     return max(1, tokens.numel()) if maskable is None else maskable.sum().clamp(min=1).float()
-
-
-def _cannot_look(x: Tensor) -> bool:
-    """Whether the values of a tensor cannot be read here."""
-    if torch.compiler.is_compiling() or x.is_meta:
-        return True
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _scalar(name: str, count: Tensor | float) -> Tensor | float:

@@ -45,7 +45,7 @@ def test_text(text, capsys):
 
 
 def test_class_conditional_images(capsys):
-    printed = run("class_conditional_images", capsys, "--steps", "100", "--guidance", "1.5")
+    printed = run("class_conditional_images", capsys, "--steps", "200", "--guidance", "1.5")
     assert number(r"([\d.]+) nats a pixel", printed) < 1.3  # uniform: ln 5 = 1.61
     picture = printed.splitlines()[-8:]
     assert all(re.fullmatch(r"([ .:*#]{8}  ){7}[ .:*#]{8}", line) for line in picture), picture
@@ -54,8 +54,8 @@ def test_class_conditional_images(capsys):
 def test_own_network(capsys):
     printed = run("own_network", capsys)
     assert "linear head: True" in printed
-    assert number(r"(\d+) of 64 sequences", printed) > 48
-    assert number(r"from (\d+) letters", printed) > 8
+    assert number(r"(\d+)% of the letters", printed) > 25  # by chance: 6
+    assert number(r"from (\d+) first ones", printed) > 8
 
 
 @pytest.mark.parametrize("masks", [[], ["--whole-words"]], ids=["tokens", "words"])

@@ -91,7 +91,7 @@ def test_nelbo_refuses_them(name, ours):
 def test_all_that_x_transformers_knows_passes(method):
     """Wherever it is swallowed, in a network that has no such layer too."""
     net = TransformerWrapper(num_tokens=V, max_seq_len=N, attn_layers=Encoder(dim=8, depth=1, heads=1))
-    assert {"mask", "context", "context_mask", "attn_mask", "mems", "sum_embeds", "pos"} <= LAYER_NAMES
+    assert {"mask", "context", "context_mask", "attn_mask", "mems", "sum_embeds", "pos"} <= set(LAYER_NAMES)
     for network in (net, torch.compile(net), Known(torch.zeros(V)), lambda ids, **kwargs: ids):
         _names.refuse(dict.fromkeys(LAYER_NAMES), network, method)
 

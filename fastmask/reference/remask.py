@@ -42,10 +42,10 @@ def select_to_remask(remask_keys: Tensor, eligible: Tensor, counts: Tensor, min_
     """
     if min_remask_key is not None:
         eligible = eligible & ~(remask_keys < min_remask_key)
-    last_first = remask_keys.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-    order = remask_keys.shape[-1] - 1 - last_first
+    order = remask_keys.sort(dim=-1, stable=True).indices  # from its end on, where NaN is
     in_order = eligible.gather(-1, order)
-    chosen = in_order & (in_order.cumsum(dim=-1) <= counts[:, None])
+    behind = in_order.sum(dim=-1, keepdim=True) - in_order.cumsum(dim=-1)
+    chosen = in_order & (behind < counts[:, None])
     return torch.zeros_like(eligible).scatter_(-1, order, chosen)
 
 
