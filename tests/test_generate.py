@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -306,7 +307,7 @@ def test_the_trajectory_is_what_each_step_left(options, remask, device):
     clone = torch.Tensor.clone
 
     def recorded_clone(x, **more):
-        if x.shape == given.shape:
+        if x.shape == given.shape and sys._getframe(1).f_code.co_name == "recorded":  # not the network's own copy
             snapshots.append(x.tolist())
         return clone(x, **more)
 
