@@ -36,6 +36,7 @@ def number(pattern: str, printed: str) -> float:
     return float(re.findall(pattern, printed)[-1])
 
 
+@pytest.mark.slow
 def test_text(text, capsys):
     printed = run("text", capsys, text, "--steps", "100", "--length", "32", "--prompt", "the ")
     assert number(r"held out: ([\d.]+) bits", printed) < 4.3  # independent characters: 4.4 bits at least
@@ -44,6 +45,7 @@ def test_text(text, capsys):
     assert len(set(lines)) == 4
 
 
+@pytest.mark.slow
 def test_class_conditional_images(capsys):
     printed = run("class_conditional_images", capsys, "--steps", "200", "--guidance", "1.5")
     assert number(r"([\d.]+) nats a pixel", printed) < 1.3  # uniform: ln 5 = 1.61

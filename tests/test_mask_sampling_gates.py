@@ -159,6 +159,7 @@ def test_a_complement_of_everything_and_of_nothing(backend):
     assert out.counts.tolist() == out.loss_weights.tolist() == [0, 0]
 
 
+@pytest.mark.slow_interpreted
 def test_a_complements_gate_splits_it_as_a_mask_is_split(backend):
     """Its own counts decide: of 100 positions whose mask has 20, 15 % of 80 are kept."""
     counts = torch.tensor([20, 100, 99])
@@ -178,6 +179,7 @@ def test_complements_are_uniform_too(reference):
     assert_law(torch.bincount(code, minlength=16), [i.bit_count() == 3 for i in range(16)])
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("rows", [129, 300])
 def test_complements_list_rows_after_many(kernel, reference, rows):
     """More rows than are counted at once."""

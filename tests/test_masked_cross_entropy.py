@@ -346,6 +346,7 @@ def test_a_certain_row_keeps_its_relative_accuracy(cross_entropy, dtype, margin)
     torch.testing.assert_close(grad[0].double() / scale, expected, rtol=relative, atol=0.0)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_certain_rows_with_random_others(cross_entropy, dtype):
     """Margins from 15 to 80 over random others, with every option: as accurate as the float64 closed form."""

@@ -193,14 +193,19 @@ def test_the_kernels_are_torch_operations(kernel, operation):
     torch.library.opcheck(operator.overload, tuple(flat))
 
 
+@pytest.mark.parametrize("length", [6, 5000])
+def test_of_equal_keys_the_last_are_masked_again(door, length):
+    """So that the first are committed first, in one block of positions and in several."""
+    chosen = door.select_to_remask(torch.ones(1, length), torch.ones(1, length, dtype=torch.bool), length - 2)
+    assert chosen[0].tolist() == [False, False] + [True] * (length - 2)
+
+
 def test_equally_sure_positions_are_committed_from_the_first_on(door):
-    """Up to the longest sequence of one block, and of several."""
-    for length in (6, 5000):
-        logits = torch.zeros(1, length, 5)
-        logits[..., 2] = 100.0
-        ids, is_masked = torch.full((1, length), 4), torch.ones(1, length, dtype=torch.bool)
-        out = door.demask_step(logits, ids, is_masked, length - 2, mask_id=4, temperature=0.0, seed=0)
-        assert out.is_masked[0].tolist() == [False, False] + [True] * (length - 2)
+    logits = torch.zeros(1, 6, 5)
+    logits[..., 2] = 100.0
+    ids, is_masked = torch.full((1, 6), 4), torch.ones(1, 6, dtype=torch.bool)
+    out = door.demask_step(logits, ids, is_masked, 4, mask_id=4, temperature=0.0, seed=0)
+    assert out.is_masked[0].tolist() == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize("row_starts", [[-3, 2], [0, 99], [5, 1], [2, 99], [-9, -1]], ids=str)

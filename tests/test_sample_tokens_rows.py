@@ -80,6 +80,7 @@ LAWLESS = {
 }
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("filter_thres", [None, 0.5])
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("mask_id", "lowest"), [(None, 0), (3, 0), (0, 1), (4, 0), (-1, 0)])
