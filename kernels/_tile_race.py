@@ -126,6 +126,17 @@ def logits_at(row, offs_v, first, last, VECTOR: tl.constexpr, LOADED: tl.constex
 
 
 @triton.jit
+def others(row, first, SIZE: tl.constexpr, largest, threshold, VECTOR: tl.constexpr):
+    """The sum of exp(z - largest) over the logits below ``largest`` among SIZE columns from ``first`` on."""
+    LANES: tl.constexpr = min(SIZE, 256)
+    sums = tl.zeros((LANES,), tl.float32)
+    for start in range(first, min(first + SIZE, row.V), LANES):
+        z = logits_at(row, start + tl.arange(0, LANES), start, start + LANES, VECTOR, [VECTOR])
+        sums += tl.where(z < largest, weights(z, largest, LOG2E, threshold), 0.0)
+    return tl.sum(sums)
+
+
+@triton.jit
 def winner(weight, lane, num_lanes, counter, stream: tl.constexpr, first):
     """argmax_i weight_i / E_i over the first num_lanes; ties to the lower lane, and 0 where there is but one.
 

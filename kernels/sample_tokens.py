@@ -9,7 +9,8 @@ program a row lets the tiles race, then the winner's sub-tiles, then its ids. So
 as many rows do, and the sample does not depend on how the work was spread.
 
 Bytes for each row: its V logits, 12 or 20 for each tile written and read; and the winning tile again, or 256 more for
-each tile and a sub-tile again. A vocabulary filter reads the row before (``kernels/vocabulary_filter.py``).
+each tile and a sub-tile again; where one id has p > .94, its tile once more. A vocabulary filter reads the row before
+(``kernels/vocabulary_filter.py``).
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ _SECOND = tl.constexpr(3)
 _ENERGY = tl.constexpr(4)
 _SHORT_RECORD = 3  # without the last two
 _LONG_RECORD = 5
+
+# Where all others weigh less than this beside the largest's 1, that would round them away: log p, their sum, is
+# formed without it. Above, the sum's own rounding is below 5e-6 of log p.
+_SURE = tl.constexpr(1 / 16)
 
 
 @triton.jit(do_not_specialize=["offset_x", "num_places", "V", "mask_id"])
@@ -223,6 +228,10 @@ def _choose_kernel(
     z_chosen = tl.load(x_ptr + start + id, mask=id < V, other=float("nan")).to(tl.float32)
     z_chosen = logit_rows.without_excluded(z_chosen, id, id < V, 0, V, excluded)
     log_total = _math.log(total)
+    if not KEEPS_ONE and total < 1.0 + _SURE:
+        others = tl.sum(tl.where(tile == best, 0.0, sums * scale))
+        others += race.others(logits, best * _TILE, SUB_TILES * _SUB_TILE, top, threshold, VECTOR)
+        log_total = _math.log1p(others)
     log_prob = (z_chosen - top) - log_total
     if KEEPS_ONE:
         log_prob = tl.where(id == largest_id, 0.0, z_chosen - float("inf"))

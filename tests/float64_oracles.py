@@ -70,8 +70,8 @@ def row_loss(
         th = np.tanh(logits / softcap)
         z = softcap * th
         slope = 1.0 / np.cosh(np.clip(logits / softcap, -300, 300)) ** 2
+        slope_error = STEPS * rounding + slope * np.expm1(np.minimum(2 * error / softcap, 50.0))  # sech^2 ~ exp(-2 x)
         error = error * slope + STEPS * rounding * np.abs(z)
-        slope_error = np.full(num_columns, STEPS * rounding)
     allowed = np.ones(num_columns, dtype=bool)
     if exclude_id is not None:
         allowed[exclude_id] = False

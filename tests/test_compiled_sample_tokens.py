@@ -60,9 +60,10 @@ def test_instructions_a_logit(figures, name):
 
 @pytest.mark.slow
 def test_a_choice_costs_little_beside_its_row(figures):
-    """119,000 instructions of lanes a row, of which 33,000 are mostly jumped over; 210,000 with every option; 40,000
-    where the sums of sub-tiles are known. The tiles of 50257 bf16 logits take 0.7 million, those of 8192 0.1."""
-    assert figures["choice plain"]["sm_90"]["instructions"] * 64 <= 125_000
-    assert figures["choice"]["sm_90"]["instructions"] * 64 <= 220_000
-    assert figures["choice sub-tiles"]["sm_90"]["instructions"] * 32 <= 43_000
+    """129,000 instructions of lanes a row, of which 33,000 are mostly jumped over; 227,000 with every option; 48,000
+    where the sums of sub-tiles are known. Of those 10,000, 17,000 and 8,000 are of sure rows alone, whose 16 rounds
+    over a tile others jump over. The tiles of 50257 bf16 logits take 0.7 million, those of 8192 0.1."""
+    assert figures["choice plain"]["sm_90"]["instructions"] * 64 <= 135_000
+    assert figures["choice"]["sm_90"]["instructions"] * 64 <= 237_000
+    assert figures["choice sub-tiles"]["sm_90"]["instructions"] * 32 <= 51_000
     assert figures["choice"]["sm_90"]["load_bits"] == 128
