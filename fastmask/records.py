@@ -216,25 +216,33 @@ class SampledRows(NamedTuple):
 class Sampling(NamedTuple):
     """How ids are sampled; see ``fastmask.functional.sample_tokens``.
 
-    top_k: in [1, V), None to keep all. mask_id: in [0, V). forbidden: [V] bool.
+    top_k: in [1, V), None to keep all. mask_id: in [0, V). forbidden: [V] bool. processed: whether figures and filters
+    are of the law that is sampled, at its temperature.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
+    min_p: float | None = None
     top_p: float | None = None
     mask_id: int | None = None
     forbidden: Tensor | None = None
     with_margin: bool = False
     with_entropy: bool = False
+    processed: bool = False
 
     @property
     def is_greedy(self) -> bool:
         """Whether the largest logit is taken, and no random number drawn."""
         return self.temperature == 0.0 or self.top_k == 1
 
+    @property
+    def temperature_of_figures(self) -> float:
+        """Of the softmax of which figures and filters are; 1 at temperature 0, where it would be all in one id."""
+        return self.temperature if self.processed and self.temperature > 0.0 else 1.0
+
 
 class Sampled(NamedTuple):
-    """One id for each row, int64, and figures of the filtered, unheated softmax, float32, None where not asked for.
+    """One id for each row, int64, and figures of the filtered softmax, float32, None where not asked for.
 
     log_probs: nats, of ``ids``. margins: how much more likely the likeliest id is than the next. entropies: nats.
     """

@@ -1,5 +1,8 @@
 """Elementary functions inside a kernel, to relative accuracy where the hardware's are not, and in the interpreter."""
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -17,6 +20,15 @@ _INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
 def exp2(x):
     """2**x, 0 below the normal numbers: tl.exp2 spends three instructions on those at every element."""
     return tl.exp2(x) if _INTERPRETS else libdevice.exp2(x)
+
+
+def over_temperature(temperature: float) -> float:
+    """log2(e) / T: what a difference of logits is multiplied by before exp2.
+
+    It stays finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf.
+    """
+    limits = torch.finfo(torch.float32)
+    return max(limits.tiny, min(math.log2(math.e) / temperature, limits.max))
 
 
 @triton.jit

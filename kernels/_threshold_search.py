@@ -5,6 +5,7 @@ The mathematics is in ``docs/nucleus.md``. A bound is held as the order of a flo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -13,6 +14,7 @@ import triton.language as tl
 from fastmask.kernels import _float_order as float_order
 from fastmask.kernels import _math
 
+_LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-2139095040)  # the order of -FLT_MAX
 BEYOND = tl.constexpr(0x7F800001)  # above the order of infinity
 
@@ -45,29 +47,54 @@ class Bracket(NamedTuple):
     above_high: tl.tensor
 
 
+class Law(NamedTuple):
+    """What logits count for in the nucleus: their probability relative to that of a logit top.
+
+    factor: log2(e) / T, of probabilities at a temperature; None for 1.
+    """
+
+    top: tl.tensor
+    factor: tl.tensor | None
+
+
 class SampleError(NamedTuple):
     """What the error of a sample's weights depends on, see ``error``.
 
     anchor: the weight above one bound, which is known. variance: of one logit's being sampled or not, 1; less where
-    what lies above is a large part of the row. top: see ``weights``.
+    what lies above is a large part of the row. law: None where logits only count.
     """
 
     anchor: tl.tensor
     variance: tl.tensor
-    top: tl.tensor | None
+    law: Law | None
 
 
 @triton.jit
-def weights(z, top):
-    """What logits count for in the nucleus: their probability relative to that of a logit top, or for all of them so
-    many times as much, see ``exp_from``. None, where logits only count, for no top."""
-    return None if top is None else _math.exp_from(z, top)
+def weights(z, law):
+    """What logits count for, or for all of them so many times as much, see ``exp_from``; None where they only count."""
+    if law is None:
+        return None
+    elif law.factor is None:
+        return _math.exp_from(z, law.top)
+    else:
+        return _math.exp2((z - law.top) * law.factor)
 
 
 @triton.jit
-def weighed(z, top, base=None, edges=None):
+def distance(gap, law):
+    """How far two logits are apart whose logarithms of weights are."""
+    if law is None:
+        return gap
+    elif law.factor is None:
+        return gap
+    else:
+        return gap * (_LOG2E / law.factor)
+
+
+@triton.jit
+def weighed(z, law, base=None, edges=None):
     """Logits and their weights."""
-    return Logits(z, weights(z, top), edges, None if edges is None else weights(edges, top), base)
+    return Logits(z, weights(z, law), edges, None if edges is None else weights(edges, law), base)
 
 
 @triton.jit
@@ -173,7 +200,7 @@ def error(above_bound, bound, sample_error):
 
     What lies between the two varies as a sum of independent logits, each sampled or not.
     """
-    granule = 1.0 if sample_error.top is None else weights(bound, sample_error.top)
+    granule = 1.0 if sample_error.law is None else weights(bound, sample_error.law)
     spread = tl.abs(above_bound - sample_error.anchor) * sample_error.variance * granule
     return tl.sqrt(spread) * SIGMAS + granule * GRANULES
 
@@ -204,6 +231,7 @@ def probable(sample, sample_error, middle, target, least, most, SPACING: tl.cons
     above_low += error(above_low, z_low, sample_error)
     start = Bracket(lower.low, above_low, highest, above_highest)
     slack = 0.5 * error(target, z_low, sample_error)
-    upper = search(sample, start, target, slack, SPACING, sample_error, 1.0, z_low + 2.0)
+    ceiling = z_low + distance(2.0, sample_error.law)
+    upper = search(sample, start, target, slack, SPACING, sample_error, 1.0, ceiling)
     is_most = above_highest + error(above_highest, z_low, sample_error) >= target
     return tl.where(lower.above_low < target, least, lower.low), tl.where(is_most, most, upper.high)

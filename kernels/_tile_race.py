@@ -17,10 +17,12 @@ from fastmask.kernels import _math, philox
 
 _SUB_TILE = tl.constexpr(streams.SUB_TILE)
 LOG2E = tl.constexpr(math.log2(math.e))
+_LN2 = tl.constexpr(math.log(2.0))
 
 
 class TileSums(NamedTuple):
-    """Sums over logits z of one tile, relative to its shift: w = exp(z - shift), exp((z - shift) / T), w (z - shift).
+    """Sums over logits z of one tile, relative to its shift: w = exp(z - shift), exp((z - shift) / T), w (z - shift);
+    or, where the figures are processed, w = exp((z - shift) / T).
 
     energy: None where no entropy is asked for.
     """
@@ -55,6 +57,18 @@ def finite(x):
 
 
 @triton.jit
+def of_figures(figure_factor):
+    """log2(e) / T of the figures."""
+    return LOG2E if figure_factor is None else figure_factor
+
+
+@triton.jit
+def nats(gap, figure_factor):
+    """A difference of logits, divided by the figures' temperature."""
+    return gap if figure_factor is None else gap * (figure_factor * _LN2)
+
+
+@triton.jit
 def weights(z, shift, factor, threshold):
     """2^((z - shift) factor) of logits, 0 below the threshold, if any; what a NaN weighs stays NaN."""
     weight = _math.exp2((z - shift) * factor)
@@ -77,12 +91,12 @@ def load_body(x_ptr, first, length, SIZE: tl.constexpr):
 
 
 @triton.jit
-def tile_sums(z, shift, factor, threshold, WITH_ENTROPY: tl.constexpr, sub_tiles_ptr=None):
+def tile_sums(z, shift, figure_factor, factor, threshold, WITH_ENTROPY: tl.constexpr, sub_tiles_ptr=None):
     """Sums over a block of logits; the heated ones of its sub-tiles too, where there is a place to store them.
 
-    factor: log2(e) / T, None at temperature 1.
+    figure_factor: log2(e) / T of the figures, None for 1. factor: of the samples, None where that is the same.
     """
-    unheated = weights(z, shift, LOG2E, threshold)
+    unheated = weights(z, shift, of_figures(figure_factor), threshold)
     heated = unheated if factor is None else weights(z, shift, factor, threshold)
     if sub_tiles_ptr is None:
         heated_total = tl.sum(heated)
@@ -126,13 +140,13 @@ def logits_at(row, offs_v, first, last, VECTOR: tl.constexpr, LOADED: tl.constex
 
 
 @triton.jit
-def others(row, first, SIZE: tl.constexpr, largest, threshold, VECTOR: tl.constexpr):
-    """The sum of exp(z - largest) over the logits below ``largest`` among SIZE columns from ``first`` on."""
+def others(row, first, SIZE: tl.constexpr, largest, figure_factor, threshold, VECTOR: tl.constexpr):
+    """The sum of exp((z - largest) / T) over the logits below ``largest`` among SIZE columns from ``first`` on."""
     LANES: tl.constexpr = min(SIZE, 256)
     sums = tl.zeros((LANES,), tl.float32)
     for start in range(first, min(first + SIZE, row.V), LANES):
         z = logits_at(row, start + tl.arange(0, LANES), start, start + LANES, VECTOR, [VECTOR])
-        sums += tl.where(z < largest, weights(z, largest, LOG2E, threshold), 0.0)
+        sums += tl.where(z < largest, weights(z, largest, of_figures(figure_factor), threshold), 0.0)
     return tl.sum(sums)
 
 

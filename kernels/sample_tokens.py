@@ -33,7 +33,7 @@ _TILE_RACE = tl.constexpr(streams.TILE_RACE)
 _SUB_TILE_RACE = tl.constexpr(streams.SUB_TILE_RACE)
 _ELEMENT_RACE = tl.constexpr(streams.ELEMENT_RACE)
 
-# What a tile is reduced to: its maximum and, relative to that, its sums of exponentials at temperature 1 and T; its
+# What a tile is reduced to: its maximum and, relative to that, its sums of exponentials for the figures and at T; its
 # second largest logit, and the sum of z exp(z) for the entropy.
 _MAX = tl.constexpr(0)
 _SUM = tl.constexpr(1)
@@ -61,7 +61,8 @@ def _tiles_kernel(
     sub_tiles_ptr,  # None: their sums are not stored; else rows begin and end at 16 bytes
     V,
     mask_id,
-    factor,  # log2(e) / T; None: no sums at another temperature than 1 are wanted
+    figure_factor,  # log2(e) / T of the figures; None for 1
+    factor,  # likewise of the samples; None: no sums at another temperature are wanted
     IS_COMPACT: tl.constexpr,
     WITH_MARGIN: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
@@ -100,9 +101,9 @@ def _tiles_kernel(
     shift = race.finite(largest)
     tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     sub_tiles = sub_tiles_ptr + tile * (BLOCK // _SUB_TILE) if sub_tiles_ptr is not None else None
-    total, heated, energy = race.tile_sums(z, shift, factor, threshold, WITH_ENTROPY, sub_tiles)
+    total, heated, energy = race.tile_sums(z, shift, figure_factor, factor, threshold, WITH_ENTROPY, sub_tiles)
     if has_edges:
-        edge_sums = race.tile_sums(edges, shift, factor, threshold, WITH_ENTROPY)
+        edge_sums = race.tile_sums(edges, shift, figure_factor, factor, threshold, WITH_ENTROPY)
         total += edge_sums.total
         heated += edge_sums.heated
         if WITH_ENTROPY:
@@ -143,6 +144,7 @@ def _choose_kernel(
     seq_len,
     sample_offset,
     step,
+    figure_factor,
     factor,  # log2(e) / T; None: the largest logit is taken, nothing races
     IS_COMPACT: tl.constexpr,
     IN_PLACE: tl.constexpr,  # whether results are stored at the row's own position, or as the rows are listed
@@ -179,7 +181,7 @@ def _choose_kernel(
     top = tl.max(maxima)
     # Triton 3.9's interpreter raises at an argmax of NaN alone.
     best = tl.argmax(tl.where(maxima == maxima, maxima, -float("inf")), 0).to(tl.int32)
-    scale = _math.exp2((maxima - race.finite(top)) * race.LOG2E)
+    scale = _math.exp2((maxima - race.finite(top)) * race.of_figures(figure_factor))
     total = tl.sum(sums * scale)
     is_lawful = (tl.abs(top) < float("inf")) & (total > 0.0)  # NaN reaches the sum
 
@@ -230,9 +232,9 @@ def _choose_kernel(
     log_total = _math.log(total)
     if not KEEPS_ONE and total < 1.0 + _SURE:
         others = tl.sum(tl.where(tile == best, 0.0, sums * scale))
-        others += race.others(logits, best * _TILE, SUB_TILES * _SUB_TILE, top, threshold, VECTOR)
+        others += race.others(logits, best * _TILE, SUB_TILES * _SUB_TILE, top, figure_factor, threshold, VECTOR)
         log_total = _math.log1p(others)
-    log_prob = (z_chosen - top) - log_total
+    log_prob = race.nats(z_chosen - top, figure_factor) - log_total
     if KEEPS_ONE:
         log_prob = tl.where(id == largest_id, 0.0, z_chosen - float("inf"))
     if threshold is not None:  # a kept id may lie below it
@@ -248,7 +250,7 @@ def _choose_kernel(
             if threshold is not None:
                 second = tl.where(second < threshold, -float("inf"), second)
             # 1 - exp(-gap), to relative accuracy where the two are close.
-            half = _math.tanh(0.5 * (top - second))
+            half = _math.tanh(race.nats(0.5 * (top - second), figure_factor))
             margin = tl.where(second == -float("inf"), 1.0, 2.0 * half / (1.0 + half)) / total
         tl.store(margins_ptr + out, tl.where(is_lawful, margin, float("nan")))
     if entropies_ptr is not None:
@@ -257,7 +259,7 @@ def _choose_kernel(
         else:
             energies = tl.load(records_ptr + tile * RECORD + _ENERGY, mask=in_row, other=0.0)
             energy = tl.sum(scale * (energies + sums * tl.maximum(maxima - race.finite(top), -1e30)))
-            entropy = tl.maximum(log_total - energy / total, 0.0)
+            entropy = tl.maximum(log_total - race.nats(energy / total, figure_factor), 0.0)
         tl.store(entropies_ptr + out, tl.where(is_lawful, entropy, float("nan")))
 
 
@@ -365,7 +367,10 @@ def _sample_tokens_(
         None if sampling.forbidden is None else sampling.forbidden.contiguous(),
         rows.num_places,
     )
-    of_rows, factor = listed.arguments(), _factor(sampling)
+    of_rows = listed.arguments()
+    factor = None if sampling.is_greedy else _math.over_temperature(sampling.temperature)
+    figures = sampling.temperature_of_figures
+    figure_factor = None if figures == 1.0 else _math.over_temperature(figures)
     num_tiles = triton.cdiv(num_ids, _TILE.value)
     lanes = max(_SUB_TILE.value, min(_TILE.value, triton.next_power_of_2(num_ids)))
     sub_tiles = lanes // _SUB_TILE.value
@@ -378,10 +383,12 @@ def _sample_tokens_(
         return logits.new_empty((num_rows, *shape), dtype=torch.float32)
 
     record = _LONG_RECORD if with_margin or with_entropy else _SHORT_RECORD
+    filters = (sampling.top_k, sampling.min_p, sampling.top_p, figures)
     of_tiles = {
-        "thresholds_ptr": None if keeps_one else vocabulary_filter.thresholds(listed, sampling.top_k, sampling.top_p),
+        "thresholds_ptr": None if keeps_one else vocabulary_filter.thresholds(listed, *filters),
         "records_ptr": room(num_tiles, record),
         "sub_tiles_ptr": room(num_tiles, sub_tiles) if leaves_sums else None,
+        "figure_factor": figure_factor,
         "RECORD": record,
     }
     _launch.launch(
@@ -390,7 +397,7 @@ def _sample_tokens_(
         logits,
         **of_rows,
         **of_tiles,
-        factor=None if sampling.temperature == 1.0 else factor,
+        factor=None if sampling.temperature == figures else factor,
         WITH_MARGIN=with_margin,
         WITH_ENTROPY=with_entropy,
         BLOCK=lanes,
@@ -422,15 +429,6 @@ def _sample_tokens_(
         SUB_TILES=sub_tiles,
         num_warps=1 if leaves_sums else _CHOICE_WARPS,
     )
-
-
-def _factor(sampling: Sampling) -> float | None:
-    """log2(e) / T; None where nothing races."""
-    if sampling.is_greedy:
-        return None
-    # It stays finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf.
-    limits = torch.finfo(torch.float32)
-    return max(limits.tiny, min(race.LOG2E.value / sampling.temperature, limits.max))
 
 
 def _holds_whole_vectors(rows: logit_rows.LogitRows) -> bool:

@@ -1,12 +1,13 @@
-"""Which logits of a row stay: the k largest, or the nucleus; as a threshold for each row, found without a sort.
+"""Which logits of a row stay: the k largest, those likely enough beside the likeliest, or the nucleus; as a threshold
+for each row, found without a sort.
 
 A threshold is the largest bound above which lies enough: k logits (ties stay), or a share p of the probability (the
-nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p). A sample of the row
-brackets it. One pass over the row counts what lies above the bracket, and lists what lies inside; among these few
+nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p); or it lies as far below
+the largest as min_p says (Nguyen et al., https://arxiv.org/abs/2407.01082). A sample of the row brackets it. One pass over the row counts what lies above the bracket, and lists what lies inside; among these few
 candidates the threshold is searched in registers. For p a pass before measures the row. A row of at most 2048 logits
 is searched in registers at once. The mathematics is in ``docs/nucleus.md``.
 
-Bytes for each row: its V logits, as a rule once for k and twice for p; a sample, and the candidates, which stay in
+Bytes for each row: its V logits, as a rule once for k, once for min_p and twice for p; a sample, and the candidates, which stay in
 L2. Of a short row its logits once for each.
 """
 
@@ -71,12 +72,12 @@ class Row(NamedTuple):
 class Search(NamedTuple):
     """Which threshold of a row is searched, and where: the largest above which the weight reaches the target.
 
-    top: the logit relative to which logits have weights; None where they only count. least, most: the orders between
-    which it certainly lies; it is least where no other reaches the target. low, high: between which it probably lies.
+    law: what logits count for; None where they only count. least, most: the orders between which it certainly lies; it
+    is least where no other reaches the target. low, high: between which it probably lies.
     """
 
     target: tl.tensor
-    top: tl.tensor | None
+    law: threshold_search.Law | None
     least: tl.tensor
     most: tl.tensor
     low: tl.tensor
@@ -145,7 +146,7 @@ def _sorted_out(z, z_low, z_high):
 
 
 @triton.jit
-def _pass(row, edges, low, high, top, candidates_ptr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _pass(row, edges, low, high, law, candidates_ptr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     """One pass over a row, in which each lane lists its candidates, the logits in [low, high).
 
     Returns the number of each lane's candidates, and the weight of what is not below high.
@@ -157,7 +158,7 @@ def _pass(row, edges, low, high, top, candidates_ptr, VECTOR: tl.constexpr, BLOC
     tl.debug_barrier()  # every thread has read the candidates of the pass before
     is_candidate, is_high = _sorted_out(edges, z_low, z_high)
     tl.store(candidates_ptr + lane * _CAPACITY, edges, mask=is_candidate)
-    above_high = threshold_search.counted(is_high, threshold_search.weights(edges, top)).to(tl.float32)
+    above_high = threshold_search.counted(is_high, threshold_search.weights(edges, law)).to(tl.float32)
     size = tl.where(is_candidate, 4, 0)  # of the lane's candidates, in bytes
     fetched = _fetched(row, 0, VECTOR, BLOCK)
     for offset in range(0, row.body_length, BLOCK):
@@ -169,7 +170,7 @@ def _pass(row, edges, low, high, top, candidates_ptr, VECTOR: tl.constexpr, BLOC
             place = list_address | (size & (4 * _CAPACITY - 4)).to(tl.int64)  # an addition of 64 bits takes two
             tl.store(place.to(tl.pointer_type(tl.float32)), columns[i], mask=is_inside)
             size += tl.where(is_inside, 4, 0)
-            above_high += threshold_search.counted(is_above, threshold_search.weights(columns[i], top)).to(tl.float32)
+            above_high += threshold_search.counted(is_above, threshold_search.weights(columns[i], law)).to(tl.float32)
     tl.debug_barrier()  # every thread sees all candidates
     return size // 4, tl.sum(above_high)
 
@@ -185,20 +186,20 @@ def _listed(candidates_ptr, number):
 @triton.jit
 def _select(row, edges, search, candidates_ptr, SPACING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     """The order of the threshold that is searched, by passes over the row until a bracket holds it."""
-    target, top, least, most, low, high = search
+    target, law, least, most, low, high = search
     low = tl.maximum(low, least)
     high = tl.where(high > low, tl.minimum(tl.maximum(high, low + SPACING), most), most)  # it was misled
     is_found = tl.full((), 0, tl.int1)
     turn = tl.full((), 0, tl.int32)
     while (float_order.distance(least, most) > SPACING) & (is_found == 0):
-        number, above_high = _pass(row, edges, low, high, top, candidates_ptr, VECTOR, BLOCK)
-        listed = threshold_search.weighed(_listed(candidates_ptr, number), top, above_high)
+        number, above_high = _pass(row, edges, low, high, law, candidates_ptr, VECTOR, BLOCK)
+        listed = threshold_search.weighed(_listed(candidates_ptr, number), law, above_high)
         bracket = threshold_search.ends(listed)
         # Full lists are a sample of the candidates, which weigh at least above_low then, and probably in proportion.
         is_full = tl.max(number) > _CAPACITY
         num_listed = tl.maximum(tl.sum(tl.minimum(number, _CAPACITY)), 1).to(tl.float32)
         share_listed = tl.where(is_full, num_listed / tl.sum(number), 1.0)
-        if top is None:
+        if law is None:
             above_low = above_high + tl.sum(number)
             is_known = tl.full((), 1, tl.int1)
         else:
@@ -250,7 +251,7 @@ def _search_of_count(z, V, num_kept, SPACING: tl.constexpr, SAMPLE: tl.constexpr
 
 
 @triton.jit
-def _measure(row, edges, floor, middle, top, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _measure(row, edges, floor, middle, law, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     """What a row weighs, of what is not below the floor (an order, or None).
 
     Returns the largest logit, the weight of all, and the weight of what is not below the middle, an order.
@@ -258,7 +259,7 @@ def _measure(row, edges, floor, middle, top, VECTOR: tl.constexpr, BLOCK: tl.con
     z_middle = float_order.value(middle)
     z_floor = None if floor is None else float_order.value(floor)
     largest = edges
-    weight = threshold_search.weights(edges, top)
+    weight = threshold_search.weights(edges, law)
     if floor is not None:
         weight = tl.where(edges >= z_floor, weight, 0.0)
     total, above = weight, tl.where(edges >= z_middle, weight, 0.0)
@@ -267,7 +268,7 @@ def _measure(row, edges, floor, middle, top, VECTOR: tl.constexpr, BLOCK: tl.con
         z = _block(fetched, row, offset, VECTOR)
         fetched = _fetched(row, offset + BLOCK, VECTOR, BLOCK)  # while this one is summed
         largest = tl.maximum(largest, tl.max(z, 1))
-        weights = threshold_search.weights(z, top)
+        weights = threshold_search.weights(z, law)
         if floor is not None:
             weights = tl.where(z >= z_floor, weights, 0.0)
         total += tl.sum(weights, 1)
@@ -276,7 +277,7 @@ def _measure(row, edges, floor, middle, top, VECTOR: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _search_of_mass(row, edges, z, V, top_p, floor, SPACING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+def _search_of_mass(row, edges, z, V, top_p, factor, floor, SPACING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
                     SAMPLE: tl.constexpr):  # fmt: skip
     """The search for a row's nucleus, of what is not below the floor, by a sample z and a measure of the row."""
     least = tl.full((), threshold_search.LOWEST, tl.int32) if floor is None else floor
@@ -284,7 +285,7 @@ def _search_of_mass(row, edges, z, V, top_p, floor, SPACING: tl.constexpr, VECTO
         z = tl.where(z >= float_order.value(floor), z, -float("inf"))
     num_ids = V.to(tl.float32)
     top = threshold_search.finite(tl.max(z))
-    sample = threshold_search.weighed(z, top)
+    sample = threshold_search.weighed(z, threshold_search.Law(top, factor))
     all_of_it = threshold_search.ends(sample)
     total = all_of_it.above_low
     target = top_p * total
@@ -297,32 +298,35 @@ def _search_of_mass(row, edges, z, V, top_p, floor, SPACING: tl.constexpr, VECTO
     largest, anchor, base = top, all_of_it.above_high, all_of_it.above_high  # for their types
     turn = tl.full((), 0, tl.int32)
     while turn < 3:
-        largest, total, above = _measure(row, edges, floor, middle, top, VECTOR, BLOCK)
+        law = threshold_search.Law(top, factor)
+        largest, total, above = _measure(row, edges, floor, middle, law, VECTOR, BLOCK)
         largest = threshold_search.finite(largest)
         anchor = above * sampled
-        again = threshold_search.weighed(z, top)  # kept, it would take registers of the measure
+        again = threshold_search.weighed(z, law)  # kept, it would take registers of the measure
         base = anchor - threshold_search.above(again, float_order.value(middle))
         target = total * top_p * sampled
         turn += 1
-        if tl.abs(largest - top) > _INEXACT:
+        if tl.abs(largest - top) > threshold_search.distance(_INEXACT, law):
             top = largest
-            middle = float_order.order(top + _math.log(even_share))
-        elif (anchor < target) & (threshold_search.weights(float_order.value(middle), top) > 0.01 * target):
+            middle = float_order.order(top + threshold_search.distance(_math.log(even_share), law))
+        elif (anchor < target) & (threshold_search.weights(float_order.value(middle), law) > 0.01 * target):
             # Few logits have most of the weight, and the sample has too many of them: not so of those below.
-            below = threshold_search.weighed(z, top, base)
+            below = threshold_search.weighed(z, law, base)
             below_middle = threshold_search.Bracket(all_of_it.low, threshold_search.total(below), middle, anchor)
             middle = threshold_search.search(below, below_middle, target, 0.02 * target, SPACING).low
         else:
             turn += 3  # this was the last
-    even = top + _math.log(total / threshold_search.weights(top, top) * even_share)
+    law = threshold_search.Law(top, factor)
+    even = _math.log(total / threshold_search.weights(top, law) * even_share)
+    even = top + threshold_search.distance(even, law)
     even = tl.minimum(float_order.order(even), float_order.order(largest))
     least = tl.where(total > 0.0, tl.maximum(even, least), least)
     most = tl.maximum(float_order.order(largest), least) + 1
-    sample_error = threshold_search.SampleError(anchor, tl.full((), 1.0, tl.float32), top)
-    sample = threshold_search.weighed(z, top, base)
+    sample_error = threshold_search.SampleError(anchor, tl.full((), 1.0, tl.float32), law)
+    sample = threshold_search.weighed(z, law, base)
     low, high = threshold_search.probable(sample, sample_error, middle, target, least, most, SPACING)
     low, high = tl.where(is_empty, least, low), tl.where(is_empty, most, high)
-    return Search(tl.maximum(total * top_p, 1e-30), top, least, most, low, high)
+    return Search(tl.maximum(total * top_p, 1e-30), law, least, most, low, high)
 
 
 @triton.jit(do_not_specialize=["offset_x", "num_places", "V", "num_kept", "mask_id"])
@@ -334,9 +338,11 @@ def _short_thresholds_kernel(
     num_places,
     forbidden_ptr,
     thresholds_ptr,
+    floors_ptr,
     V,
     num_kept,
     top_p,
+    factor,
     mask_id,
     IS_COMPACT: tl.constexpr,
     SPACING: tl.constexpr,
@@ -358,13 +364,13 @@ def _short_thresholds_kernel(
         logits = threshold_search.weighed(z, None, None, edges)
         target = num_kept.to(tl.float32)
     else:
-        if num_kept is not None:
-            floor = tl.load(thresholds_ptr + row_index)
+        if floors_ptr is not None:
+            floor = tl.load(floors_ptr + row_index)
             least = float_order.order(floor)
             z = tl.where(z >= floor, z, -float("inf"))
             edges = tl.where(edges >= floor, edges, -float("inf"))
         top = threshold_search.finite(tl.maximum(tl.max(z), tl.max(edges)))
-        logits = threshold_search.weighed(z, top, None, edges)
+        logits = threshold_search.weighed(z, threshold_search.Law(top, factor), None, edges)
         target = tl.maximum(threshold_search.total(logits) * top_p, 1e-30)
     found = threshold_search.search(logits, threshold_search.ends(logits), target, 0.0, SPACING)
     threshold = tl.where(found.above_low < target, least, found.low)
@@ -379,12 +385,14 @@ def _thresholds_kernel(
     row_indices_ptr,
     num_places,
     forbidden_ptr,
-    thresholds_ptr,  # where both filters are given, the first one's already
+    thresholds_ptr,
+    floors_ptr,  # what the nucleus is not below, or None
     candidates_ptr,
     num_rows,
     V,
-    num_kept,  # the num_kept largest stay, or None
-    top_p,  # and of what stays the nucleus, or None
+    num_kept,  # the num_kept largest stay; or, where None,
+    top_p,  # the nucleus does,
+    factor,  # at log2(e) / T; None for T = 1
     mask_id,
     IS_COMPACT: tl.constexpr,
     SPACING: tl.constexpr,  # least distance in order of two numbers of the logits' dtype
@@ -408,58 +416,132 @@ def _thresholds_kernel(
                 search = _search_of_count(z, V, num_kept, SPACING, SAMPLE)
             else:
                 floor = None
-                if num_kept is not None:
-                    floor = float_order.order(tl.load(thresholds_ptr + row_index))
-                search = _search_of_mass(row, edges, z, V, top_p, floor, SPACING, VECTOR, BLOCK, SAMPLE)
+                if floors_ptr is not None:
+                    floor = float_order.order(tl.load(floors_ptr + row_index))
+                search = _search_of_mass(row, edges, z, V, top_p, factor, floor, SPACING, VECTOR, BLOCK, SAMPLE)
             threshold = _select(row, edges, search, candidates_ptr, SPACING, VECTOR, BLOCK)
             tl.store(thresholds_ptr + row_index, float_order.value(threshold))
 
 
-def thresholds(rows: LogitRows, top_k: int | None, top_p: float | None) -> Tensor | None:
-    """What the logits of each row must not be below, [M] float32; None where all stay.
+@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "mask_id"])
+def _min_p_thresholds_kernel(
+    x_ptr,
+    offset_x,
+    stride_x,
+    row_indices_ptr,
+    num_places,
+    forbidden_ptr,
+    thresholds_ptr,
+    floors_ptr,
+    V,
+    gap,  # T log(min_p)
+    mask_id,
+    IS_COMPACT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # This program puts one row's threshold so far below its largest logit, or at its floor.
+    row_index = tl.program_id(0)
+    flat = tl.load(row_indices_ptr + row_index)
+    if logit_rows.is_stray(flat, num_places):
+        return
+    x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
+    start = offset_x + (row_index.to(tl.int64) if IS_COMPACT else flat) * stride_x
+    row = _row(x_ptr, start, V, logit_rows.Excluded(mask_id, forbidden_ptr), VECTOR)
+    largest = _edges(x_ptr, start, V, row, VECTOR, BLOCK // VECTOR)
+    fetched = _fetched(row, 0, VECTOR, BLOCK)
+    for offset in range(0, row.body_length, BLOCK):
+        z = _block(fetched, row, offset, VECTOR)
+        fetched = _fetched(row, offset + BLOCK, VECTOR, BLOCK)
+        largest = tl.maximum(largest, tl.max(z, 1))
+    threshold = tl.max(largest) + gap
+    if floors_ptr is not None:
+        threshold = tl.maximum(threshold, tl.load(floors_ptr + row_index))
+    tl.store(thresholds_ptr + row_index, threshold)
 
-    Args:
-        top_k: keeps the k largest, and what ties with the last of them; None for all.
-        top_p: of those, keeps the nucleus; None for all.
-    """
-    num_kept = None if top_k is None or top_k >= rows.num_ids else top_k
-    if num_kept is None and top_p is None:
-        return None
+
+def thresholds(
+    rows: LogitRows, top_k: int | None, min_p: float | None, top_p: float | None, temperature: float = 1.0
+) -> Tensor | None:
+    """What the logits of each row must not be below, [M] float32; None where all stay. See the reference."""
     out = rows.logits.new_empty(rows.num_rows, dtype=torch.float32)
+    floors = None
     launch = _launch_short if rows.num_ids <= _SHORT else _launch_long
-    if num_kept is not None:
-        launch(rows, out, num_kept, None)
+    if top_k is not None and top_k < rows.num_ids:
+        launch(rows, out, num_kept=top_k)
+        floors = out
+    if min_p is not None:
+        _launch_min_p(rows, out, floors, temperature * math.log(min_p))
+        floors = out
     if top_p is not None:
-        launch(rows, out, num_kept, float(top_p))
-    return out
+        factor = None if temperature == 1.0 else _math.over_temperature(temperature)
+        launch(rows, out, floors=floors, top_p=float(top_p), factor=factor)
+        floors = out
+    return floors
 
 
-def _launch_short(rows: LogitRows, out: Tensor, num_kept: int | None, top_p: float | None) -> None:
-    """The thresholds of the num_kept largest; or, if top_p is given, of the nucleus of what is above those in out."""
+def _launch_min_p(rows: LogitRows, out: Tensor, floors: Tensor | None, gap: float) -> None:
+    num_warps = _num_warps(rows)
+    _launch.launch(
+        _min_p_thresholds_kernel,
+        (rows.num_rows,),
+        out,
+        **rows.arguments(),
+        thresholds_ptr=out,
+        floors_ptr=floors,
+        gap=gap,
+        BLOCK=_WARP_BLOCK * num_warps,
+        num_warps=num_warps,
+    )
+
+
+def _num_warps(rows: LogitRows) -> int:
+    return next(warps for longest, warps in _WARPS if rows.num_ids <= longest)
+
+
+def _launch_short(
+    rows: LogitRows,
+    out: Tensor,
+    *,
+    num_kept: int | None = None,
+    floors: Tensor | None = None,
+    top_p: float | None = None,
+    factor: float | None = None,
+) -> None:
+    """The thresholds of the num_kept largest; or of the nucleus of what is not below floors."""
     _launch.launch(
         _short_thresholds_kernel,
         (rows.num_rows,),
         out,
         **rows.arguments(),
         thresholds_ptr=out,
+        floors_ptr=floors,
         num_kept=num_kept,
         top_p=top_p,
+        factor=factor,
         SPACING=_SPACING.get(rows.logits.dtype, 1),
         BLOCK=max(_SHORT_BLOCK, triton.next_power_of_2(rows.num_ids)),
         num_warps=1,
     )
 
 
-def _launch_long(rows: LogitRows, out: Tensor, num_kept: int | None, top_p: float | None) -> None:
+def _launch_long(
+    rows: LogitRows,
+    out: Tensor,
+    *,
+    num_kept: int | None = None,
+    floors: Tensor | None = None,
+    top_p: float | None = None,
+    factor: float | None = None,
+) -> None:
     """Likewise."""
-    x, hardware = rows.logits, _launch.hardware(rows.logits.device)
-    num_warps = next(warps for longest, warps in _WARPS if rows.num_ids <= longest)
+    x, hardware, num_warps = rows.logits, _launch.hardware(rows.logits.device), _num_warps(rows)
     options: dict[str, int] = {}
-    if top_p is not None:
+    if num_kept is None:
         sample = _MASS_SAMPLE_OF_WARP * num_warps
         if x.element_size() == 2 and hardware.is_hopper:
             options = {"maxnreg": _HOPPER_REGISTERS}
-    elif num_kept is not None:
+    else:
         most_sample = _MOST_SAMPLE_OF_WARP * num_warps
         if rows.num_rows <= _FEW_ROWS * hardware.num_multiprocessors:
             num_warps = min(4 * num_warps, _MOST_WARPS)
@@ -475,10 +557,12 @@ def _launch_long(rows: LogitRows, out: Tensor, num_kept: int | None, top_p: floa
         out,
         **rows.arguments(),
         thresholds_ptr=out,
+        floors_ptr=floors,
         candidates_ptr=candidates,
         num_rows=rows.num_rows,
         num_kept=num_kept,
         top_p=top_p,
+        factor=factor,
         SPACING=_SPACING.get(x.dtype, 1),
         BLOCK=_WARP_BLOCK * num_warps,
         SAMPLE=sample,

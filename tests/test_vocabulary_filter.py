@@ -320,7 +320,7 @@ def test_a_launch_of_16_bit_logits_asks_for_few_registers_on_hopper(kernel, laun
     """Of a nucleus, not of k."""
     module, asked = kernel.module(OPERATION), launches(capability=(9, 0) if is_hopper else (8, 0))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        module.thresholds(listed_rows(kernel, 2, 8192, dtype=dtype), 820, 0.9)
+        module.thresholds(listed_rows(kernel, 2, 8192, dtype=dtype), 820, None, 0.9)
     registers = [given.get("maxnreg") for given in asked]
     most = module._HOPPER_REGISTERS if is_hopper else None
     assert registers == [None, most, None, most, None, None]
@@ -333,10 +333,10 @@ def test_a_launch_fits_the_multiprocessors(kernel, launches, num_multiprocessors
     monkeypatch.setattr(module, "_FEW_ROWS", 2)
     asked = launches(num_multiprocessors=num_multiprocessors)
     for num_rows in (2 * num_multiprocessors, 2 * num_multiprocessors + 1):
-        module.thresholds(listed_rows(kernel, num_rows, 2049), 820, 0.9)
+        module.thresholds(listed_rows(kernel, num_rows, 2049), 820, None, 0.9)
     assert [given["num_warps"] for given in asked] == [4, 1, 1, 1]
     asked.clear()
-    module.thresholds(listed_rows(kernel, 33 * num_multiprocessors, 2049), None, 0.9)
+    module.thresholds(listed_rows(kernel, 33 * num_multiprocessors, 2049), None, None, 0.9)
     (given,) = asked
     assert len(given["candidates_ptr"]) == 32 * num_multiprocessors
 
@@ -344,8 +344,8 @@ def test_a_launch_fits_the_multiprocessors(kernel, launches, num_multiprocessors
 def test_filters_that_keep_all_launch_nothing(kernel, launches):
     asked, rows = launches(), listed_rows(kernel, 2, 100)
     module = kernel.module(OPERATION)
-    assert module.thresholds(rows, None, None) is None
-    assert module.thresholds(rows, 100, None) is None
+    assert module.thresholds(rows, None, None, None) is None
+    assert module.thresholds(rows, 100, None, None) is None
     assert not asked
-    module.thresholds(rows, 100, 0.5)
+    module.thresholds(rows, 100, None, 0.5)
     assert [(given["num_kept"], given["top_p"]) for given in asked] == [(None, 0.5)]

@@ -25,7 +25,9 @@ def demask_step(
     mask_id: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    min_p: float | None = None,
     top_p: float | None = None,
+    processed: bool = False,
     forbidden: Tensor | Sequence[int] | None = None,
     choice_temperature: float = 0.0,
     threshold: float | None = None,
@@ -47,7 +49,7 @@ def demask_step(
         counts: [B] int32|int64, how many of each sequence stay masked at most, or one number for all; None for as
             many as the threshold leaves.
         mask_id: the id of the mask token, never sampled.
-        temperature, top_k, top_p, forbidden: as in :func:`sample_tokens`.
+        temperature, top_k, min_p, top_p, processed, forbidden: as in :func:`sample_tokens`.
         choice_temperature: as in :func:`confidence_remask_keys`.
         threshold: in [0, 1]: a token whose probability is above it is committed whatever ``counts`` say, and at least
             one of each sequence is. With choice_temperature log p + c G is held to log(threshold).
@@ -123,7 +125,9 @@ def demask_step(
         logits,
         temperature=temperature,
         top_k=top_k,
+        min_p=min_p,
         top_p=top_p,
+        processed=processed,
         mask_id=mask_id,
         forbidden=forbidden,
         row_indices=row_indices,

@@ -20,7 +20,9 @@ def sample_tokens(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    min_p: float | None = None,
     top_p: float | None = None,
+    processed: bool = False,
     mask_id: int | None = None,
     forbidden: Tensor | Sequence[int] | None = None,
     row_indices: Tensor | None = None,
@@ -41,7 +43,8 @@ def sample_tokens(
         \mathrm{id}_i \sim \mathrm{softmax}(z_i / T) \text{ over } A_i, \qquad
         \log p_i = z_{i,\mathrm{id}_i} - \log \sum_{v \in A_i} e^{z_{i,v}}
 
-    A_i are the ids that are neither excluded nor filtered out; no figure but the sample itself is heated.
+    A_i are the ids that are neither excluded nor filtered out. No figure but the sample itself is heated, unless
+    ``processed``: then z is z / T in all of it.
 
     Args:
         logits: [B, N, V] float16|bfloat16|float32|float64 (worked on in float32), one row for each
@@ -50,8 +53,11 @@ def sample_tokens(
         temperature: T >= 0; 0 takes the argmax, ties to the lower id.
         top_k: k >= 1: keeps the k largest logits, and all that tie with the last of them; 1 keeps the argmax alone,
             ties to the lower id. None, or k >= V, keeps all.
-        top_p: in [0, 1]: of those, keeps the nucleus at temperature 1: the fewest likeliest ids that together have
-            at least this share of the probability, at least one, and all that tie with the last. None keeps all.
+        min_p: in [0, 1]: of those, keeps the ids at least so many times as likely as the likeliest. None keeps all.
+        top_p: in [0, 1]: of those, keeps the nucleus: the fewest likeliest ids that together have at least this share
+            of the probability, at least one, and all that tie with the last. None keeps all.
+        processed: whether min_p, top_p and all figures are of softmax(z / T), rather than softmax(z), as in Dream,
+            SDAR, LLaDA2 and DiffusionGemma. At T = 0, where that is all in one id, they are of softmax(z).
         mask_id: never sampled. None, or an id outside [0, V), excludes nothing.
         forbidden: [V] bool, True at more ids that are never sampled; or a sequence of those ids, no tensor (copied
             to the device at each call).
@@ -89,7 +95,7 @@ def sample_tokens(
 
     Source: the exponential race, equal in law to Gumbel-max (Maddison et al.,
     https://arxiv.org/abs/1411.0030), in three levels of 4096, 64 and 1 ids. The nucleus: Holtzman et al.,
-    https://arxiv.org/abs/1904.09751, eq. 2.
+    https://arxiv.org/abs/1904.09751, eq. 2. min_p: Nguyen et al., https://arxiv.org/abs/2407.01082.
 
     Example:
         >>> logits = torch.tensor([[[0.0, 5.0, 1.0]]])
@@ -105,10 +111,11 @@ def sample_tokens(
     name, source, num_ids = checked_logits(logits)
     _check.flag("with_margin", with_margin)
     _check.flag("with_entropy", with_entropy)
+    _check.flag("processed", processed)
     rows, shape = _sampled_rows(name, source, row_indices, seq_len)
     forbidden = as_forbidden(forbidden, num_ids, source.device, mask_id=mask_id)
     sampling = _checked_sampling(
-        Sampling(temperature, top_k, top_p, mask_id, forbidden, with_margin, with_entropy), num_ids
+        Sampling(temperature, top_k, min_p, top_p, mask_id, forbidden, with_margin, with_entropy, processed), num_ids
     )
     kept_ids = _checked_kept_ids(name, source, kept_ids, shape)
     if out is not None:
@@ -171,18 +178,22 @@ def _checked_sampling(sampling: Sampling, num_ids: int) -> Sampling:
     """The options of a sampler over so many ids; what changes nothing is None."""
     if num_ids == 0:
         raise ValueError("expected a vocabulary of at least 1 id, received 0")
-    top_k, top_p, mask_id = sampling.top_k, sampling.top_p, sampling.mask_id
+    top_k, min_p, top_p, mask_id = sampling.top_k, sampling.min_p, sampling.top_p, sampling.mask_id
     _check.number("temperature", sampling.temperature, 0.0)
     if top_k is not None:
         top_k = _check.integer("top_k", top_k, 1)
         top_k = top_k if top_k < num_ids else None
+    if min_p is not None:
+        _check.number("min_p", min_p, 0.0, 1.0)
+        min_p = float(min_p) if min_p > 0.0 else None
     if top_p is not None:
         _check.number("top_p", top_p, 0.0, 1.0)
         top_p = float(top_p) if top_p < 1.0 else None
     if mask_id is not None:
         mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
         mask_id = mask_id if 0 <= mask_id < num_ids else None
-    return sampling._replace(temperature=float(sampling.temperature), top_k=top_k, top_p=top_p, mask_id=mask_id)
+    temperature = float(sampling.temperature)
+    return sampling._replace(temperature=temperature, top_k=top_k, min_p=min_p, top_p=top_p, mask_id=mask_id)
 
 
 def as_forbidden(

@@ -109,7 +109,7 @@ def _sample_chunk_(
     blocks = [_figures(part, _filter_(part, sampling), sampling) for part in z.split(_block_rows(z))]
     is_valid, ids, log_totals, sub_tiles, margins, entropies = _joined(blocks)
     if sub_tiles is not None:
-        ids = _race(z, sub_tiles, sampling.temperature, rows, draws)
+        ids = _race(z, sub_tiles, _rest(sampling), rows, draws)
     ids = ids.where(is_valid, _lowest_allowed(sampling, z.shape[-1]))
     if kept_ids is not None:
         ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
@@ -130,7 +130,8 @@ def _block_rows(z: Tensor) -> int:
 
 
 def _filter_(z: Tensor, sampling: Sampling) -> Tensor:
-    """Leaves in z [M, V] what may be sampled, less the row's largest, else -inf; whether that is finite, [M, 1]."""
+    """Leaves in z [M, V] what may be sampled, less the row's largest and over the figures' temperature, else -inf;
+    whether the largest is finite, [M, 1]."""
     if sampling.mask_id is not None:
         z[:, sampling.mask_id] = -torch.inf
     if sampling.forbidden is not None:
@@ -140,11 +141,14 @@ def _filter_(z: Tensor, sampling: Sampling) -> Tensor:
         first = z.argmax(dim=-1, keepdim=True)
         z.fill_(-torch.inf).scatter_(-1, first, 0.0)
         return largest.isfinite()
-    threshold = thresholds(z, sampling.top_k, sampling.top_p)
+    temperature = sampling.temperature_of_figures
+    threshold = thresholds(z, sampling.top_k, sampling.min_p, sampling.top_p, temperature)
     stays = None if threshold is None else torch.ge(z, threshold, out=torch.empty_like(z))
     z.sub_(largest)
     if stays is not None:  # made 1 or -inf, where z is at most 0: many times as fast on a CPU as masked_fill_
         torch.minimum(z, F.threshold(stays, 0.5, -torch.inf, inplace=True), out=z)
+    if temperature != 1.0:
+        z.mul_(_over(temperature))
     return largest.isfinite()
 
 
@@ -155,7 +159,7 @@ def _figures(z: Tensor, is_valid: Tensor, sampling: Sampling) -> _Figures:
     law = z.softmax(dim=-1)
     sub_tiles = None
     if not sampling.is_greedy:
-        sub_tiles = _sub_tiles(law if sampling.temperature == 1.0 else _heated(z, sampling.temperature))
+        sub_tiles = _sub_tiles(law if _rest(sampling) == 1.0 else _heated(z, _rest(sampling)))
     energy = _sum(law * z.clamp(min=-1e30)) if sampling.with_entropy else None  # 0 times infinity is NaN
     # Summed without the largest's own 1, which would round them away.
     largest_ids = z.argmax(dim=-1, keepdim=True)
@@ -195,9 +199,18 @@ def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
 
 def _heated(z: Tensor, temperature: float) -> Tensor:
     """softmax(z / temperature), [M, V], of z <= 0. Of what a CPU has, softmax alone rounds by nothing but the row."""
-    # The factor stays finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf.
+    return (z * _over(temperature)).softmax(dim=-1)
+
+
+def _over(temperature: float) -> float:
+    """1 / T, but finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf."""
     limits = torch.finfo(torch.float32)
-    return (z * max(limits.tiny, min(1.0 / temperature, limits.max))).softmax(dim=-1)
+    return max(limits.tiny, min(1.0 / temperature, limits.max))
+
+
+def _rest(sampling: Sampling) -> float:
+    """The temperature of the samples where the figures' has been divided by."""
+    return sampling.temperature / sampling.temperature_of_figures
 
 
 def _race(z: Tensor, sub_tiles: Tensor, temperature: float, rows: SampledRows, draws: Draws) -> Tensor:
