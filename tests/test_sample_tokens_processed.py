@@ -35,14 +35,31 @@ def figures_of_law(row: torch.Tensor, id: int, temperature: float, **filters) ->
         return np.log(p[id]), first - second, -(p[p > 0] * np.log(p[p > 0])).sum()
 
 
-@pytest.mark.ptx
+ALL_FILTERS = {"top_k": 40, "min_p": 0.01, "top_p": 0.9, "mask_id": 2}
+
+
 @pytest.mark.parametrize(
     "filters",
-    [{}, {"top_k": 4}, {"min_p": 0.05}, {"top_p": 0.8}, {"top_k": 40, "min_p": 0.01, "top_p": 0.9, "mask_id": 2}],
+    [
+        {},
+        {"top_k": 4},
+        {"min_p": 0.05},
+        pytest.param({"top_p": 0.8}, marks=pytest.mark.ptx),
+        pytest.param(ALL_FILTERS, marks=pytest.mark.ptx),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize(("vocabulary", "dtype"), [(5, torch.float32), (301, torch.bfloat16), (5003, torch.float32)])
-@pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "temperature"),
+    [
+        (5, torch.float32, 0.2),
+        (301, torch.bfloat16, 0.2),
+        (301, torch.bfloat16, 1.0),
+        (301, torch.float32, 3.0),
+        pytest.param(5003, torch.float32, 0.2, marks=pytest.mark.slow_interpreted),
+        pytest.param(5003, torch.bfloat16, 3.0, marks=pytest.mark.slow_interpreted),
+    ],
+)
 def test_figures_are_of_the_law_that_is_sampled(door, vocabulary, dtype, temperature, filters):
     logits = draw(1, 3, vocabulary, seed=vocabulary, scale=2.0, dtype=dtype)
     out = door.sample_tokens(logits, temperature=temperature, processed=True, seed=3, **filters, **FIGURES)
@@ -54,7 +71,7 @@ def test_figures_are_of_the_law_that_is_sampled(door, vocabulary, dtype, tempera
     torch.testing.assert_close(got, torch.tensor(expected).double(), rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("vocabulary", [33, 2500, 70000])
+@pytest.mark.parametrize("vocabulary", [33, 2500, pytest.param(70000, marks=pytest.mark.slow_interpreted)])
 def test_what_is_sampled_stays_the_same_without_a_filter(door, vocabulary):
     """softmax(z / T) is sampled anyway; behind a head too."""
     logits = draw(1, 4, vocabulary, seed=1, scale=3.0)
@@ -80,7 +97,7 @@ def test_at_0_and_1_it_changes_nothing(door, options):
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e6, 1e38])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"min_p": 0.5}], ids=str)
-@pytest.mark.parametrize("vocabulary", [30, 3000])
+@pytest.mark.parametrize("vocabulary", [30, pytest.param(3000, marks=pytest.mark.slow_interpreted)])
 def test_extreme_temperatures_leave_figures_finite(door, vocabulary, temperature, filters):
     logits = draw(1, 2, vocabulary, seed=6, scale=20.0)
     out = door.sample_tokens(logits, temperature=temperature, processed=True, seed=1, **filters, **FIGURES)
@@ -92,8 +109,7 @@ def test_extreme_temperatures_leave_figures_finite(door, vocabulary, temperature
         torch.testing.assert_close(out.entropies, torch.full((1, 2), math.log(vocabulary)), rtol=1e-4, atol=0.0)
 
 
-@pytest.mark.ptx
-@pytest.mark.parametrize("vocabulary", [7, 2048, 2049, 9001])
+@pytest.mark.parametrize("vocabulary", [7, pytest.param(2048, marks=pytest.mark.ptx), 2049, 9001])
 @pytest.mark.parametrize("filters", [{"min_p": 0.2}, {"min_p": 1.0}, {"min_p": 0.02, "top_k": 6}], ids=str)
 def test_min_p_keeps_what_is_so_likely_beside_the_likeliest(door, vocabulary, filters):
     """By asking for the probability of each id in question."""
