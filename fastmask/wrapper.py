@@ -194,15 +194,10 @@ class NonAutoregressiveWrapper(nn.Module):
         if random_excludes is None:
             return None
         device = random_excludes.device if isinstance(random_excludes, Tensor) else backbone.device_of(self.net)
-        excludes = as_forbidden(random_excludes, self.num_tokens, device, name="random_excludes")
-        assert excludes is not None
-        allowed = ~excludes
-        allowed[self.mask_id] = False
-        if self.random_token_prob > 0.0 and not allowed.is_meta and not allowed.any():
-            raise ValueError(
-                "expected random_excludes to leave an id besides mask_id, received all; set random_token_prob=0"
-            )
-        return excludes.clone()
+        table = _check.id_table("random_excludes", random_excludes, self.num_tokens, device)
+        reads = self.random_token_prob > 0.0 and not table.is_meta
+        _check.allowed_ids("random_excludes", table, self.mask_id, "set random_token_prob=0", reads=reads)
+        return table.to(device, copy=True)
 
     def _checked_loss_weight(self, use_simple_mdlm_loss_weight: bool | None, compat: bool) -> bool:
         schedule = self._schedule
@@ -685,7 +680,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 "leave one out"
             )
         device = backbone.device_of(self.net)
-        forbidden = as_forbidden(forbidden, self.num_tokens, device, mask_id=self.mask_id)
+        forbidden = as_forbidden(forbidden, self.num_tokens, device, self.mask_id)
         start = generation.start(batch_size, prompt, prompt_mask, length, self.mask_id, device)
         num_places = None
         if cuda_graph and prompt is not None:

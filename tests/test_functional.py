@@ -140,6 +140,8 @@ FORBIDDEN_CASES = [
     (ValueError, "expected forbidden ids of at least 0 and below 6, received -1", {"forbidden": [-1]}),
     (TypeError, "expected forbidden ids to be an int, received float", {"forbidden": [1.0]}),
     (TypeError, "expected forbidden ids to be an int, received bool", {"forbidden": [True] * V}),
+    (TypeError, "expected forbidden as [V] bool or as a sequence of ids, received int", {"forbidden": 3}),
+    (TypeError, "expected forbidden as [V] bool or as a sequence of ids, received str", {"forbidden": "3"}),
 ]  # fmt: skip
 OUT = functional.Sampled(TOKENS, FIGURES)
 OUT_CASES = [
@@ -258,10 +260,10 @@ EXCLUDES_CASES = [
      torch.zeros(V, dtype=torch.bool, device=META)),
     (TypeError, "or as a sequence of ids, received int", 3),
     (TypeError, "or as a sequence of ids, received str", "3"),
-    (ValueError, "expected random_excludes' ids of at least 0 and below 6, received 6", [0, V]),
-    (TypeError, "expected random_excludes' ids to be an int, received bool", [True]),
-    (ValueError, "expected random_excludes to leave an id to draw random tokens from, received all 6 (but mask_id); "
-     "set random_token_prob=0", range(V - 1)),
+    (ValueError, "expected random_excludes ids of at least 0 and below 6, received 6", [0, V]),
+    (TypeError, "expected random_excludes ids to be an int, received bool", [True]),
+    (ValueError, "expected random_excludes to leave an id besides mask_id, received all; set random_token_prob=0",
+     range(V - 1)),
 ]  # fmt: skip
 
 CASES = [
