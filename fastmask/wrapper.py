@@ -19,6 +19,7 @@ from fastmask._progress import Progress
 from fastmask.critic import SelfCritic, critic_logits, critic_loss
 from fastmask.first_look import FirstLook
 from fastmask.heads import Heads
+from fastmask.ops.mask_sampling import check_gate
 from fastmask.ops.sample_tokens import as_forbidden
 from fastmask.ops.seeds import as_seed
 from fastmask.records import CrossEntropy, Draws, Losses, MaskedTokens, Metrics, Sampling, Trajectory
@@ -122,21 +123,11 @@ class NonAutoregressiveWrapper(nn.Module):
             backbone.check_head(net, head)
         mask_id = _check.integer("mask_id", mask_id, 0, net.num_tokens)
         steps = _check.integer("steps", steps, 1, 2**24)
-        for name, share in (
-            ("self_cond_train_prob", self_cond_train_prob),
-            ("no_replace_prob", no_replace_prob),
-            ("random_token_prob", random_token_prob),
-        ):
-            _check.number(name, share, 0.0, 1.0)
+        _check.number("self_cond_train_prob", self_cond_train_prob, 0.0, 1.0)
         _check.number("critic_loss_weight", critic_loss_weight, 0.0)
         _check.option("mask_mode", mask_mode, ["exact", "bernoulli"])
         _check.option("check", check, ["first", "always", "never"])
-        _check.option("gate", gate, ["batch", "token"])
-        if gate == "token" and no_replace_prob + random_token_prob > 1.0:
-            raise ValueError(
-                "expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
-                f"{no_replace_prob} + {random_token_prob}; BERT's are 0.1 and 0.1"
-            )
+        check_gate(gate, no_replace_prob, random_token_prob)
         if self_token_critic and token_critic is not None:
             raise ValueError("expected token_critic or self_token_critic=True, received both; leave one out")
         if token_critic is not None and not callable(token_critic):

@@ -281,7 +281,7 @@ CASES = [
     refused(ValueError, "expected random_token_prob in [0, 1], received -0.1", mask, random_token_prob=-0.1),
     refused(ValueError, "expected gate to be one of 'batch', 'token'; received 'row'", mask, gate="row"),
     refused(ValueError, "expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
-            "0.6 + 0.5", mask, gate="token", no_replace_prob=0.6, random_token_prob=0.5),
+            "0.6 + 0.5; BERT's are 0.1 and 0.1", mask, gate="token", no_replace_prob=0.6, random_token_prob=0.5),
     *(refused(TypeError, f"expected {flag} to be True or False, received 1 of type int", mask, **{flag: 1})
       for flag in ("stratified", "random_may_be_mask", "complement", "check")),
     *(refused(*case[:2], mask, random_token_prob=0.1, random_excludes=case[2]) for case in EXCLUDES_CASES),

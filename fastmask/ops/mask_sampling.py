@@ -112,14 +112,7 @@ def mask_sampling(
     num_tokens = _check.integer("num_tokens", num_tokens, 1, 2**31)
     mask_id = _check.integer("mask_id", mask_id, 0, 2**31)
     _check.option("mode", mode, ["exact", "bernoulli"])
-    _check.number("no_replace_prob", no_replace_prob, 0.0, 1.0)
-    _check.number("random_token_prob", random_token_prob, 0.0, 1.0)
-    _check.option("gate", gate, ["batch", "token"])
-    if gate == "token" and no_replace_prob + random_token_prob > 1.0:
-        raise ValueError(
-            f"expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
-            f"{no_replace_prob} + {random_token_prob}"
-        )
+    check_gate(gate, no_replace_prob, random_token_prob)
     flags = {"stratified": stratified, "random_may_be_mask": random_may_be_mask, "complement": complement}
     for name, flag in {**flags, "check": check}.items():
         _check.flag(name, flag)
@@ -174,6 +167,18 @@ def mask_sampling(
     values = ScheduleValues() if times is None else _values(schedule, times.detach())
     run = _dispatch.implementation(reference.mask_sampling, tokens.device, backend)
     return run(tokens, draws, masking, values, None if counts is None else counts.long(), maskable, random_ids)
+
+
+def check_gate(gate: str, no_replace_prob: float, random_token_prob: float) -> None:
+    """The shares of masked positions that keep their token or get a random one fit the gate."""
+    _check.option("gate", gate, ["batch", "token"])
+    _check.number("no_replace_prob", no_replace_prob, 0.0, 1.0)
+    _check.number("random_token_prob", random_token_prob, 0.0, 1.0)
+    if gate == "token" and no_replace_prob + random_token_prob > 1.0:
+        raise ValueError(
+            "expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
+            f"{no_replace_prob} + {random_token_prob}; BERT's are 0.1 and 0.1"
+        )
 
 
 def _allowed(excluded: Tensor, masking: Masking, device: torch.device, *, check: bool) -> RandomIds:
