@@ -93,9 +93,9 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, belo
         value, below_high = float(value), below_high or math.isinf(high)
     except OverflowError:
         raise ValueError(f"expected {name} to be a number that a float can hold, received one past 1e308") from None
-    if not (low <= value < high if below_high else low <= value <= high):
-        bracket = ")" if below_high else "]"
-        raise ValueError(f"expected {name} in [{low:g}, {high:g}{bracket}, received {value!r}")
+    if not (low <= value < high if below_high else low <= value <= high) or value == -math.inf:
+        first, last = "(" if low == -math.inf else "[", ")" if below_high else "]"
+        raise ValueError(f"expected {name} in {first}{low:g}, {high:g}{last}, received {value!r}")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:

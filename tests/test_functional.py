@@ -70,6 +70,21 @@ STEP_CASES = [
     (ValueError, "expected step of at least 0 and below 16777216, received 16777216", {"step": 2**24}),
     (TypeError, "expected step to be an int, received float", {"step": 1.0}),
 ]
+SOFTCAP_CASES = [
+    (TypeError, "expected softcap to be a number, received Tensor", {"softcap": torch.tensor(30.0)}),
+    (ValueError, "expected softcap to be a number that a float can hold", {"softcap": 10**400}),
+    (ValueError, "expected softcap in [0, inf), received -1", {"softcap": -1.0}),
+    (ValueError, "expected softcap in [0, inf), received inf", {"softcap": math.inf}),
+    (ValueError, "expected softcap above 0, received 0; leave it out", {"softcap": 0.0}),
+]
+LINEAR_LOGITS_CASES = [
+    *SOFTCAP_CASES,
+    (TypeError, "expected scale to be a number, received Tensor", {"scale": torch.tensor(0.5)}),
+    (TypeError, "expected scale to be a number, received NoneType", {"scale": None}),
+    (ValueError, "expected scale in (-inf, inf), received inf", {"scale": math.inf}),
+    (ValueError, "expected scale in (-inf, inf), received -inf", {"scale": -math.inf}),
+    (ValueError, "expected scale in (-inf, inf), received nan", {"scale": math.nan}),
+]
 LOSS_CASES = [
     (TypeError, "expected targets of dtype int32|int64, received float32; convert it with targets.to(torch.int64)",
      {"targets": TARGETS.float()}),
@@ -109,16 +124,13 @@ LOSS_CASES = [
     (ValueError, "expected z_loss in [0, inf), received inf", {"z_loss": math.inf}),
     (TypeError, "expected z_loss to be a number, received bool", {"z_loss": True}),
     (TypeError, "expected softcap to be a number, received str", {"softcap": "30"}),
-    (TypeError, "expected softcap to be a number, received Tensor", {"softcap": torch.tensor(30.0)}),
-    (ValueError, "expected softcap to be a number that a float can hold", {"softcap": 10**400}),
     (TypeError, "expected with_correct to be True or False, received 1 of type int", {"with_correct": 1}),
     (TypeError, "expected check to be True or False, received 'no' of type str", {"check": "no"}),
     (TypeError, "expected ignore_index to be an int, received float", {"ignore_index": -100.0}),
     (TypeError, "expected ignore_index to be an int, received Tensor", {"ignore_index": torch.tensor(-100)}),
     (ValueError, f"expected ignore_index of at least {-(2**31)} and below {2**31}, received {2**31}",
      {"ignore_index": 2**31}),
-    (ValueError, "expected softcap in [0, inf), received -1", {"softcap": -1.0}),
-    (ValueError, "expected softcap above 0, received 0; leave it out", {"softcap": 0.0}),
+    *SOFTCAP_CASES,
     (ValueError, "expected exclude_id of at least 0 and below 6, received 6", {"exclude_id": V}),
     (ValueError, "expected exclude_id of at least 0 and below 6, received -1", {"exclude_id": -1}),
     (TypeError, "expected exclude_id to be an int, received float", {"exclude_id": 1.0}),
@@ -354,6 +366,8 @@ CASES = [
     *(refused(*case[:2], step, **case[2]) for case in DEMASK_CASES),
     *(refused(*case[:2], function, **case[2]) for function in (step, linear_step)
       for case in FORBIDDEN_CASES + SEED_CASES + STEP_CASES),
+    *(refused(*case[:2], function, **case[2])
+      for function in (linear_sample, linear_step) for case in LINEAR_LOGITS_CASES),
     refused(ValueError, "expected embeddings of shape [B, N, D] = [2, 4, 3], received [1, 4, 3]", linear_step,
             EMBEDDINGS[:1]),
     refused(ValueError, "expected compact embeddings [M, ...] with row_indices [M] and seq_len, received [4, 3], [8]",

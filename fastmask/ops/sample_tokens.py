@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastmask import _check, _dispatch
 from fastmask._devices import to_device
 from fastmask.ops.linear_masked_cross_entropy import check_head
+from fastmask.ops.masked_cross_entropy import check_softcap
 from fastmask.ops.seeds import as_draws
 from fastmask.records import LinearLogits, Sampled, SampledRows, Sampling
 from fastmask.reference import sample_tokens as reference
@@ -133,6 +135,8 @@ def checked_logits(logits: Tensor | LinearLogits) -> tuple[str, Tensor, int]:
     """What its rows are called, the rows [..., V] or [..., D] themselves, and V."""
     if isinstance(logits, LinearLogits):
         check_head(logits.embeddings, logits.weight, logits.bias)
+        _check.number("scale", logits.scale, -math.inf)
+        check_softcap(logits.softcap)
         return "embeddings", logits.embeddings, len(logits.weight)
     _check.tensor("logits", logits, _check.FLOATING)
     return "logits", logits, logits.shape[-1] if logits.ndim else 0
