@@ -387,7 +387,8 @@ class NonAutoregressiveWrapper(nn.Module):
         sampling = Sampling(_host_uniform(generator) if temperature is None else temperature, mask_id=self.mask_id)
         with torch.no_grad():
             rows = masked.row_indices[: counted.wait()]
-            generated, is_wrong = self._formulas.critic_sample(out, x, masked, rows, sampling, draws, generator)
+            proposal = upstream.Proposal(out, rows, sampling, draws, generator)
+            generated, is_wrong = self._formulas.critic_sample(proposal, x, masked)
         assert self.token_critic is not None
         logits = critic_logits(self.token_critic, generated, self._formulas.critic_arguments(kwargs))
         critic = share * critic_loss(logits, is_wrong, maskable, num_maskable)
