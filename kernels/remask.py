@@ -253,7 +253,7 @@ def select_to_remask(remask_keys: Tensor, eligible: Tensor, counts: Tensor, min_
     return chosen
 
 
-@operator("remask_", mutates=("ids", "is_masked", "listed"))
+@operator("remask_", mutates=("ids", "is_masked", "listed_row_indices"))
 def remask_(
     ids: Tensor,
     is_masked: Tensor,

@@ -193,6 +193,14 @@ def test_the_kernels_are_torch_operations(kernel, operation):
     torch.library.opcheck(operator.overload, tuple(flat))
 
 
+def test_where_the_list_begins_counts_as_read(kernel):
+    read = torch.tensor([0, 3]).to(kernel.device), torch.zeros(1, 3, device=kernel.device)
+    written = [torch.zeros(1, 3).long(), torch.ones(1, 3).bool(), torch.zeros(3).long()]
+    written = [x.to(kernel.device) for x in written]
+    functional.remask_(*written, *read, 1, mask_id=9, backend="triton")
+    assert [x._version for x in (*written, *read)] == [1, 1, 1, 0, 0]
+
+
 @pytest.mark.parametrize("length", [6, 5000])
 def test_of_equal_keys_the_last_are_masked_again(door, length):
     """So that the first are committed first, in one block of positions and in several."""
