@@ -140,9 +140,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="session")
-def compiled_figures() -> Callable[..., dict[str, dict[str, dict]]]:
-    """An operation's programs to figures, by program and target; see ``benchmarks/compiled.py``.
+@pytest.fixture(scope="module")
+def figures(request: pytest.FixtureRequest) -> dict[str, dict[str, dict]]:
+    """Figures of the module's OPERATION, by program and target; see ``benchmarks/compiled.py``.
 
     Registers, spills and instructions are of one compiler: elsewhere the tests that hold them to bounds are skipped.
     """
@@ -152,4 +152,6 @@ def compiled_figures() -> Callable[..., dict[str, dict[str, dict]]]:
     if version != pinned:
         pytest.skip(f"the figures are of Triton {pinned} (constraints.txt), which is {version} here")
     importlib.import_module("benchmark_helpers")  # which finds benchmarks/
-    return importlib.import_module("benchmarks.compiled").figures
+    compiled, programs = (importlib.import_module(f"benchmarks.{name}") for name in ("compiled", "programs"))
+    operation = request.module.OPERATION
+    return compiled.figures(operation, dict.fromkeys(programs.PROGRAMS[operation], compiled.TARGETS))

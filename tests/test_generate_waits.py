@@ -167,7 +167,7 @@ def test_a_step_of_ones_own_copies_nothing_while_the_host_waits():
 
 def test_ids_of_a_sequence_are_forbidden_whatever_the_default_device():
     with torch.device("meta"):
-        assert as_forbidden([1], 3, torch.device("cpu")).tolist() == [False, True, False]
+        assert as_forbidden([1], 3, torch.device("cpu"), None).tolist() == [False, True, False]
 
 
 def test_a_copy_that_waits_is_seen():
