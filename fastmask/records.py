@@ -216,8 +216,8 @@ class SampledRows(NamedTuple):
 class Sampling(NamedTuple):
     """How ids are sampled; see ``fastmask.functional.sample_tokens``.
 
-    top_k: in [1, V), None to keep all. mask_id: in [0, V). forbidden: [V] bool. processed: whether figures and filters
-    are of the law that is sampled, at its temperature.
+    top_k: in [1, V), None to keep all. mask_id: in [0, V). forbidden: [V] bool. processed: whether figures and
+    filters are of the law that is sampled, at its temperature.
     """
 
     temperature: float = 1.0

@@ -71,7 +71,8 @@ class SampleError(NamedTuple):
 
 @triton.jit
 def weights(z, law):
-    """What logits count for, or for all of them so many times as much, see ``exp_from``; None where they only count."""
+    """What logits count for, or for all of them so many times as much, see ``exp_from``; None where they only
+    count."""
     if law is None:
         return None
     elif law.factor is None:
@@ -83,12 +84,8 @@ def weights(z, law):
 @triton.jit
 def distance(gap, law):
     """How far two logits are apart whose logarithms of weights are."""
-    if law is None:
-        return gap
-    elif law.factor is None:
-        return gap
-    else:
-        return gap * (_LOG2E / law.factor)
+    factor = None if law is None else law.factor
+    return gap if factor is None else gap * (_LOG2E / factor)
 
 
 @triton.jit

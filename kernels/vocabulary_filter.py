@@ -1,14 +1,15 @@
-"""Which logits of a row stay: the k largest, those likely enough beside the likeliest, or the nucleus; as a threshold
-for each row, found without a sort.
+"""Which logits of a row stay: the k largest, what is likely enough beside the likeliest, or the nucleus; as a
+threshold for each row, found without a sort.
 
 A threshold is the largest bound above which lies enough: k logits (ties stay), or a share p of the probability (the
-nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p); or it lies as far below
-the largest as min_p says (Nguyen et al., https://arxiv.org/abs/2407.01082). A sample of the row brackets it. One pass over the row counts what lies above the bracket, and lists what lies inside; among these few
+nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token that crosses p). A sample of the row
+brackets it. One pass over the row counts what lies above the bracket, and lists what lies inside; among these few
 candidates the threshold is searched in registers. For p a pass before measures the row. A row of at most 2048 logits
-is searched in registers at once. The mathematics is in ``docs/nucleus.md``.
+is searched in registers at once. The mathematics is in ``docs/nucleus.md``. For min_p (Nguyen et al.,
+https://arxiv.org/abs/2407.01082) the threshold lies so far below the row's largest logit.
 
-Bytes for each row: its V logits, as a rule once for k, once for min_p and twice for p; a sample, and the candidates, which stay in
-L2. Of a short row its logits once for each.
+Bytes for each row: its V logits, as a rule once for k, once for min_p and twice for p; a sample, and the candidates,
+which stay in L2. Of a short row its logits once for each.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class Row(NamedTuple):
 class Search(NamedTuple):
     """Which threshold of a row is searched, and where: the largest above which the weight reaches the target.
 
-    law: what logits count for; None where they only count. least, most: the orders between which it certainly lies; it
-    is least where no other reaches the target. low, high: between which it probably lies.
+    law: what logits count for; None where they only count. least, most: the orders between which it certainly lies;
+    it is least where no other reaches the target. low, high: between which it probably lies.
     """
 
     target: tl.tensor
@@ -277,8 +278,8 @@ def _measure(row, edges, floor, middle, law, VECTOR: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _search_of_mass(row, edges, z, V, top_p, factor, floor, SPACING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-                    SAMPLE: tl.constexpr):  # fmt: skip
+def _search_of_mass(row, edges, z, V, top_p, factor, floor, SPACING: tl.constexpr, VECTOR: tl.constexpr,
+                    BLOCK: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
     """The search for a row's nucleus, of what is not below the floor, by a sample z and a measure of the row."""
     least = tl.full((), threshold_search.LOWEST, tl.int32) if floor is None else floor
     if floor is not None:

@@ -24,9 +24,7 @@ def nucleus(z: np.ndarray, top_p: float | None) -> np.ndarray:
     return z >= falling[(mass < top_p * mass[-1]).sum()]
 
 
-def filtered(
-    logits, top_k=None, top_p=None, mask_id=None, forbidden=None, min_p=None, temperature=1.0
-) -> np.ndarray:
+def filtered(logits, top_k=None, top_p=None, mask_id=None, forbidden=None, min_p=None, temperature=1.0) -> np.ndarray:
     """One row [V] in float64, -inf at what is excluded or does not stay by the law softmax(z / temperature)."""
     z = logits.double().numpy().copy()
     if mask_id is not None and 0 <= mask_id < len(z):

@@ -1,6 +1,7 @@
-"""Which logits of a row stay: the k largest; of those the ones at least min_p times as likely as the likeliest (Nguyen
-et al., https://arxiv.org/abs/2407.01082); of those the nucleus, the fewest likeliest ids that together have at least
-the share p of the probability (Holtzman et al., https://arxiv.org/abs/1904.09751, eq. 2). Ties with the last stay."""
+"""Which logits of a row stay: the k largest; of those the ones at least min_p times as likely as the likeliest
+(Nguyen et al., https://arxiv.org/abs/2407.01082); of those the nucleus, the fewest likeliest ids that together have
+at least the share p of the probability (Holtzman et al., https://arxiv.org/abs/1904.09751, eq. 2). Ties with the last
+stay."""
 
 from __future__ import annotations
 
