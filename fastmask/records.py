@@ -256,15 +256,37 @@ class Sampled(NamedTuple):
 class Remasking(NamedTuple):
     """How positions are judged, and which are masked again: those of the highest remask keys.
 
-    A remask key is minus the value where that is a confidence, else the value (a critic's logit), noise added first.
+    A remask key is minus the value where that is a confidence, else the value (an entropy, a critic's logit), noise
+    added first.
 
-    noise_scale: of Gumbel noise on the value. min_remask_key: a position of a lower key is not masked again.
+    noise_scale: of Gumbel noise on the value. min_remask_key: a position whose key is lower, before noise, is not
+    masked again. factor, entropy_bound: rules of how many are committed at least. counts_commit: whether the counts
+    that go with it say how many are committed at least, rather than how many stay masked at most.
     """
 
     mask_id: int
     is_confidence: bool = True
     noise_scale: float = 0.0
     min_remask_key: float | None = None
+    factor: float | None = None
+    entropy_bound: float | None = None
+    counts_commit: bool = False
+
+    @property
+    def has_prefix_rule(self) -> bool:
+        """Whether a rule commits as long a prefix, in the order of the keys, as it allows."""
+        return self.factor is not None or self.entropy_bound is not None
+
+
+class Windows(NamedTuple):
+    """Where in each sequence positions take part: [B, 2] int64, first and end; None for everywhere.
+
+    block: of this step, outside of which nothing changes or is counted. next_block: whose masked positions the list
+    is of.
+    """
+
+    block: Tensor | None = None
+    next_block: Tensor | None = None
 
 
 class RowList(NamedTuple):

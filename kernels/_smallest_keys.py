@@ -50,6 +50,12 @@ def first_key(order):
 
 
 @triton.jit
+def order_of(key):
+    """The order that a key was made of."""
+    return key >> _POSITION_BITS
+
+
+@triton.jit
 def start(k, num_keys, least, end):
     """The bracket of k among num_keys keys in [least, end)."""
     is_all = k == num_keys

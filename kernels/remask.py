@@ -23,37 +23,52 @@ from fastmask.kernels import _float_order as float_order
 from fastmask.kernels import _launch, _math, philox
 from fastmask.kernels import _smallest_keys as smallest_keys
 from fastmask.kernels._operator import operator
-from fastmask.records import Draws, Remasking, RowList
+from fastmask.records import Draws, Remasking, RowList, Windows
+from fastmask.reference.remask import fixed_point_bound
 
 _SCORE_NOISE = tl.constexpr(streams.SCORE_NOISE)
 _LAST_POSITION = tl.constexpr(smallest_keys.MAX_LENGTH - 1)
 
 
 class Noise(NamedTuple):
-    """The Gumbel noise of a sequence's positions, and what it is multiplied with."""
+    """The Gumbel noise of a sequence's positions, and what it is multiplied with.
 
+    drawn_ptr: where it lies if it has been drawn.
+    """
+
+    drawn_ptr: tl.tensor | None
     scale: tl.tensor
     seed: tl.tensor
     sample: tl.tensor
     step: tl.tensor
 
 
+class Window(NamedTuple):
+    """The positions of a block: from the first to before the end."""
+
+    first: tl.tensor
+    end: tl.tensor
+
+
 class Sequence(NamedTuple):
     """One sequence as a program sees it.
 
-    values_ptr: confidences or a critic's logits. eligible_ptr: which positions may be masked again. noise: or None.
+    values_ptr: confidences, entropies or a critic's logits. eligible_ptr: which positions may be masked again.
+    min_remask_key: those of a lower one, without the noise, may not; None for all. block, noise: or None.
     """
 
     values_ptr: tl.tensor
     eligible_ptr: tl.tensor
     N: tl.tensor
+    min_remask_key: tl.tensor | None
+    block: Window | None
     noise: Noise | None
 
 
 class Written(NamedTuple):
     """What the program writes of its sequence: flat index of its first position, and where.
 
-    ids_ptr, row_indices_ptr: None where only the selection is asked for.
+    ids_ptr, row_indices_ptr: None where only the selection is asked for. block, next_block: None for everywhere.
     """
 
     first: tl.tensor
@@ -62,6 +77,8 @@ class Written(NamedTuple):
     mask_id: tl.tensor | None
     row_indices_ptr: tl.tensor | None
     list_end: tl.tensor | None
+    block: Window | None
+    next_block: Window | None
 
 
 @triton.jit
@@ -80,16 +97,36 @@ def _noise_kernel(seed_ptr, noise_ptr, num_elements, N, sample_offset, step, BLO
 
 
 @triton.jit
+def _window(window_ptr, row):
+    return None if window_ptr is None else Window(tl.load(window_ptr + 2 * row), tl.load(window_ptr + 2 * row + 1))
+
+
+@triton.jit
+def _is_inside(offs_n, window):
+    return (offs_n >= window.first) & (offs_n < window.end)
+
+
+@triton.jit
+def _is_counted(sequence, offs_n):
+    """Which positions may be masked again, however sure."""
+    is_eligible = tl.load(sequence.eligible_ptr + offs_n, mask=offs_n < sequence.N, other=0) != 0
+    return is_eligible if sequence.block is None else is_eligible & _is_inside(offs_n, sequence.block)
+
+
+@triton.jit
 def _selection_keys(sequence, offs_n, IS_CONFIDENCE: tl.constexpr):
     """Distinct integers in the order of selection: NaN, then by falling remask key, then by falling position."""
-    in_n = offs_n < sequence.N
-    remask_key = tl.load(sequence.values_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
-    is_eligible = tl.load(sequence.eligible_ptr + offs_n, mask=in_n, other=0) != 0
+    value = tl.load(sequence.values_ptr + offs_n, mask=offs_n < sequence.N, other=0.0).to(tl.float32)
+    is_eligible = _is_counted(sequence, offs_n)
+    if sequence.min_remask_key is not None:
+        is_eligible &= ((-value if IS_CONFIDENCE else value) < sequence.min_remask_key) == 0
     if sequence.noise is not None:
         noise = sequence.noise
-        remask_key += noise.scale * _gumbel(noise.seed, noise.sample, offs_n, noise.step)
-    if IS_CONFIDENCE:
-        remask_key = -remask_key
+        if noise.drawn_ptr is None:
+            value += noise.scale * _gumbel(noise.seed, noise.sample, offs_n, noise.step)
+        else:
+            value += noise.scale * tl.load(noise.drawn_ptr + offs_n, mask=offs_n < sequence.N, other=0.0)
+    remask_key = -value if IS_CONFIDENCE else value
     return smallest_keys.keys_of(_descending(remask_key), _LAST_POSITION - offs_n, is_eligible)
 
 
@@ -101,24 +138,56 @@ def _descending(remask_key):
 
 
 @triton.jit
+def _remask_key(key):
+    """What a key is of; NaN where it is of NaN."""
+    order = (0x7FFFFFFF - smallest_keys.order_of(key)).to(tl.int32)
+    return float_order.value(order)
+
+
+@triton.jit
+def _holds(num_committed, least_sure, entropy, factor, entropy_bound):
+    """Whether a rule commits so many positions, whose largest remask key, and sum of entropies, these are."""
+    if factor is not None:
+        holds = _math.exp(-least_sure) >= 1.0 - factor / (num_committed + 1).to(tl.float32)
+    else:
+        holds = entropy - _fixed_point(least_sure) <= entropy_bound
+    return (num_committed == 0) | (holds & (least_sure == least_sure))
+
+
+@triton.jit
+def _fixed_point(nats):
+    """Multiples of 2^-32 nats: their sums do not depend on the order."""
+    return (tl.minimum(tl.maximum(nats, -1024.0), 1024.0) * 4294967296.0).to(tl.int64)
+
+
+@triton.jit
 def _write(written, offs_n, N, is_chosen, slot):
-    """Masks what was chosen of a block, everything else not, and lists it; the next free slot of the list."""
+    """Masks what was chosen of a block, everything else there not, and lists it; the next free slot of the list."""
     in_n = offs_n < N
-    tl.store(written.is_masked_ptr + written.first + offs_n, is_chosen, mask=in_n)
+    is_masked_ptr = written.is_masked_ptr + written.first + offs_n
+    if written.block is not None:
+        in_block = _is_inside(offs_n, written.block)
+        was_masked = tl.load(is_masked_ptr, mask=in_n & (in_block == 0), other=0) != 0
+        tl.store(is_masked_ptr, is_chosen, mask=in_n & in_block)
+    else:
+        was_masked = is_chosen
+        tl.store(is_masked_ptr, is_chosen, mask=in_n)
     if written.ids_ptr is not None:
         tl.store(written.ids_ptr + written.first + offs_n, written.mask_id, mask=is_chosen)
-        number = is_chosen.to(tl.int32)
+        is_listed = is_chosen | was_masked
+        if written.next_block is not None:
+            is_listed &= _is_inside(offs_n, written.next_block)
+        number = is_listed.to(tl.int32)
         slots = slot + tl.cumsum(number, 0) - 1
-        is_listed = is_chosen & (slots < written.list_end)
-        tl.store(written.row_indices_ptr + slots, written.first + offs_n, mask=is_listed)
+        tl.store(written.row_indices_ptr + slots, written.first + offs_n, mask=is_listed & (slots < written.list_end))
         slot += tl.sum(number)
     return slot
 
 
 # The counts and starts of one step lie in a row of a plan's, so that their alignment differs between steps.
 @triton.jit(
-    do_not_specialize=["num_places", "N", "sample_offset", "step", "mask_id"],
-    do_not_specialize_on_alignment=["counts_ptr", "row_starts_ptr"],
+    do_not_specialize=["num_places", "N", "sample_offset", "step", "mask_id", "entropy_bound"],
+    do_not_specialize_on_alignment=["counts_ptr", "row_starts_ptr", "block_ptr", "next_block_ptr"],
 )
 def _selection_kernel(
     values_ptr,
@@ -130,13 +199,19 @@ def _selection_kernel(
     row_indices_ptr,
     row_starts_ptr,
     num_places,
+    block_ptr,  # None for everywhere, as is the next
+    next_block_ptr,
+    noise_ptr,  # the noise of a long sequence; None: it is drawn here
     N,
     sample_offset,
     step,
     noise_scale,  # None for no noise
-    min_remask_key,  # None for none
+    min_remask_key,  # None for none, as are the next two
+    factor,
+    entropy_bound,  # in multiples of 2^-32 nats
     mask_id,
     IS_CONFIDENCE: tl.constexpr,
+    COUNTS_COMMIT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -144,26 +219,60 @@ def _selection_kernel(
     row = tl.program_id(0).to(tl.int64)
     noise = None
     if noise_scale is not None:
-        noise = Noise(noise_scale, tl.load(seed_ptr), sample_offset + row, step)
-    sequence = Sequence(values_ptr + row * N, eligible_ptr + row * N, N, noise)
-    block = tl.arange(0, BLOCK_N)
+        drawn_ptr = None if noise_ptr is None else noise_ptr + row * N
+        noise = Noise(drawn_ptr, noise_scale, tl.load(seed_ptr), sample_offset + row, step)
+    block = _window(block_ptr, row)
+    sequence = Sequence(values_ptr + row * N, eligible_ptr + row * N, N, min_remask_key, block, noise)
+    lane = tl.arange(0, BLOCK_N)
     limit = BLOCK_N if ONE_BLOCK else N
-    key = _selection_keys(sequence, block, IS_CONFIDENCE)
+    key = _selection_keys(sequence, lane, IS_CONFIDENCE)
 
-    # What is not below the least remask key comes before the first key of what is.
-    end = tl.full((), smallest_keys.END, tl.int64)
-    if min_remask_key is not None:
-        end = smallest_keys.first_key(_descending(min_remask_key) + 1)
     least = tl.full((), smallest_keys.END, tl.int64)
     largest = tl.full((), -1, tl.int64)
     num_eligible = tl.full((), 0, tl.int32)
+    num_sure = tl.full((), 0, tl.int32)  # enough not to be eligible
     for first in range(0, limit, BLOCK_N):
         if not ONE_BLOCK:
-            key = _selection_keys(sequence, first + block, IS_CONFIDENCE)
+            key = _selection_keys(sequence, first + lane, IS_CONFIDENCE)
+        is_key = key < smallest_keys.END
         least = tl.minimum(least, tl.min(key))
-        largest = tl.maximum(largest, tl.max(tl.where(key < end, key, -1)))
-        num_eligible += tl.sum((key < end).to(tl.int32))
-    count = tl.minimum(tl.maximum(tl.load(counts_ptr + row), 0), num_eligible).to(tl.int32)
+        largest = tl.maximum(largest, tl.max(tl.where(is_key, key, -1)))
+        num_eligible += tl.sum(is_key.to(tl.int32))
+        if COUNTS_COMMIT and min_remask_key is not None:
+            num_sure += tl.sum((_is_counted(sequence, first + lane) & (is_key == 0)).to(tl.int32))
+    count = tl.load(counts_ptr + row).to(tl.int64)
+    if COUNTS_COMMIT:
+        count = num_eligible + num_sure - tl.maximum(count, 1)
+    if factor is not None or entropy_bound is not None:
+        # The longest prefix that the rule commits, by halving: from the bracket's high on it holds, from low on not.
+        bracket = smallest_keys.Bracket(
+            tl.full((), -1, tl.int64),
+            tl.full((), smallest_keys.END, tl.int64),
+            tl.full((), -1, tl.int32),
+            num_eligible,
+        )
+        while bracket.below_high - bracket.below_low > 1:
+            probe = smallest_keys.probe(bracket, 0.5)
+            below = tl.full((), 0, tl.int32)
+            least_sure = tl.full((), smallest_keys.END, tl.int64)
+            entropy = tl.full((), 0, tl.int64)
+            for first in range(0, limit, BLOCK_N):
+                if not ONE_BLOCK:
+                    key = _selection_keys(sequence, first + lane, IS_CONFIDENCE)
+                is_in = (key >= probe) & (key < smallest_keys.END)
+                below += tl.sum((key < probe).to(tl.int32))
+                least_sure = tl.minimum(least_sure, tl.min(tl.where(is_in, key, smallest_keys.END)))
+                if entropy_bound is not None:
+                    entropy += tl.sum(tl.where(is_in, _fixed_point(_remask_key(key)), 0))
+            holds = _holds(num_eligible - below, _remask_key(least_sure), entropy, factor, entropy_bound)
+            bracket = smallest_keys.Bracket(
+                tl.where(holds, bracket.low, probe),
+                tl.where(holds, probe, bracket.high),
+                tl.where(holds, bracket.below_low, below),
+                tl.where(holds, below, bracket.below_high),
+            )
+        count = tl.minimum(count, tl.minimum(bracket.below_high, num_eligible - 1))
+    count = tl.minimum(tl.maximum(count, 0), num_eligible).to(tl.int32)
 
     bracket = smallest_keys.start(count, num_eligible, least, largest + 1)
     turn = tl.full((), 0, tl.int32)
@@ -175,7 +284,7 @@ def _selection_kernel(
         below = tl.full((), 0, tl.int32)
         for first in range(0, limit, BLOCK_N):
             if not ONE_BLOCK:
-                key = _selection_keys(sequence, first + block, IS_CONFIDENCE)
+                key = _selection_keys(sequence, first + lane, IS_CONFIDENCE)
             below += tl.sum((key < probe).to(tl.int32))
         bracket = smallest_keys.narrow(bracket, count, probe, below)
 
@@ -184,14 +293,16 @@ def _selection_kernel(
     if ids_ptr is not None:
         slot = tl.maximum(tl.load(row_starts_ptr + row), 0)
         list_end = tl.minimum(tl.load(row_starts_ptr + row + 1), num_places)
-    written = Written(row * N, is_masked_ptr, ids_ptr, mask_id, row_indices_ptr, list_end)
+    written = Written(
+        row * N, is_masked_ptr, ids_ptr, mask_id, row_indices_ptr, list_end, block, _window(next_block_ptr, row)
+    )
     for first in range(0, limit, BLOCK_N):
         if not ONE_BLOCK:
-            key = _selection_keys(sequence, first + block, IS_CONFIDENCE)
-        slot = _write(written, first + block, N, key < bracket.low, slot)
+            key = _selection_keys(sequence, first + lane, IS_CONFIDENCE)
+        slot = _write(written, first + lane, N, key < bracket.low, slot)
     if ids_ptr is not None:
         for free in range(slot, list_end, BLOCK_N):  # type: ignore[arg-type]
-            tl.store(row_indices_ptr + free + block, tl.full((BLOCK_N,), -1, tl.int64), mask=free + block < list_end)
+            tl.store(row_indices_ptr + free + lane, tl.full((BLOCK_N,), -1, tl.int64), mask=free + lane < list_end)
 
 
 # Longest sequence, warps: its keys stay in registers.
@@ -261,16 +372,22 @@ def remask_(
     values: Tensor,
     counts: Tensor,
     eligible: Tensor | None,
+    windows: Windows,
     draws: Draws,
     remasking: Remasking,
 ) -> None:
     """See the reference: keys, selection and all that it changes, in one launch."""
-    _, length = values.shape
-    if remasking.noise_scale and not _is_one_block(length):  # drawn once, not at each pass over a long sequence
-        values = values.float() + remasking.noise_scale * gumbel_noise(draws, *values.shape)
-        remasking = remasking._replace(noise_scale=0.0)
-    eligible = is_masked if eligible is None else eligible
-    _select(values, eligible, counts, remasking, is_masked=is_masked, ids=ids, listed=listed, draws=draws)
+    _select(
+        values,
+        is_masked if eligible is None else eligible,
+        counts,
+        remasking,
+        is_masked=is_masked,
+        ids=ids,
+        listed=listed,
+        windows=windows,
+        draws=draws,
+    )
 
 
 def _select(
@@ -282,6 +399,7 @@ def _select(
     is_masked: Tensor,
     ids: Tensor | None = None,
     listed: RowList | None = None,
+    windows: Windows | None = None,
     draws: Draws | None = None,
 ) -> None:
     """Writes the selection to ``is_masked`` and, where they are given, what follows from it to ids and list."""
@@ -292,6 +410,10 @@ def _select(
             listed.row_indices.fill_(-1)
         return
     block_n, num_warps = _configuration(length)
+    noise = None
+    if remasking.noise_scale and draws is not None and not _is_one_block(length):
+        noise = gumbel_noise(draws, batch, length)  # once, not at each pass over a long sequence
+    block, next_block = (None if window is None else window.contiguous() for window in windows or Windows())
     _launch.launch(
         _selection_kernel,
         (batch,),
@@ -305,13 +427,19 @@ def _select(
         row_indices_ptr=None if listed is None else listed.row_indices,
         row_starts_ptr=None if listed is None else listed.row_starts.contiguous(),
         num_places=None if listed is None else listed.row_indices.shape[0],
+        block_ptr=block,
+        next_block_ptr=next_block,
+        noise_ptr=noise,
         N=length,
         sample_offset=0 if draws is None else draws.sample_offset,
         step=0 if draws is None else draws.step,
         noise_scale=remasking.noise_scale or None,
         min_remask_key=remasking.min_remask_key,
+        factor=remasking.factor,
+        entropy_bound=None if remasking.entropy_bound is None else fixed_point_bound(remasking.entropy_bound),
         mask_id=remasking.mask_id,
         IS_CONFIDENCE=remasking.is_confidence,
+        COUNTS_COMMIT=remasking.counts_commit,
         ONE_BLOCK=_is_one_block(length),
         BLOCK_N=block_n,
         num_warps=num_warps,

@@ -68,35 +68,79 @@ def random_remasking(random, length):
         "step": int(random.integers(2**24)),
         "sample_offset": int(random.integers(2**31)),
     }
+    for name in ("block", "next_block"):
+        if random.integers(3) == 0:
+            window = random.integers(-1, length + 2, size=(batch, 2))
+            options[name] = torch.from_numpy(np.sort(window) if random.integers(4) else window)
+    if random.integers(3) == 0:
+        options["eligible"] = None
+        options["commits"], counts = counts.clone(), None
+    if random.integers(4) == 0:  # a rule
+        options |= {"eligible": None, "noise_scale": 0.0, "min_remask_key": None}
+        if random.integers(2):
+            options |= {"is_confidence": True, "factor": float(random.choice([0.0, 0.3, 1.0, 2.5, 1e9]))}
+        else:
+            options |= {"is_confidence": False, "entropy_bound": float(random.choice([0.0, 0.1, 1.0, 5.0, 1e30]))}
+        if random.integers(2):
+            options.pop("commits", None)
+            counts = None
     allowed = is_masked if options["eligible"] is None else eligible
-    exact = counts.clamp(min=0).minimum(allowed.sum(-1))
+    exact = allowed.sum(-1) if counts is None else counts.clamp(min=0).minimum(allowed.sum(-1))
     segments = (exact + torch.from_numpy(random.integers(-2, 3, size=batch)) * int(random.integers(2))).clamp(min=0)
-    if random.integers(4) == 0:
+    if counts is not None and random.integers(4) == 0:
         counts = counts.int()
     return (ids, is_masked), F.pad(segments.cumsum(0), (1, 0)), random_values(random, batch, length), counts, options
 
 
-def naive_remasked(state, row_starts, values, counts, noise, *, is_confidence, min_remask_key, eligible, **_):
+def prefix_by_hand(keys, factor, entropy_bound):
+    """How many of a sequence's remask keys, those of its masked positions, a rule commits."""
+    known = sorted(key for key in keys if not math.isnan(key))
+    for n in range(len(known), 0, -1):
+        if factor is not None and math.exp(min(-known[n - 1], 700.0)) >= 1.0 - factor / (n + 1):
+            return n
+        if entropy_bound is not None:
+            multiples = [int(min(max(key, -1024.0), 1024.0) * 2**32) for key in known[: n - 1]]
+            if sum(multiples) <= entropy_bound * 2**32:
+                return n
+    return 0
+
+
+def naive_remasked(
+    state, row_starts, values, counts, noise, *, is_confidence, min_remask_key, eligible, commits=None, factor=None,
+    entropy_bound=None, block=None, next_block=None, **_
+):  # fmt: skip
     """``remask_`` position by position."""
     (ids, is_masked), listed = (x.clone() for x in state), torch.full((int(row_starts[-1]),), -1)
-    keys = (values.float() + noise) * (-1 if is_confidence else 1)
+    sign = -1 if is_confidence else 1
+    of_figures, keys = (sign * values.float()).tolist(), sign * (values.float() + noise)
     allowed = is_masked.clone() if eligible is None else eligible
-    is_masked[:] = False
     least = -math.inf if min_remask_key is None else min_remask_key
+    everywhere = torch.tensor([0, values.shape[1]]).expand(len(values), 2)
+    block, next_block = (everywhere if window is None else window for window in (block, next_block))
     for b, row in enumerate(keys.tolist()):
-        places = [n for n, key in enumerate(row) if allowed[b, n] and not key < least]
+        inside = [n for n in range(len(row)) if block[b, 0] <= n < block[b, 1]]
+        counted = [n for n in inside if allowed[b, n]]
+        count = len(counted) if counts is None else int(counts[b])
+        if commits is not None:
+            count = len(counted) - max(1, int(commits[b]))
+        if factor is not None or entropy_bound is not None:
+            number = prefix_by_hand([of_figures[b][n] for n in counted], factor, entropy_bound)
+            count = min(count, len(counted) - max(1, number))
+        places = [n for n in counted if not of_figures[b][n] < least]
         places.sort(key=lambda n, row=row: (0, 0.0, -n) if math.isnan(row[n]) else (1, -row[n], -n))
-        chosen = sorted(places[: max(0, int(counts[b]))])
+        chosen = sorted(places[: max(0, count)])
+        is_masked[b, inside] = False
         is_masked[b, chosen], ids[b, chosen] = True, MASK
+        shown = [n for n in range(len(row)) if is_masked[b, n] and next_block[b, 0] <= n < next_block[b, 1]]
         room = listed[row_starts[b] : row_starts[b + 1]]
-        flat = torch.tensor(chosen, dtype=torch.int64)[: len(room)] + b * len(row)
+        flat = torch.tensor(shown, dtype=torch.int64)[: len(room)] + b * len(row)
         room[: len(flat)] = flat
     return [ids, is_masked, listed]
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 30])
 def test_remask_position_by_position(door, length):
-    for case in range(12):
+    for case in range(40):
         state, row_starts, values, counts, options = random_remasking(np.random.default_rng(case), length)
         noise = torch.zeros_like(values, dtype=torch.float32)
         if options["noise_scale"]:
@@ -156,6 +200,7 @@ def test_the_kernel_selects_what_the_reference_selects(kernel, reference, block)
         random = np.random.default_rng(2000 + case)
         length = int(random.choice([1, 2, 100, 4096, round(math.exp(random.uniform(0, 8.3)))]))
         (_, eligible), _, scores, counts, options = random_remasking(random, length)
+        counts = random.integers(length + 1) if counts is None else counts
         ours, theirs = (
             Door(x).select_to_remask(scores, eligible, counts, min_remask_key=options["min_remask_key"])
             for x in (kernel, reference)
@@ -274,13 +319,20 @@ def test_a_threshold_commits_what_exceeds_it_and_at_least_one(door, threshold, c
             assert below.min() >= probability[b][out.is_masked[b]].max()
 
 
-def test_a_threshold_holds_the_noised_confidence(door):
+def test_a_threshold_holds_the_confidence_without_its_noise(door):
+    """The noise orders what is not sure enough, where counts commit some of it."""
     (ids, is_masked), logits = some_masked(2, 8, share=9.0), draw(2, 8, 12, seed=3)
     counters = {"seed": 4, "step": 2, "sample_offset": 3}
-    out = door.demask_step(logits, ids, is_masked, mask_id=MASK, threshold=0.3, choice_temperature=1.0, **counters)
-    confidence = out.log_probs + door.critic_remask_keys(torch.zeros(2, 8), noise_scale=1.0, **counters)
+    options = {"mask_id": MASK, "threshold": 0.3, "choice_temperature": 9.0, **counters}
+    out = door.demask_step(logits, ids, is_masked, **options)
+    is_unsure = out.log_probs <= math.log(0.3)
     assert 0 < out.is_masked.sum() < 15
-    assert torch.equal(out.is_masked, confidence <= math.log(0.3))
+    assert torch.equal(out.is_masked, is_unsure)
+    fewer = door.demask_step(logits, ids, is_masked, 3, **options)
+    confidence = out.log_probs + 9.0 * door.critic_remask_keys(torch.zeros(2, 8), noise_scale=1.0, **counters)
+    for b in range(2):
+        least = confidence[b].where(is_unsure[b], math.inf).topk(3, largest=False).indices
+        assert sorted(least.tolist()) == fewer.is_masked[b].nonzero().flatten().tolist()
 
 
 def test_rows_without_a_law_stay_masked_while_others_can_go(door):

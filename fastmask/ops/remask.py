@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmask import _check, _dispatch
 from fastmask.ops.seeds import as_draws
-from fastmask.records import Draws, Remasking, RowList
+from fastmask.records import Draws, Remasking, RowList, Windows
 from fastmask.reference import remask as reference
 
 
@@ -151,13 +151,13 @@ def select_to_remask(
     return run(remask_keys, eligible, counts, min_remask_key)
 
 
-def as_counts(counts: Tensor | int, values: Tensor) -> Tensor:
+def as_counts(counts: Tensor | int, values: Tensor, name: str = "counts") -> Tensor:
     """How many positions of each sequence of values [B, N], as a tensor [B]."""
     if not isinstance(counts, Tensor):
-        counts = _check.integer("counts", counts, 0)
+        counts = _check.integer(name, counts, 0)
         return torch.full(values.shape[:1], counts, dtype=torch.int64, device=values.device)
-    _check.tensor("counts", counts, _check.INTEGER)
-    _check.shape("counts", counts, values.shape[:1], "B")
+    _check.tensor(name, counts, _check.INTEGER)
+    _check.shape(name, counts, values.shape[:1], "B")
     return counts
 
 
@@ -177,13 +177,18 @@ def remask_(
     row_indices: Tensor,
     row_starts: Tensor,
     values: Tensor,
-    counts: Tensor | int,
+    counts: Tensor | int | None = None,
     *,
     mask_id: int,
+    commits: Tensor | int | None = None,
     is_confidence: bool = True,
     noise_scale: float = 0.0,
     min_remask_key: float | None = None,
+    factor: float | None = None,
+    entropy_bound: float | None = None,
     eligible: Tensor | None = None,
+    block: Tensor | None = None,
+    next_block: Tensor | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     step: int = 0,
@@ -195,19 +200,30 @@ def remask_(
     .. math::
         s = \pm(\mathrm{value} + c\, G), \quad G \sim \mathrm{Gumbel}(0, 1)
 
+    With several of counts, commits and a rule, what any of them commits is committed.
+
     Args:
         ids: [B, N] int64, every position filled; mask_id is written where a position is masked again.
         is_masked: [B, N] bool, before and after.
         row_indices: [R] int64, where the flat positions b N + i of what is masked are listed: those of sequence b
             from row_starts[b] on, below row_starts[b + 1], then -1. What does not fit is left out.
         row_starts: [B + 1] int64, rising, from 0 to R. What lies outside is as good as 0 or R.
-        values: [B, N] floating point, log_probs or a critic's logits.
-        counts: as in :func:`select_to_remask`.
+        values: [B, N] floating point, log_probs, entropies or a critic's logits.
+        counts: how many of each sequence stay masked at most: [B] int32|int64, or one number for all.
         mask_id: the id of the mask token.
-        is_confidence: whether a high value keeps a token (the sign above is -), as a critic's does not (+).
-        noise_scale: c >= 0.
-        min_remask_key: as in :func:`select_to_remask`.
+        commits: how many are committed at least, likewise; at least one is. Not with counts.
+        is_confidence: whether a high value keeps a token (the sign above is -), as an entropy or a critic's logit
+            does not (+).
+        noise_scale: c; below 0 for noise that keeps a token of low value.
+        min_remask_key: what has a lower key is committed, by its value alone, without the noise.
+        factor: f >= 0, a rule: the surest n are committed, for the largest n whose least sure one has a probability
+            of at least 1 - f / (n + 1), at least one. values: log_probs.
+        entropy_bound: nats, a rule: those of the lowest entropies are committed, as many as sum to at most this
+            without the last, at least one. values: entropies.
         eligible: [B, N] bool, the positions that may be masked again; by default those that were masked.
+        block: [B, 2] int64, the first position and the end of what takes part in each sequence: outside of it nothing
+            changes or is counted. By default everything does.
+        next_block: likewise, of which positions the list is; by default of all.
         seed, generator, step, sample_offset, backend: as in :func:`sample_tokens`.
 
     Writes, and returns nothing:
@@ -244,19 +260,64 @@ def remask_(
     _check.shape("ids", ids, values.shape, "B, N")
     _check.shape("is_masked", is_masked, values.shape, "B, N")
     _check.shape("row_starts", row_starts, [len(values) + 1], "B + 1")
-    if eligible is not None:
-        _check.tensor("eligible", eligible, [torch.bool])
-        _check.shape("eligible", eligible, values.shape, "B, N")
-    counts = as_counts(counts, values)
+    windows = Windows(block, next_block)
+    for name, window in windows._asdict().items():
+        if window is not None:
+            _check.tensor(name, window, [torch.int64])
+            _check.shape(name, window, [len(values), 2], "B, 2")
     _check.flag("is_confidence", is_confidence)
     _check_key(min_remask_key)
     mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
-    _check.number("noise_scale", noise_scale, 0.0)
-    _check.same_device(**written, row_starts=row_starts, values=values, counts=counts, eligible=eligible)
+    _check.number("noise_scale", noise_scale, -math.inf)
+    if eligible is not None:
+        _check.tensor("eligible", eligible, [torch.bool])
+        _check.shape("eligible", eligible, values.shape, "B, N")
+        _check_not_with("eligible", commits=commits, factor=factor, entropy_bound=entropy_bound)
+    _check_rule(is_confidence, noise_scale, min_remask_key, factor, entropy_bound)
+    if counts is not None:
+        _check_not_with("counts", commits=commits)
+    elif commits is None and factor is None and entropy_bound is None:
+        raise ValueError("expected counts, commits or a rule, received none; say how many positions stay masked")
+    counts_commit = counts is None
+    if counts is None:
+        counts = 1 if commits is None else commits
+    counts = as_counts(counts, values, "commits" if counts_commit else "counts")
+    _check.same_device(
+        **written, **windows._asdict(), row_starts=row_starts, values=values, counts=counts, eligible=eligible
+    )
     # Without noise nothing is drawn, no seed either.
     draws = as_draws(seed if noise_scale else 0, values.device, generator, step, sample_offset)
     backend = _of_length(backend, values)
     run = _dispatch.implementation(reference.remask_, values.device, backend, values.dtype)
     listed = RowList(row_indices, row_starts)
-    remasking = Remasking(mask_id, is_confidence, float(noise_scale), min_remask_key)
-    run(ids, is_masked, listed, values, counts, eligible, draws, remasking)
+    remasking = Remasking(
+        mask_id, is_confidence, float(noise_scale), min_remask_key, factor, entropy_bound, counts_commit
+    )
+    run(ids, is_masked, listed, values, counts, eligible, windows, draws, remasking)
+
+
+def _check_not_with(given: str, **others: object) -> None:
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"expected {given} or {name}, received both; leave one out")
+
+
+def _check_rule(
+    is_confidence: bool,
+    noise_scale: float,
+    min_remask_key: float | None,
+    factor: float | None,
+    entropy_bound: float | None,
+) -> None:
+    """Refuses rules beside one another, or beside figures that they are not of."""
+    for name, value, of_confidence in (("factor", factor, True), ("entropy_bound", entropy_bound, False)):
+        if value is None:
+            continue
+        _check.number(name, value, 0.0)
+        if is_confidence is not of_confidence:
+            raise ValueError(f"expected is_confidence={of_confidence} with {name}, received {is_confidence}")
+        if noise_scale != 0.0:
+            raise ValueError(f"expected no noise with {name}, whose order is by the values, received {noise_scale}")
+        _check_not_with(name, min_remask_key=min_remask_key)
+    if factor is not None:
+        _check_not_with("factor", entropy_bound=entropy_bound)

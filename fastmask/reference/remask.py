@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmask import _streams as streams
-from fastmask.records import Draws, Remasking, RowList
+from fastmask.records import Draws, Remasking, RowList, Windows
 from fastmask.reference import philox
 
 
@@ -57,6 +57,7 @@ def remask_(
     values: Tensor,
     counts: Tensor,
     eligible: Tensor | None,
+    windows: Windows,
     draws: Draws,
     remasking: Remasking,
 ) -> None:
@@ -64,19 +65,70 @@ def remask_(
 
     Args:
         eligible: [B, N] bool, what may be masked again; by default what is masked.
+        windows: where.
     """
-    remask_keys = values.float()
-    if remasking.noise_scale:
-        remask_keys = remask_keys + remasking.noise_scale * gumbel_noise(draws, *values.shape)
-    remask_keys = -remask_keys if remasking.is_confidence else remask_keys
+    sign = -1.0 if remasking.is_confidence else 1.0
+    figures = values.float()  # without noise, as rules hold them
     eligible = is_masked if eligible is None else eligible
-    chosen = select_to_remask(remask_keys, eligible, counts, remasking.min_remask_key)
-    is_masked.copy_(chosen)
+    in_block = _is_inside(windows.block, values)
+    if in_block is not None:
+        eligible = eligible & in_block
+    num_eligible = eligible.sum(dim=-1)
+    if remasking.counts_commit:
+        counts = num_eligible - counts.clamp(min=1)
+    if remasking.has_prefix_rule:
+        committed = _prefix_length(sign * figures, eligible, remasking).clamp(min=1)
+        counts = counts.minimum(num_eligible - committed)
+    if remasking.min_remask_key is not None:
+        eligible = eligible & ~(sign * figures < remasking.min_remask_key)
+    if remasking.noise_scale:
+        figures = figures + remasking.noise_scale * gumbel_noise(draws, *values.shape)
+    chosen = select_to_remask(sign * figures, eligible, counts, None)
     ids.masked_fill_(chosen, remasking.mask_id)
+    is_masked.copy_(chosen if in_block is None else chosen.where(in_block, is_masked))
+    in_list = _is_inside(windows.next_block, values)
+    _list(listed, is_masked if in_list is None else is_masked & in_list)
+
+
+def _is_inside(window: Tensor | None, values: Tensor) -> Tensor | None:
+    """Which positions [B, N] lie in a window [B, 2]; None for everywhere."""
+    if window is None:
+        return None
+    position = torch.arange(values.shape[1], device=values.device)
+    return (position >= window[:, :1]) & (position < window[:, 1:])
+
+
+def _prefix_length(remask_keys: Tensor, eligible: Tensor, remasking: Remasking) -> Tensor:
+    """How many of each row's eligible positions a rule commits [B], those of the lowest keys."""
+    nowhere = torch.full_like(remask_keys, torch.inf)
+    keys = remask_keys.where(eligible & ~remask_keys.isnan(), nowhere).sort(dim=-1, stable=True).values
+    is_known = (eligible & ~remask_keys.isnan()).sort(dim=-1, descending=True, stable=True).values
+    if remasking.factor is not None:
+        length = torch.arange(1, keys.shape[-1] + 1, dtype=torch.float32, device=keys.device)
+        holds = (-keys).exp() >= 1.0 - remasking.factor / (length + 1.0)
+    else:
+        assert remasking.entropy_bound is not None
+        entropies = fixed_point(keys)
+        holds = entropies.cumsum(dim=-1) - entropies <= fixed_point_bound(remasking.entropy_bound)
+    return (holds & is_known).long().cummin(dim=-1).values.sum(dim=-1)
+
+
+def fixed_point(nats: Tensor) -> Tensor:
+    """Multiples of 2^-32 nats, int64: their sums do not depend on the order."""
+    return (nats.clamp(-1024.0, 1024.0) * 2.0**32).long()
+
+
+def fixed_point_bound(nats: float) -> int:
+    """Likewise, of a bound, which no sum exceeds from 2^62 on."""
+    return int(min(nats * 2.0**32, 2.0**62))
+
+
+def _list(listed: RowList, is_listed: Tensor) -> None:
+    """Writes the list of positions [B, N]."""
     row_indices, row_starts = listed
     row_starts = row_starts.clamp(0, len(row_indices))
-    slots = row_starts[:-1, None] + chosen.cumsum(dim=-1) - 1
-    slots = slots.where(chosen & (slots < row_starts[1:, None]), len(row_indices))  # the place behind the last
-    flat = torch.arange(ids.numel(), device=ids.device)
-    found = torch.full((len(row_indices) + 1,), -1, dtype=torch.int64, device=ids.device)
+    slots = row_starts[:-1, None] + is_listed.cumsum(dim=-1) - 1
+    slots = slots.where(is_listed & (slots < row_starts[1:, None]), len(row_indices))  # the place behind the last
+    flat = torch.arange(is_listed.numel(), device=is_listed.device)
+    found = torch.full((len(row_indices) + 1,), -1, dtype=torch.int64, device=is_listed.device)
     row_indices.copy_(found.index_put_((slots.flatten(),), flat)[:-1])
