@@ -1,4 +1,4 @@
-"""What every test shares: the backends, poisoned memory, and figures of compiled kernels.
+"""What tests share: backends, where networks are, what was masked, poisoned memory, figures of compiled kernels.
 
 Without a GPU, or where the user exports TRITON_INTERPRET=1, kernels run in Triton's interpreter on the CPU; with
 ``--ptx`` on the CPU too, but as compiled for a GPU (``tests/ptx/README.md``). Triton reads that variable when it is
@@ -130,6 +130,21 @@ def reference() -> Backend:
 def kernel(request: pytest.FixtureRequest) -> Backend:
     """The kernels only, for tests that hold them to the reference."""
     return _backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where networks are: on the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What was masked, in order: MaskedTokens."""
+    functional = importlib.import_module("fastmask.functional")
+    masks, sampling = [], functional.mask_sampling
+    monkeypatch.setattr(functional, "mask_sampling", lambda *a, **k: masks.append(sampling(*a, **k)) or masks[-1])
+    return masks
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,6 @@ from fastmask.ops.sample_tokens import as_forbidden
 from fastmask.reference import vocabulary_filter
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class Waits(TorchDispatchMode):
     """Writes down each operation that brings a value to the host, or whose result has a shape that depends on one."""
 

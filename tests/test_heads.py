@@ -19,11 +19,6 @@ from fastmask.heads import Heads, Way, is_plain
 V, N, D, MASK = 11, 6, 8, 10
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class Trunk(nn.Module):
     """Embeddings, each mixed with the others' mean; noise in training."""
 
