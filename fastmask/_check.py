@@ -1,12 +1,12 @@
 """Errors at the door: what was expected, what came, and the remedy. Only ``clean_tokens``, which
-``check=True`` asks for, reads a tensor's values."""
+``check=True`` asks for, and ``allowed_ids`` read a tensor's values."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,9 +93,9 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, belo
         value, below_high = float(value), below_high or math.isinf(high)
     except OverflowError:
         raise ValueError(f"expected {name} to be a number that a float can hold, received one past 1e308") from None
-    if not (low <= value < high if below_high else low <= value <= high):
-        bracket = ")" if below_high else "]"
-        raise ValueError(f"expected {name} in [{low:g}, {high:g}{bracket}, received {value!r}")
+    if not (low <= value < high if below_high else low <= value <= high) or value == -math.inf:
+        first, last = "(" if low == -math.inf else "[", ")" if below_high else "]"
+        raise ValueError(f"expected {name} in {first}{low:g}, {high:g}{last}, received {value!r}")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -111,6 +111,37 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
         upper = "" if high is None else f" and below {high}"
         raise ValueError(f"expected {name} of at least {low}{upper}, received {value}")
     return value
+
+
+def id_table(name: str, ids: object, num_tokens: int, device: torch.device) -> Tensor:
+    """Ids as [num_tokens] bool, True at each: the tensor given, on the device, or of a sequence one on the CPU."""
+    if not isinstance(ids, Tensor):
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise TypeError(f"expected {name} as [V] bool or as a sequence of ids, received {type(ids).__name__}")
+        table = torch.zeros(num_tokens, dtype=torch.bool, device="cpu")
+        for id in ids:
+            table[integer(f"{name} ids", id, 0, num_tokens)] = True
+        return table
+    if ids.dtype != torch.bool:
+        raise TypeError(
+            f"expected {name} as [V] bool or as a sequence of ids, received a tensor of {ids.dtype}; "
+            f"give ids as {name}.tolist()"
+        )
+    shape(name, ids, [num_tokens], "V")
+    if ids.device != device:
+        raise ValueError(f"expected {name} on {device}, received {ids.device}; move it with .to(device)")
+    return ids
+
+
+def allowed_ids(name: str, table: Tensor, mask_id: int | None, remedy: str, *, reads: bool = True) -> Tensor:
+    """The ids that are not in the table and not the mask, [V] bool; none is refused, if values may be read."""
+    is_allowed = ~table
+    if mask_id is not None and mask_id < len(table):
+        is_allowed[mask_id] = False
+    if reads and not is_allowed.any():
+        besides = "" if mask_id is None else " besides mask_id"
+        raise ValueError(f"expected {name} to leave an id{besides}, received all; {remedy}")
+    return is_allowed
 
 
 def clean_tokens(

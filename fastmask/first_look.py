@@ -28,10 +28,11 @@ class FirstLook:
         """Looks at tokens [B, N]; mask_id None is no id. maskable: [B, N] bool, None for all."""
         if self.when == "never" or (self._has_looked and self.when == "first") or _cannot_look(tokens):
             return
-        _check.clean_tokens(name, tokens, num_tokens, None)
+        where, remedy = None, "clean the data"
         if mask_id is not None:
-            remedy = "give maskable=, False where the mask is among the ids"
-            _check.clean_tokens(name, tokens, num_tokens, mask_id, maskable, remedy)
+            where = None if maskable is None else maskable | (tokens != mask_id)
+            remedy += ", or give maskable=, False where the mask is among the ids"
+        _check.clean_tokens(name, tokens, num_tokens, mask_id, where, remedy)
         self._has_looked = True
 
 

@@ -20,7 +20,7 @@ from fastmask.critic import critic_logits
 from fastmask.ops.demask_step import counts_that_commit, remask_key_of_threshold
 from fastmask.records import Draws, Sampled, Sampling, Trajectory
 from fastmask.schedules import Schedule
-from fastmask.upstream import Formulas
+from fastmask.upstream import Formulas, Proposal
 
 # What is handed in
 
@@ -412,8 +412,8 @@ def _sample(
         # A head may lack columns for the last ids.
         forbidden=None if state.forbidden is None else state.forbidden[: out.num_tokens],
     )
-    sampled = Sampled(state.ids, state.log_probs)
-    model.formulas.sample_(out, rows, kept_ids, sampled, sampling, _draws(state, step, options), generator)
+    proposal = Proposal(out, rows, sampling, _draws(state, step, options), generator, kept_ids)
+    model.formulas.sample_(proposal, Sampled(state.ids, state.log_probs))
 
 
 def _remask(state: State, step: Step, model: Model, options: Options, arguments: dict[str, Any]) -> None:

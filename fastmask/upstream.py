@@ -7,7 +7,7 @@ reproduce old runs, the loss is then the same for the same masks and ids, and so
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,21 @@ MIN_TEMPERATURE = 1e-3
 MIN_CRITIC_TEMPERATURE = 1e-10
 # Noise on the confidence in generation: MaskGIT's public code, https://github.com/google-research/maskgit
 CHOICE_TEMPERATURE = 4.5
+
+
+class Proposal(NamedTuple):
+    """What ids are sampled from, and how.
+
+    rows: [M] int64, flat positions; -1 for no row. draws: where fastmask's random numbers come from. generator: where
+    x-transformers' come from. kept_ids: [M] int64, an id that is kept there, or -1 to sample one; None samples all.
+    """
+
+    out: Output
+    rows: Tensor
+    sampling: Sampling
+    draws: Draws
+    generator: torch.Generator | None
+    kept_ids: Tensor | None = None
 
 
 class Formulas:
@@ -55,20 +70,12 @@ class Formulas:
         """Those of the network's arguments that its critic gets too."""
         return arguments
 
-    def critic_sample(
-        self,
-        out: Output,
-        x: Tensor,
-        masked: MaskedTokens,
-        rows: Tensor,
-        sampling: Sampling,
-        draws: Draws,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
+    def critic_sample(self, proposal: Proposal, x: Tensor, masked: MaskedTokens) -> tuple[Tensor, Tensor]:
         """x [B, N] with its masked rows sampled, and where the critic should find it wrong, [B, N] bool."""
         sampled = Sampled(x.long().contiguous().clone(), torch.zeros(x.shape, dtype=torch.float32, device=x.device))
+        sampling = proposal.sampling
         sampling = sampling._replace(temperature=max(sampling.temperature, MIN_CRITIC_TEMPERATURE))
-        self.sample_(out, rows, None, sampled, sampling, draws, generator)
+        self.sample_(proposal._replace(sampling=sampling), sampled)
         generated = sampled.ids.to(x.dtype)
         return generated, generated != x
 
@@ -82,25 +89,9 @@ class Formulas:
         """The temperature of a step after which this share of the steps remains; from 0 on it is 0."""
         return max(start * remaining, MIN_TEMPERATURE) if start > 0.0 else 0.0
 
-    def sample_(
-        self,
-        out: Output,
-        rows: Tensor,
-        kept_ids: Tensor | None,
-        sampled: Sampled,
-        sampling: Sampling,
-        draws: Draws,
-        generator: torch.Generator | None,
-    ) -> None:
-        """Samples rows, in place.
-
-        Args:
-            rows: [M] int64, flat positions; -1 for no row.
-            kept_ids: [M] int64, an id that is kept there, or -1 to sample one; None samples all.
-            sampled: ids and log_probs [B, N], written at the rows.
-            draws: where fastmask's random numbers come from.
-            generator: where x-transformers' come from.
-        """
+    def sample_(self, proposal: Proposal, sampled: Sampled) -> None:
+        """Samples rows in place: writes ids and log_probs [B, N] there."""
+        out, rows, sampling, draws, _, kept_ids = proposal
         functional.sample_tokens(
             out.logits, row_indices=rows, kept_ids=kept_ids, out=sampled, **sampling._asdict(), **draws._asdict()
         )
@@ -134,17 +125,9 @@ class XTransformersFormulas(Formulas):
     def critic_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {}
 
-    def critic_sample(
-        self,
-        out: Output,
-        x: Tensor,
-        masked: MaskedTokens,
-        rows: Tensor,
-        sampling: Sampling,
-        draws: Draws,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
+    def critic_sample(self, proposal: Proposal, x: Tensor, masked: MaskedTokens) -> tuple[Tensor, Tensor]:
         """The same; but wrong is every position, masked or not, where the sample is not the token."""
+        out, _, sampling, _, generator, _ = proposal
         logits = out.logits_of(torch.arange(x.numel(), device=x.device))
         ids = sample_tokens(logits, temperature=sampling.temperature, top_k=None, generator=generator).ids.view_as(x)
         return x.where(~masked.is_masked, ids.to(x.dtype)), ids != x
@@ -163,17 +146,9 @@ class XTransformersFormulas(Formulas):
     def temperature(self, start: float, remaining: float) -> float:
         return max(start * remaining, MIN_TEMPERATURE)
 
-    def sample_(
-        self,
-        out: Output,
-        rows: Tensor,
-        kept_ids: Tensor | None,
-        sampled: Sampled,
-        sampling: Sampling,
-        draws: Draws,
-        generator: torch.Generator | None,
-    ) -> None:
+    def sample_(self, proposal: Proposal, sampled: Sampled) -> None:
         """The same; but a kept id has the probability of the one that was sampled."""
+        out, rows, sampling, _, generator, kept_ids = proposal
         ids, log_probs, *_ = sample_tokens(
             out.logits_of(rows), temperature=sampling.temperature, top_k=sampling.top_k, generator=generator
         )

@@ -19,6 +19,7 @@ from fastmask._progress import Progress
 from fastmask.critic import SelfCritic, critic_logits, critic_loss
 from fastmask.first_look import FirstLook
 from fastmask.heads import Heads
+from fastmask.ops.mask_sampling import check_gate
 from fastmask.ops.sample_tokens import as_forbidden
 from fastmask.ops.seeds import as_seed
 from fastmask.records import CrossEntropy, Draws, Losses, MaskedTokens, Metrics, Sampling, Trajectory
@@ -122,21 +123,11 @@ class NonAutoregressiveWrapper(nn.Module):
             backbone.check_head(net, head)
         mask_id = _check.integer("mask_id", mask_id, 0, net.num_tokens)
         steps = _check.integer("steps", steps, 1, 2**24)
-        for name, share in (
-            ("self_cond_train_prob", self_cond_train_prob),
-            ("no_replace_prob", no_replace_prob),
-            ("random_token_prob", random_token_prob),
-        ):
-            _check.number(name, share, 0.0, 1.0)
+        _check.number("self_cond_train_prob", self_cond_train_prob, 0.0, 1.0)
         _check.number("critic_loss_weight", critic_loss_weight, 0.0)
         _check.option("mask_mode", mask_mode, ["exact", "bernoulli"])
         _check.option("check", check, ["first", "always", "never"])
-        _check.option("gate", gate, ["batch", "token"])
-        if gate == "token" and no_replace_prob + random_token_prob > 1.0:
-            raise ValueError(
-                "expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
-                f"{no_replace_prob} + {random_token_prob}; BERT's are 0.1 and 0.1"
-            )
+        check_gate(gate, no_replace_prob, random_token_prob)
         if self_token_critic and token_critic is not None:
             raise ValueError("expected token_critic or self_token_critic=True, received both; leave one out")
         if token_critic is not None and not callable(token_critic):
@@ -194,15 +185,10 @@ class NonAutoregressiveWrapper(nn.Module):
         if random_excludes is None:
             return None
         device = random_excludes.device if isinstance(random_excludes, Tensor) else backbone.device_of(self.net)
-        excludes = as_forbidden(random_excludes, self.num_tokens, device, name="random_excludes")
-        assert excludes is not None
-        allowed = ~excludes
-        allowed[self.mask_id] = False
-        if self.random_token_prob > 0.0 and not allowed.is_meta and not allowed.any():
-            raise ValueError(
-                "expected random_excludes to leave an id besides mask_id, received all; set random_token_prob=0"
-            )
-        return excludes.clone()
+        table = _check.id_table("random_excludes", random_excludes, self.num_tokens, device)
+        reads = self.random_token_prob > 0.0 and not table.is_meta
+        _check.allowed_ids("random_excludes", table, self.mask_id, "set random_token_prob=0", reads=reads)
+        return table.to(device, copy=True)
 
     def _checked_loss_weight(self, use_simple_mdlm_loss_weight: bool | None, compat: bool) -> bool:
         schedule = self._schedule
@@ -401,7 +387,8 @@ class NonAutoregressiveWrapper(nn.Module):
         sampling = Sampling(_host_uniform(generator) if temperature is None else temperature, mask_id=self.mask_id)
         with torch.no_grad():
             rows = masked.row_indices[: counted.wait()]
-            generated, is_wrong = self._formulas.critic_sample(out, x, masked, rows, sampling, draws, generator)
+            proposal = upstream.Proposal(out, rows, sampling, draws, generator)
+            generated, is_wrong = self._formulas.critic_sample(proposal, x, masked)
         assert self.token_critic is not None
         logits = critic_logits(self.token_critic, generated, self._formulas.critic_arguments(kwargs))
         critic = share * critic_loss(logits, is_wrong, maskable, num_maskable)
@@ -685,7 +672,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 "leave one out"
             )
         device = backbone.device_of(self.net)
-        forbidden = as_forbidden(forbidden, self.num_tokens, device, mask_id=self.mask_id)
+        forbidden = as_forbidden(forbidden, self.num_tokens, device, self.mask_id)
         start = generation.start(batch_size, prompt, prompt_mask, length, self.mask_id, device)
         num_places = None
         if cuda_graph and prompt is not None:

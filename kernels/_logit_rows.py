@@ -19,8 +19,8 @@ class LogitRows(NamedTuple):
     """Which rows of logits a sampler's kernels read, and which ids never count there.
 
     logits: [M, V] of compact rows, else [B N, V]; of one last stride 1. row_indices: [M] int64, a row's place among
-    num_places positions (None: any); outside of these is no row. mask_id: None for no mask; one that is no id
-    of V is none. forbidden: [V] bool or None.
+    num_places positions (None: any); outside of these is no row. mask_id: in [0, V), None for no
+    mask. forbidden: [V] bool or None.
     """
 
     logits: Tensor
@@ -47,7 +47,6 @@ class LogitRows(NamedTuple):
 
     def arguments(self) -> dict[str, object]:
         """What every kernel over these rows is launched with."""
-        has_mask_id = self.mask_id is not None and 0 <= self.mask_id < self.num_ids
         return {
             "x_ptr": self.logits,
             "offset_x": offset_from_boundary(self.logits),
@@ -56,7 +55,7 @@ class LogitRows(NamedTuple):
             "num_places": self.num_places,
             "forbidden_ptr": self.forbidden,
             "V": self.num_ids,
-            "mask_id": self.mask_id if has_mask_id else None,
+            "mask_id": self.mask_id,
             "IS_COMPACT": self.is_compact,
             "VECTOR": self.vector,
         }

@@ -58,9 +58,10 @@ class _Signature:
         return torch.library.infer_schema(prototype, mutates_args=self.written(mutates))
 
     def written(self, mutates: Sequence[str]) -> list[str]:
-        """The schema's names of parameters that are written to, of a record's tensors all."""
-        types = [item for parameter in mutates for item in self._types[parameter].items()]
-        return [name for name, of in types if "Tensor" in str(of)]
+        """The schema's names of tensors that are written to: of a record all, or ``record_field`` alone."""
+        types = {name: of for fields in self._types.values() for name, of in fields.items()}
+        names = [name for part in mutates for name in self._types.get(part, [part])]
+        return [name for name in names if "Tensor" in str(types[name])]
 
     def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
         """A call's arguments as the schema has them."""
@@ -118,7 +119,7 @@ def operator(
 
     Args:
         fake: gives outputs like the function's, of the same arguments, with nothing in them, for tracing.
-        mutates: names of parameters that the function writes to.
+        mutates: names of parameters that the function writes to; of a record all tensors, or "record_field" alone.
     """
 
     def register(function: Callable[P, R]) -> Operator[P, R]:

@@ -220,8 +220,8 @@ def _empty_noise(draws: Draws, batch: int, length: int) -> Tensor:
     return torch.empty((batch, length), dtype=torch.float32, device=draws.seed.device)
 
 
-@operator("score_noise", _empty_noise)
-def score_noise(draws: Draws, batch: int, length: int) -> Tensor:
+@operator("gumbel_noise", _empty_noise)
+def gumbel_noise(draws: Draws, batch: int, length: int) -> Tensor:
     """See the reference, ``fastmask.reference.remask``: Gumbel(0, 1) noise of each position [B, N], float32."""
     noise = _empty_noise(draws, batch, length)
     if noise.numel():
@@ -253,7 +253,7 @@ def select_to_remask(remask_keys: Tensor, eligible: Tensor, counts: Tensor, min_
     return chosen
 
 
-@operator("remask_", mutates=("ids", "is_masked", "listed"))
+@operator("remask_", mutates=("ids", "is_masked", "listed_row_indices"))
 def remask_(
     ids: Tensor,
     is_masked: Tensor,
@@ -267,7 +267,7 @@ def remask_(
     """See the reference: keys, selection and all that it changes, in one launch."""
     _, length = values.shape
     if remasking.noise_scale and not _is_one_block(length):  # drawn once, not at each pass over a long sequence
-        values = values.float() + remasking.noise_scale * score_noise(draws, *values.shape)
+        values = values.float() + remasking.noise_scale * gumbel_noise(draws, *values.shape)
         remasking = remasking._replace(noise_scale=0.0)
     eligible = is_masked if eligible is None else eligible
     _select(values, eligible, counts, remasking, is_masked=is_masked, ids=ids, listed=listed, draws=draws)

@@ -57,6 +57,14 @@ def loss_problem() -> losses.LossProblem:
     return dense.problem(dense.Case(32, 67, 0.5, CPU))
 
 
+def assert_nothing_spills(figures, target, *, may_spill_scalars=False) -> None:
+    """AMD's scalar registers spill to lanes of vector registers: to no memory."""
+    kinds = ("stack", "spills") if may_spill_scalars else ("stack", "spills", "scalar_spills")
+    for name, of_target in figures.items():
+        spills = {kind: of_target[target].get(kind, 0) for kind in kinds}
+        assert not any(spills.values()), (name, spills)
+
+
 def a_row(operation, case, contender, ms, **changes):
     is_ours, is_eager = contender.startswith("fastmask"), contender == "x-transformers"
     row = {"operation": operation, "case": case, "contender": contender, "name": contender, "given": "", "ms": ms}

@@ -30,8 +30,8 @@ def sample(logits=LOGITS, **options):
     return functional.sample_tokens(logits, **options)
 
 
-def linear_sample(embeddings=EMBEDDINGS, weight=WEIGHT, bias=None, **options):
-    return functional.sample_tokens(functional.LinearLogits(embeddings, weight, bias), **options)
+def linear_sample(embeddings=EMBEDDINGS, weight=WEIGHT, bias=None, scale=1.0, softcap=None, **options):
+    return functional.sample_tokens(functional.LinearLogits(embeddings, weight, bias, scale, softcap), **options)
 
 
 def confidence(log_probs=LOGITS[0], **options):
@@ -60,8 +60,8 @@ def step(logits=LOGITS, ids=TOKENS, is_masked=MASKED, counts=1, **options):
     return functional.demask_step(logits, ids, is_masked, counts, **{"mask_id": V - 1, **options})
 
 
-def linear_step(embeddings=EMBEDDINGS, weight=WEIGHT, bias=None, **options):
-    return step(functional.LinearLogits(embeddings, weight, bias), **options)
+def linear_step(embeddings=EMBEDDINGS, weight=WEIGHT, bias=None, scale=1.0, softcap=None, **options):
+    return step(functional.LinearLogits(embeddings, weight, bias, scale, softcap), **options)
 
 
 def in_place(ids=TOKENS, log_probs=FIGURES, **options):

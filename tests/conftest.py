@@ -1,4 +1,4 @@
-"""What every test shares: the backends, poisoned memory, and figures of compiled kernels.
+"""What tests share: backends, where networks are, what was masked, poisoned memory, figures of compiled kernels.
 
 Without a GPU, or where the user exports TRITON_INTERPRET=1, kernels run in Triton's interpreter on the CPU; with
 ``--ptx`` on the CPU too, but as compiled for a GPU (``tests/ptx/README.md``). Triton reads that variable when it is
@@ -132,6 +132,21 @@ def kernel(request: pytest.FixtureRequest) -> Backend:
     return _backend(request.param)
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where networks are: on the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What was masked, in order: MaskedTokens."""
+    functional = importlib.import_module("fastmask.functional")
+    masks, sampling = [], functional.mask_sampling
+    monkeypatch.setattr(functional, "mask_sampling", lambda *a, **k: masks.append(sampling(*a, **k)) or masks[-1])
+    return masks
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Fill what ``torch.empty`` returns with NaN, the largest integer or True: an unwritten output is seen."""
@@ -140,9 +155,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="session")
-def compiled_figures() -> Callable[..., dict[str, dict[str, dict]]]:
-    """An operation's programs to figures, by program and target; see ``benchmarks/compiled.py``.
+@pytest.fixture(scope="module")
+def figures(request: pytest.FixtureRequest) -> dict[str, dict[str, dict]]:
+    """Figures of the module's OPERATION, by program and target; see ``benchmarks/compiled.py``.
 
     Registers, spills and instructions are of one compiler: elsewhere the tests that hold them to bounds are skipped.
     """
@@ -152,4 +167,6 @@ def compiled_figures() -> Callable[..., dict[str, dict[str, dict]]]:
     if version != pinned:
         pytest.skip(f"the figures are of Triton {pinned} (constraints.txt), which is {version} here")
     importlib.import_module("benchmark_helpers")  # which finds benchmarks/
-    return importlib.import_module("benchmarks.compiled").figures
+    compiled, programs = (importlib.import_module(f"benchmarks.{name}") for name in ("compiled", "programs"))
+    operation = request.module.OPERATION
+    return compiled.figures(operation, dict.fromkeys(programs.PROGRAMS[operation], compiled.TARGETS))

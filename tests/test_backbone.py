@@ -18,11 +18,6 @@ from fastmask.records import LinearLogits
 V, N, D, MASK = 13, 6, 16, 12
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def encoder(**options) -> Encoder:
     return Encoder(dim=D, depth=1, heads=2, attn_dim_head=8, **options)
 

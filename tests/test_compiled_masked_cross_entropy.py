@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import benchmark_helpers  # noqa: F401
 import pytest
+from benchmark_helpers import assert_nothing_spills
 
 from benchmarks.compiled import TARGETS
 from benchmarks.programs import PROGRAMS
 
-NAMES = list(PROGRAMS["masked_cross_entropy"])
+OPERATION = "masked_cross_entropy"
 
 # 4.3 TB/s at 4 bytes an element (bfloat16, all masked: read once, written once) are 1.075e12 elements a second; an
 # H200's 132 x 4 x 32 lanes at 1.755 GHz do 29.6e12 instructions: 28 an element, 41 at half masked, twice that for
@@ -43,22 +43,15 @@ MOST_REGISTERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def figures(compiled_figures):
-    return compiled_figures("masked_cross_entropy", dict.fromkeys(NAMES, TARGETS))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_spills(figures, name, target):
-    figure = figures[name][target]
-    assert (figure["stack"], figure["spills"], figure.get("scalar_spills", 0)) == (0, 0, 0)
+def test_nothing_spills(figures, target):
+    assert_nothing_spills(figures, target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PROGRAMS[OPERATION])
 def test_logits_move_16_bytes_at_a_time(figures, name, target):
     assert figures[name][target]["load_bits"] == 128
     if name != "backward" and not name.endswith("records"):

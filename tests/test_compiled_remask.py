@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import benchmark_helpers  # noqa: F401
 import pytest
+from benchmark_helpers import assert_nothing_spills
 
 from benchmarks.compiled import TARGETS
-from benchmarks.programs import PROGRAMS
 
-
-@pytest.fixture(scope="module")
-def figures(compiled_figures):
-    return compiled_figures("remask", dict.fromkeys(PROGRAMS["remask"], TARGETS))
+OPERATION = "remask"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_spills(figures, target):
-    for name, figure in figures.items():
-        # AMD's scalar registers spill to lanes of vector registers: to no memory.
-        spills = {key: figure[target][key] for key in ("stack", "spills")}
-        assert not any(spills.values()), (name, spills)
+    assert_nothing_spills(figures, target, may_spill_scalars=True)

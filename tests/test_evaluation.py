@@ -17,19 +17,6 @@ from fastmask.data import TokenSequences
 from fastmask.schedules import Schedule
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[functional.MaskedTokens]:
-    """What was masked, in order."""
-    masks, sampling = [], functional.mask_sampling
-    monkeypatch.setattr(functional, "mask_sampling", lambda *a, **k: masks.append(sampling(*a, **k)) or masks[-1])
-    return masks
-
-
 class Favourites(nn.Module):
     """The same law at every position. Under the linear schedule a sequence of one id over and over then costs exactly
     its length times that id's nats, whichever positions are masked."""

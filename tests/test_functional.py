@@ -70,6 +70,21 @@ STEP_CASES = [
     (ValueError, "expected step of at least 0 and below 16777216, received 16777216", {"step": 2**24}),
     (TypeError, "expected step to be an int, received float", {"step": 1.0}),
 ]
+SOFTCAP_CASES = [
+    (TypeError, "expected softcap to be a number, received Tensor", {"softcap": torch.tensor(30.0)}),
+    (ValueError, "expected softcap to be a number that a float can hold", {"softcap": 10**400}),
+    (ValueError, "expected softcap in [0, inf), received -1", {"softcap": -1.0}),
+    (ValueError, "expected softcap in [0, inf), received inf", {"softcap": math.inf}),
+    (ValueError, "expected softcap above 0, received 0; leave it out", {"softcap": 0.0}),
+]
+LINEAR_LOGITS_CASES = [
+    *SOFTCAP_CASES,
+    (TypeError, "expected scale to be a number, received Tensor", {"scale": torch.tensor(0.5)}),
+    (TypeError, "expected scale to be a number, received NoneType", {"scale": None}),
+    (ValueError, "expected scale in (-inf, inf), received inf", {"scale": math.inf}),
+    (ValueError, "expected scale in (-inf, inf), received -inf", {"scale": -math.inf}),
+    (ValueError, "expected scale in (-inf, inf), received nan", {"scale": math.nan}),
+]
 LOSS_CASES = [
     (TypeError, "expected targets of dtype int32|int64, received float32; convert it with targets.to(torch.int64)",
      {"targets": TARGETS.float()}),
@@ -109,16 +124,13 @@ LOSS_CASES = [
     (ValueError, "expected z_loss in [0, inf), received inf", {"z_loss": math.inf}),
     (TypeError, "expected z_loss to be a number, received bool", {"z_loss": True}),
     (TypeError, "expected softcap to be a number, received str", {"softcap": "30"}),
-    (TypeError, "expected softcap to be a number, received Tensor", {"softcap": torch.tensor(30.0)}),
-    (ValueError, "expected softcap to be a number that a float can hold", {"softcap": 10**400}),
     (TypeError, "expected with_correct to be True or False, received 1 of type int", {"with_correct": 1}),
     (TypeError, "expected check to be True or False, received 'no' of type str", {"check": "no"}),
     (TypeError, "expected ignore_index to be an int, received float", {"ignore_index": -100.0}),
     (TypeError, "expected ignore_index to be an int, received Tensor", {"ignore_index": torch.tensor(-100)}),
     (ValueError, f"expected ignore_index of at least {-(2**31)} and below {2**31}, received {2**31}",
      {"ignore_index": 2**31}),
-    (ValueError, "expected softcap in [0, inf), received -1", {"softcap": -1.0}),
-    (ValueError, "expected softcap above 0, received 0; leave it out", {"softcap": 0.0}),
+    *SOFTCAP_CASES,
     (ValueError, "expected exclude_id of at least 0 and below 6, received 6", {"exclude_id": V}),
     (ValueError, "expected exclude_id of at least 0 and below 6, received -1", {"exclude_id": -1}),
     (TypeError, "expected exclude_id to be an int, received float", {"exclude_id": 1.0}),
@@ -140,6 +152,8 @@ FORBIDDEN_CASES = [
     (ValueError, "expected forbidden ids of at least 0 and below 6, received -1", {"forbidden": [-1]}),
     (TypeError, "expected forbidden ids to be an int, received float", {"forbidden": [1.0]}),
     (TypeError, "expected forbidden ids to be an int, received bool", {"forbidden": [True] * V}),
+    (TypeError, "expected forbidden as [V] bool or as a sequence of ids, received int", {"forbidden": 3}),
+    (TypeError, "expected forbidden as [V] bool or as a sequence of ids, received str", {"forbidden": "3"}),
 ]  # fmt: skip
 OUT = functional.Sampled(TOKENS, FIGURES)
 OUT_CASES = [
@@ -258,10 +272,10 @@ EXCLUDES_CASES = [
      torch.zeros(V, dtype=torch.bool, device=META)),
     (TypeError, "or as a sequence of ids, received int", 3),
     (TypeError, "or as a sequence of ids, received str", "3"),
-    (ValueError, "expected random_excludes' ids of at least 0 and below 6, received 6", [0, V]),
-    (TypeError, "expected random_excludes' ids to be an int, received bool", [True]),
-    (ValueError, "expected random_excludes to leave an id to draw random tokens from, received all 6 (but mask_id); "
-     "set random_token_prob=0", range(V - 1)),
+    (ValueError, "expected random_excludes ids of at least 0 and below 6, received 6", [0, V]),
+    (TypeError, "expected random_excludes ids to be an int, received bool", [True]),
+    (ValueError, "expected random_excludes to leave an id besides mask_id, received all; set random_token_prob=0",
+     range(V - 1)),
 ]  # fmt: skip
 
 CASES = [
@@ -279,7 +293,7 @@ CASES = [
     refused(ValueError, "expected random_token_prob in [0, 1], received -0.1", mask, random_token_prob=-0.1),
     refused(ValueError, "expected gate to be one of 'batch', 'token'; received 'row'", mask, gate="row"),
     refused(ValueError, "expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
-            "0.6 + 0.5", mask, gate="token", no_replace_prob=0.6, random_token_prob=0.5),
+            "0.6 + 0.5; BERT's are 0.1 and 0.1", mask, gate="token", no_replace_prob=0.6, random_token_prob=0.5),
     *(refused(TypeError, f"expected {flag} to be True or False, received 1 of type int", mask, **{flag: 1})
       for flag in ("stratified", "random_may_be_mask", "complement", "check")),
     *(refused(*case[:2], mask, random_token_prob=0.1, random_excludes=case[2]) for case in EXCLUDES_CASES),
@@ -352,6 +366,8 @@ CASES = [
     *(refused(*case[:2], step, **case[2]) for case in DEMASK_CASES),
     *(refused(*case[:2], function, **case[2]) for function in (step, linear_step)
       for case in FORBIDDEN_CASES + SEED_CASES + STEP_CASES),
+    *(refused(*case[:2], function, **case[2])
+      for function in (linear_sample, linear_step) for case in LINEAR_LOGITS_CASES),
     refused(ValueError, "expected embeddings of shape [B, N, D] = [2, 4, 3], received [1, 4, 3]", linear_step,
             EMBEDDINGS[:1]),
     refused(ValueError, "expected compact embeddings [M, ...] with row_indices [M] and seq_len, received [4, 3], [8]",

@@ -14,12 +14,6 @@ from x_transformers import Encoder, TransformerWrapper
 from fastmask import NonAutoregressiveWrapper, Schedule, Trajectory, functional, upstream
 from fastmask.schedules import as_schedule, step_counts
 
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # ---- counts ----
 
 

@@ -11,12 +11,6 @@ from generating import MASK, Jumping, Small, prompts, wrap, wrap_small
 from fastmask import functional
 from fastmask.schedules import as_schedule, step_counts
 
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # ---- a loop by hand ----
 
 

@@ -12,12 +12,6 @@ from torch import nn
 
 from fastmask import NonAutoregressiveWrapper
 
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # ---- one position ----
 
 

@@ -16,11 +16,6 @@ from fastmask.ops.sample_tokens import as_forbidden
 from fastmask.reference import vocabulary_filter
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class Waits(TorchDispatchMode):
     """Writes down each operation that brings a value to the host, or whose result has a shape that depends on one."""
 
@@ -167,7 +162,7 @@ def test_a_step_of_ones_own_copies_nothing_while_the_host_waits():
 
 def test_ids_of_a_sequence_are_forbidden_whatever_the_default_device():
     with torch.device("meta"):
-        assert as_forbidden([1], 3, torch.device("cpu")).tolist() == [False, True, False]
+        assert as_forbidden([1], 3, torch.device("cpu"), None).tolist() == [False, True, False]
 
 
 def test_a_copy_that_waits_is_seen():

@@ -19,11 +19,6 @@ from fastmask.heads import Heads, Way, is_plain
 V, N, D, MASK = 11, 6, 8, 10
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class Trunk(nn.Module):
     """Embeddings, each mixed with the others' mean; noise in training."""
 
@@ -317,10 +312,12 @@ def test_ids_are_looked_at_in_the_first_batch(device):
     maskable = dirty != MASK
     for method in ("forward", "nelbo"):
         model = wrap(Logits(), device)
-        with pytest.raises(
-            ValueError, match=r"expected .* other than 10, received 10 at \[1, 2\] and 0 more; give mask"
-        ):
+        message = r"expected .* other than 10, received 10 at \[1, 2\] and 0 more; clean the data, or give mask"
+        with pytest.raises(ValueError, match=message):
             getattr(model, method)(dirty)
+        strange = dirty + torch.where(maskable, 0, V)  # no id at all, if not maskable
+        with pytest.raises(ValueError, match=r"received 21 at \[1, 2\] and 0 more"):
+            getattr(model, method)(strange, maskable=maskable)
         getattr(model, method)(dirty, maskable=maskable)
         assert model.nelbo(dirty, num_samples=4).isinf()  # not looked at again, and it costs infinity
     with pytest.raises(ValueError, match="received 11 at"):

@@ -113,7 +113,7 @@ def test_a_mask_id_outside_the_vocabulary_leaves_the_others(backend):
 @pytest.mark.parametrize("excludes", [[0, 1, 2, 4, 5, 6], range(V), torch.ones(V, dtype=torch.bool)], ids=str)
 def test_no_id_left_is_refused(backend, excludes):
     options = {"random_excludes": excludes, "check": True}
-    with pytest.raises(ValueError, match="expected random_excludes to leave an id to draw random tokens from"):
+    with pytest.raises(ValueError, match="expected random_excludes to leave an id besides mask_id, received all"):
         mask(backend, torch.zeros(2, 4).long(), random_token_prob=0.1, **options)
     mask(backend, torch.zeros(2, 4).long(), **options)  # nothing is drawn
 

@@ -57,7 +57,7 @@ def test_kernels_are_not_traced(kernel):
     def noise(seed):
         with contextlib.suppress(ValueError):
             torch._dynamo.graph_break()
-            return torch.ops.fastmask.score_noise(seed, 2, 3, 0, 0)
+            return torch.ops.fastmask.gumbel_noise(seed, 2, 3, 0, 0)
 
     seed = torch.tensor(3, device=kernel.device)
     torch._dynamo.reset()

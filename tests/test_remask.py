@@ -177,13 +177,13 @@ def test_longer_sequences_than_the_kernels_keys_hold_are_selected_by_the_referen
     assert chosen.nonzero().tolist() == [[0, 65535], [0, 65536]]
 
 
-@pytest.mark.parametrize("operation", ["score_noise", "select_to_remask", "remask_"])
+@pytest.mark.parametrize("operation", ["gumbel_noise", "select_to_remask", "remask_"])
 def test_the_kernels_are_torch_operations(kernel, operation):
     """torch's own checks: schema, fake tensors and tracing."""
     ids, counts, draws = torch.arange(6).view(2, 3), torch.tensor([1, 2]), Draws(torch.tensor(5), 7, 2)
     listed, remasking = RowList(torch.zeros(4).long(), torch.tensor([0, 2, 4])), Remasking(9, True, 0.5)
     arguments = {
-        "score_noise": (draws, 2, 3),
+        "gumbel_noise": (draws, 2, 3),
         "select_to_remask": (draw(2, 9), draw(2, 9) < 0, counts, -0.5),
         "remask_": (ids.clone(), ids > 2, listed, draw(2, 3), counts, None, draws, remasking),
     }[operation]
@@ -191,6 +191,14 @@ def test_the_kernels_are_torch_operations(kernel, operation):
     flat = operator.signature.flat(arguments)
     flat = [x.to(kernel.device) if isinstance(x, torch.Tensor) else x for x in flat]
     torch.library.opcheck(operator.overload, tuple(flat))
+
+
+def test_where_the_list_begins_counts_as_read(kernel):
+    read = torch.tensor([0, 3]).to(kernel.device), torch.zeros(1, 3, device=kernel.device)
+    written = [torch.zeros(1, 3).long(), torch.ones(1, 3).bool(), torch.zeros(3).long()]
+    written = [x.to(kernel.device) for x in written]
+    functional.remask_(*written, *read, 1, mask_id=9, backend="triton")
+    assert [x._version for x in (*written, *read)] == [1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("length", [6, 5000])

@@ -415,9 +415,11 @@ def test_the_lowest_allowed_id_of_a_row_without_a_law(door, forbidden, mask_id, 
     assert healthy.log_probs.isnan().any() == (len(excluded) == 4)
 
 
-@pytest.mark.parametrize(("forbidden", "mask_id"), [([0, 1, 2, 3], None), ((0, 1, 3), 2)])
-def test_a_list_that_forbids_all_is_refused(door, forbidden, mask_id):
-    with pytest.raises(ValueError, match="expected forbidden to leave an id besides the mask, received all"):
+@pytest.mark.parametrize(
+    ("forbidden", "mask_id", "left"), [([0, 1, 2, 3], 4, "an id"), ((0, 1, 3), 2, "an id besides mask_id")]
+)
+def test_a_list_that_forbids_all_is_refused(door, forbidden, mask_id, left):
+    with pytest.raises(ValueError, match=f"expected forbidden to leave {left}, received all; leave one out"):
         door.sample_tokens(torch.zeros(1, 1, 4), forbidden=forbidden, mask_id=mask_id)
 
 

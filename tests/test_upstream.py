@@ -33,11 +33,6 @@ same_upstream = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def transformer(*, outputs: int | None = None, **options) -> TransformerWrapper:
     layers = Encoder(dim=16, depth=1, heads=2, attn_dim_head=8)
     return TransformerWrapper(num_tokens=V, max_seq_len=N, attn_layers=layers, logits_dim=outputs, **options)
@@ -58,14 +53,6 @@ def pair(device: torch.device, *, critic: str = "none", net: nn.Module | None = 
 
 def clean(device: torch.device, batch: int = 16) -> torch.Tensor:
     return torch.randint(0, V - 1, (batch, N), generator=torch.Generator().manual_seed(1)).to(device)
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[functional.MaskedTokens]:
-    """What our wrapper masks, in order."""
-    masks, sampling = [], functional.mask_sampling
-    monkeypatch.setattr(functional, "mask_sampling", lambda *a, **k: masks.append(sampling(*a, **k)) or masks[-1])
-    return masks
 
 
 @pytest.fixture

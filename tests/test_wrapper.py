@@ -13,21 +13,7 @@ from torch import nn
 from training import CRITICS, MASK, SCHEDULES, N, V, build, clean, transformer
 from x_transformers import Encoder, TransformerWrapper
 
-from fastmask import Losses, NonAutoregressiveWrapper, functional
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[functional.MaskedTokens]:
-    """What was masked, in order."""
-    masks, sampling = [], functional.mask_sampling
-    monkeypatch.setattr(functional, "mask_sampling", lambda *a, **k: masks.append(sampling(*a, **k)) or masks[-1])
-    return masks
-
+from fastmask import Losses, NonAutoregressiveWrapper
 
 # ---- x-transformers' users ----
 

@@ -12,11 +12,6 @@ from training import MASK, N, Recorder, V, build, clean, transformer
 from fastmask import NonAutoregressiveWrapper
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def without(name: str) -> Recorder:
     net = Recorder()
     delattr(net, name)

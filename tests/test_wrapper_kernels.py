@@ -11,19 +11,6 @@ from fastmask._host_count import HostCount
 from fastmask.records import LinearLogits
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[functional.MaskedTokens]:
-    """What was masked, in order."""
-    masks, sampling = [], functional.mask_sampling
-    monkeypatch.setattr(functional, "mask_sampling", lambda *a, **k: masks.append(sampling(*a, **k)) or masks[-1])
-    return masks
-
-
 def step(wrapper, x):
     """Losses and gradients of a step whose masks and temperature are always the same."""
     wrapper.zero_grad()

@@ -12,20 +12,6 @@ from training import CRITICS, MASK, SCHEDULES, N, Recorder, Table, build, clean,
 
 from fastmask import NonAutoregressiveWrapper, functional
 
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[functional.MaskedTokens]:
-    """What was masked, in order."""
-    masks, sampling = [], functional.mask_sampling
-    monkeypatch.setattr(functional, "mask_sampling", lambda *a, **k: masks.append(sampling(*a, **k)) or masks[-1])
-    return masks
-
-
 # ---- the loss, by enumeration ----
 
 

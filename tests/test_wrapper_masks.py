@@ -12,19 +12,6 @@ from training import CRITICS, MASK, N, Recorder, V, build, clean, transformer
 from fastmask import Metrics, NonAutoregressiveWrapper, functional
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[functional.MaskedTokens]:
-    """What was masked, in order."""
-    masks, sampling = [], functional.mask_sampling
-    monkeypatch.setattr(functional, "mask_sampling", lambda *a, **k: masks.append(sampling(*a, **k)) or masks[-1])
-    return masks
-
-
 def by_logits(wrapper: NonAutoregressiveWrapper) -> NonAutoregressiveWrapper:
     """The same wrapper, whose network has a hook before its head and so gives logits."""
     wrapper.net.to_logits.register_forward_hook(lambda module, arguments, output: None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -112,14 +112,7 @@ def mask_sampling(
     num_tokens = _check.integer("num_tokens", num_tokens, 1, 2**31)
     mask_id = _check.integer("mask_id", mask_id, 0, 2**31)
     _check.option("mode", mode, ["exact", "bernoulli"])
-    _check.number("no_replace_prob", no_replace_prob, 0.0, 1.0)
-    _check.number("random_token_prob", random_token_prob, 0.0, 1.0)
-    _check.option("gate", gate, ["batch", "token"])
-    if gate == "token" and no_replace_prob + random_token_prob > 1.0:
-        raise ValueError(
-            f"expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
-            f"{no_replace_prob} + {random_token_prob}"
-        )
+    check_gate(gate, no_replace_prob, random_token_prob)
     flags = {"stratified": stratified, "random_may_be_mask": random_may_be_mask, "complement": complement}
     for name, flag in {**flags, "check": check}.items():
         _check.flag(name, flag)
@@ -144,7 +137,10 @@ def mask_sampling(
     tensors = {"tokens": tokens, "times": times, "counts": counts, "maskable": maskable}
     _check.same_device(**tensors)
     _check.plain(**tensors)
-    excluded = None if random_excludes is None else _as_excluded(random_excludes, num_tokens, tokens.device)
+    excluded = random_excludes
+    if excluded is not None:
+        excluded = _check.id_table("random_excludes", excluded, num_tokens, tokens.device)
+        _check.plain(random_excludes=excluded)
     if check:
         _check.clean_tokens("tokens", tokens, num_tokens, mask_id)
 
@@ -173,29 +169,16 @@ def mask_sampling(
     return run(tokens, draws, masking, values, None if counts is None else counts.long(), maskable, random_ids)
 
 
-def _as_excluded(excludes: Tensor | Sequence[int], num_tokens: int, device: torch.device) -> Tensor:
-    """``random_excludes`` as [V] bool on the device, or on the CPU where it was a sequence."""
-    if isinstance(excludes, Tensor):
-        if excludes.dtype != torch.bool:
-            raise TypeError(
-                f"expected random_excludes as [V] bool or as a sequence of ids, received a tensor of "
-                f"{excludes.dtype}; give ids as random_excludes.tolist()"
-            )
-        _check.shape("random_excludes", excludes, [num_tokens], "V")
-        _check.plain(random_excludes=excludes)
-        if excludes.device != device:
-            raise ValueError(
-                f"expected random_excludes on {device}, received {excludes.device}; move it with .to(device)"
-            )
-        return excludes
-    if isinstance(excludes, str) or not isinstance(excludes, Iterable):
-        raise TypeError(
-            f"expected random_excludes as [V] bool or as a sequence of ids, received {type(excludes).__name__}"
+def check_gate(gate: str, no_replace_prob: float, random_token_prob: float) -> None:
+    """The shares of masked positions that keep their token or get a random one fit the gate."""
+    _check.option("gate", gate, ["batch", "token"])
+    _check.number("no_replace_prob", no_replace_prob, 0.0, 1.0)
+    _check.number("random_token_prob", random_token_prob, 0.0, 1.0)
+    if gate == "token" and no_replace_prob + random_token_prob > 1.0:
+        raise ValueError(
+            "expected no_replace_prob + random_token_prob of at most 1 with gate='token', received "
+            f"{no_replace_prob} + {random_token_prob}; BERT's are 0.1 and 0.1"
         )
-    is_excluded = torch.zeros(num_tokens, dtype=torch.bool, device="cpu")
-    for id in excludes:
-        is_excluded[_check.integer("random_excludes' ids", id, 0, num_tokens)] = True
-    return is_excluded
 
 
 def _allowed(excluded: Tensor, masking: Masking, device: torch.device, *, check: bool) -> RandomIds:
@@ -203,16 +186,10 @@ def _allowed(excluded: Tensor, masking: Masking, device: torch.device, *, check:
 
     Refused where none is left and the host knows it without waiting for a GPU, or is asked to wait.
     """
-    is_allowed = ~excluded
-    if not masking.random_may_be_mask and masking.mask_id < masking.num_tokens:
-        is_allowed[masking.mask_id] = False
+    mask_id = None if masking.random_may_be_mask else masking.mask_id
     reads = check or (excluded.device.type == "cpu" and not torch.compiler.is_compiling())
-    if reads and not bool(is_allowed.any()):
-        raise ValueError(
-            "expected random_excludes to leave an id to draw random tokens from, received all "
-            f"{masking.num_tokens} (but mask_id); set random_token_prob=0"
-        )
-    is_allowed = to_device(is_allowed, device)
+    remedy = "set random_token_prob=0"
+    is_allowed = to_device(_check.allowed_ids("random_excludes", excluded, mask_id, remedy, reads=reads), device)
     ids = torch.nonzero_static(is_allowed, size=masking.num_tokens, fill_value=masking.mask_id)
     return RandomIds(ids.squeeze(-1), is_allowed.sum())
 

@@ -184,14 +184,19 @@ def check_loss_options(options: LossOptions, num_tokens: int) -> None:
     _check.flag("with_correct", options.with_correct)
     _check.number("label_smoothing", options.label_smoothing, 0.0, 1.0)
     _check.number("z_loss", options.z_loss, 0.0)
-    if options.softcap is not None:
-        _check.number("softcap", options.softcap, 0.0)
-        if options.softcap == 0.0:
-            raise ValueError("expected softcap above 0, received 0; leave it out for logits as they are")
+    check_softcap(options.softcap)
     if options.exclude_id is not None:
         _check.integer("exclude_id", options.exclude_id, 0, num_tokens)
         if num_tokens == 1:
             raise ValueError("expected a column besides exclude_id, received logits with V = 1")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """A softcap of logits is above 0, if there is one."""
+    if softcap is not None:
+        _check.number("softcap", softcap, 0.0)
+        if softcap == 0.0:
+            raise ValueError("expected softcap above 0, received 0; leave it out for logits as they are")
 
 
 class LossKeywords(TypedDict, total=False):

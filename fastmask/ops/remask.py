@@ -55,7 +55,7 @@ def confidence_remask_keys(
     if choice_temperature == 0.0:
         return -log_probs
     draws = as_draws(seed, log_probs.device, generator, step, sample_offset)
-    return -(log_probs + choice_temperature * _score_noise(log_probs, draws, backend))
+    return -(log_probs + choice_temperature * _gumbel_noise(log_probs, draws, backend))
 
 
 def critic_remask_keys(
@@ -98,13 +98,13 @@ def critic_remask_keys(
     if noise_scale == 0.0:
         return remask_keys
     draws = as_draws(seed, critic_logits.device, generator, step, sample_offset)
-    return remask_keys + noise_scale * _score_noise(remask_keys, draws, backend)
+    return remask_keys + noise_scale * _gumbel_noise(remask_keys, draws, backend)
 
 
-def _score_noise(values: Tensor, draws: Draws, backend: str) -> Tensor:
+def _gumbel_noise(values: Tensor, draws: Draws, backend: str) -> Tensor:
     """Gumbel noise of each value [B, N]."""
     batch, length = values.shape
-    return _dispatch.implementation(reference.score_noise, values.device, backend)(draws, batch, length)
+    return _dispatch.implementation(reference.gumbel_noise, values.device, backend)(draws, batch, length)
 
 
 def select_to_remask(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastmask import _check, _dispatch
 from fastmask._devices import to_device
 from fastmask.ops.linear_masked_cross_entropy import check_head
+from fastmask.ops.masked_cross_entropy import check_softcap
 from fastmask.ops.seeds import as_draws
 from fastmask.records import LinearLogits, Sampled, SampledRows, Sampling
 from fastmask.reference import sample_tokens as reference
@@ -106,10 +108,9 @@ def sample_tokens(
     _check.flag("with_margin", with_margin)
     _check.flag("with_entropy", with_entropy)
     rows, shape = _sampled_rows(name, source, row_indices, seq_len)
-    forbidden = as_forbidden(forbidden, num_ids, source.device, mask_id=mask_id)
-    sampling = _checked_sampling(
-        Sampling(temperature, top_k, top_p, mask_id, forbidden, with_margin, with_entropy), num_ids
-    )
+    sampling = Sampling(temperature, top_k, top_p, mask_id, None, with_margin, with_entropy)
+    sampling = _checked_sampling(sampling, num_ids)
+    sampling = sampling._replace(forbidden=as_forbidden(forbidden, num_ids, source.device, sampling.mask_id))
     kept_ids = _checked_kept_ids(name, source, kept_ids, shape)
     if out is not None:
         _check_out(name, source, out, rows, sampling)
@@ -134,6 +135,8 @@ def checked_logits(logits: Tensor | LinearLogits) -> tuple[str, Tensor, int]:
     """What its rows are called, the rows [..., V] or [..., D] themselves, and V."""
     if isinstance(logits, LinearLogits):
         check_head(logits.embeddings, logits.weight, logits.bias)
+        _check.number("scale", logits.scale, -math.inf)
+        check_softcap(logits.softcap)
         return "embeddings", logits.embeddings, len(logits.weight)
     _check.tensor("logits", logits, _check.FLOATING)
     return "logits", logits, logits.shape[-1] if logits.ndim else 0
@@ -186,38 +189,19 @@ def _checked_sampling(sampling: Sampling, num_ids: int) -> Sampling:
 
 
 def as_forbidden(
-    forbidden: Tensor | Sequence[int] | None,
-    num_tokens: int,
-    device: torch.device | str,
-    *,
-    mask_id: int | None = None,
-    name: str = "forbidden",
+    forbidden: Tensor | Sequence[int] | None, num_tokens: int, device: torch.device, mask_id: int | None
 ) -> Tensor | None:
     """Forbidden ids as the samplers take them without copying: [num_tokens] bool on the device.
 
     Raises:
         TypeError, ValueError: neither such a tensor nor ids in [0, num_tokens), or ids that leave none but mask_id.
     """
-    if forbidden is None or isinstance(forbidden, Tensor):
-        if forbidden is not None:
-            if forbidden.dtype != torch.bool:
-                raise TypeError(
-                    f"expected {name} as [V] bool or as a sequence of ids, received a tensor of "
-                    f"{forbidden.dtype}; give ids as {name}.tolist()"
-                )
-            _check.shape(name, forbidden, [num_tokens], "V")
-            if forbidden.device != torch.empty(0, device=device).device:
-                raise ValueError(
-                    f"expected {name} on {device}, received {forbidden.device}; move it with .to(device)"
-                )
-        return forbidden
-    is_forbidden = torch.zeros(num_tokens, dtype=torch.bool, device="cpu")
-    for id in forbidden:
-        is_forbidden[_check.integer(f"{name} ids", id, 0, num_tokens)] = True
-    allowed = {int(id) for id in (~is_forbidden).nonzero()[:2]}  # two are enough to know
-    if not allowed - {mask_id}:
-        raise ValueError(f"expected {name} to leave an id besides the mask, received all; leave one out")
-    return to_device(is_forbidden, device)
+    if forbidden is None:
+        return None
+    table = _check.id_table("forbidden", forbidden, num_tokens, device)
+    if table is not forbidden:
+        _check.allowed_ids("forbidden", table, mask_id, "leave one out")
+    return to_device(table, device)
 
 
 def _checked_kept_ids(name: str, source: Tensor, kept_ids: Tensor | None, shape: torch.Size) -> Tensor | None:

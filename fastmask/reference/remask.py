@@ -15,7 +15,7 @@ from fastmask.records import Draws, Remasking, RowList
 from fastmask.reference import philox
 
 
-def score_noise(draws: Draws, batch: int, length: int) -> Tensor:
+def gumbel_noise(draws: Draws, batch: int, length: int) -> Tensor:
     """Gumbel(0, 1) noise of each position [B, N], float32."""
     sample = torch.arange(batch, device=draws.seed.device) + draws.sample_offset
     position = torch.arange(length, device=draws.seed.device)
@@ -67,7 +67,7 @@ def remask_(
     """
     remask_keys = values.float()
     if remasking.noise_scale:
-        remask_keys = remask_keys + remasking.noise_scale * score_noise(draws, *values.shape)
+        remask_keys = remask_keys + remasking.noise_scale * gumbel_noise(draws, *values.shape)
     remask_keys = -remask_keys if remasking.is_confidence else remask_keys
     eligible = is_masked if eligible is None else eligible
     chosen = select_to_remask(remask_keys, eligible, counts, remasking.min_remask_key)
