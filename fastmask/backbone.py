@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fastmask import _check, _devices, functional
-from fastmask.heads import Heads, logits_in
+from fastmask.heads import Heads, gives_embeddings, logits_in
 from fastmask.records import CrossEntropy, LinearLogits, MaskedTokens
 
 
@@ -36,21 +36,25 @@ class Output(NamedTuple):
         """The output for num_tokens ids of which mask_id is no prediction: columns that pad the head are cut off.
 
         Raises:
-            ValueError: columns lack for ids other than mask_id and what follows it.
+            ValueError: columns lack for ids other than mask_id and what follows it, or they are no logits.
         """
         width = self.num_tokens
-        if width < num_tokens:
-            if width > mask_id or width in _embedding_widths(net):
-                raise ValueError(
-                    f"expected logits of net.num_tokens = {num_tokens} columns (more are cut off as padding, "
-                    f"the last may lack from mask_id {mask_id} on), received {width}; return logits, no embeddings, "
-                    "and give the head a column for each id"
-                )
+        lacks = width < num_tokens
+        if (lacks and (width > mask_id or width in _embedding_widths(net))) or self._are_embeddings_of(net):
+            raise ValueError(
+                f"expected logits of net.num_tokens = {num_tokens} columns (more are cut off as padding, "
+                f"the last may lack from mask_id {mask_id} on), received {width}; return logits, no embeddings, "
+                "and give the head a column for each id"
+            )
+        if lacks:
             return self
         logits = self.logits
         if width > num_tokens:
             logits = logits[..., :num_tokens] if isinstance(logits, Tensor) else logits.of_ids(num_tokens)
         return Output(logits, self.embeddings, mask_id)
+
+    def _are_embeddings_of(self, net: Any) -> bool:
+        return isinstance(self.logits, Tensor) and gives_embeddings(net)
 
     def loss(
         self,

@@ -185,7 +185,7 @@ def of_transformer(net: Any) -> Way:
         return Way(None, "hooks on the compiled network")
     if not _is_transformer_wrapper(net):
         return Way(None, f"{type(net).__name__} declares no head")
-    if type(net).forward is not sys.modules["x_transformers.x_transformers"].TransformerWrapper.forward:
+    if _has_own_forward(net):
         return Way(None, f"{type(net).__name__} has a forward of its own")
     if _altered(net):
         return Way(None, "hooks on the network, or a forward of its own")
@@ -219,9 +219,22 @@ def of_transformer(net: Any) -> Way:
     )
 
 
+def gives_embeddings(net: Any) -> bool:
+    """Whether it is a TransformerWrapper without a head (``return_only_embed=True``)."""
+    net = getattr(net, "_orig_mod", net)
+    if not _is_transformer_wrapper(net) or net.to_logits is not None:
+        return False
+    return not _has_own_forward(net) and not _altered(net)
+
+
 def _is_transformer_wrapper(net: object) -> bool:
     x_transformers = sys.modules.get("x_transformers.x_transformers")
     return x_transformers is not None and isinstance(net, x_transformers.TransformerWrapper)
+
+
+def _has_own_forward(net: nn.Module) -> bool:
+    """Whether the class of a TransformerWrapper is a subclass with another forward."""
+    return type(net).forward is not sys.modules["x_transformers.x_transformers"].TransformerWrapper.forward
 
 
 def _altered(module: nn.Module) -> bool:

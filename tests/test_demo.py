@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastmask import __main__, demo
+from fastmask.demo import checkpoints, command_line, refusals, results, tasks, training
 
 
 def arguments(tmp_path, *options: str) -> argparse.Namespace:
@@ -24,35 +25,35 @@ def arguments(tmp_path, *options: str) -> argparse.Namespace:
 
 
 def test_digits_are_split_quantised_and_never_the_mask():
-    task = demo.digits_task()
+    task = tasks.digits_task()
     assert len(task.train) == 1500
     assert task.held_out.shape == (297, 64)
-    assert task.held_out.max() == demo.GREY_LEVELS - 1 < task.mask_id == task.num_tokens - 1
+    assert task.held_out.max() == tasks.GREY_LEVELS - 1 < task.mask_id == task.num_tokens - 1
     # Independent pixels are a real baseline: better than uniform, and below the entropy of five levels.
     assert 0.5 * math.log(5) < task.independent < math.log(5)
 
 
 def test_held_out_digits_are_not_trained_on():
-    train_images, _, held_out_images, _ = demo.load_digits()
+    train_images, _, held_out_images, _ = tasks.load_digits()
     assert len(train_images) + len(held_out_images) == 1797
     seen = {tuple(image.tolist()) for image in train_images}
     assert not any(tuple(image.tolist()) in seen for image in held_out_images)
 
 
 def test_the_judge_tells_digits_from_noise():
-    task = demo.digits_task()
-    confidence, label = demo.judge(task.held_out)
-    _, _, _, labels = demo.load_digits()
-    assert (confidence > demo.CONFIDENT).float().mean() > 0.75
+    task = tasks.digits_task()
+    confidence, label = results.judge(task.held_out)
+    _, _, _, labels = tasks.load_digits()
+    assert (confidence > results.CONFIDENT).float().mean() > 0.75
     assert (label == labels).float().mean() > 0.95
-    noise = torch.randint(0, demo.GREY_LEVELS, (200, 64), generator=torch.Generator().manual_seed(0))
-    assert (demo.judge(noise)[0] > demo.CONFIDENT).float().mean() < 0.2
+    noise = torch.randint(0, tasks.GREY_LEVELS, (200, 64), generator=torch.Generator().manual_seed(0))
+    assert (results.judge(noise)[0] > results.CONFIDENT).float().mean() < 0.2
 
 
 def test_a_short_run_learns_reports_and_draws(tmp_path, monkeypatch, capsys):
     """60 steps already beat independent pixels; the picture is a PNG."""
-    monkeypatch.setattr(demo, "RECIPE", dataclasses.replace(demo.RECIPE, weight_average=0.9))
-    monkeypatch.setattr(demo, "NUM_GENERATED", 64)
+    monkeypatch.setattr(training, "RECIPE", dataclasses.replace(training.RECIPE, weight_average=0.9))
+    monkeypatch.setattr(results, "NUM_GENERATED", 64)
     assert demo.run(arguments(tmp_path, "--steps", "60")) == 0
     printed = capsys.readouterr().out
     bound, independent, uniform = _bits(printed)
@@ -68,7 +69,7 @@ def _bits(printed: str) -> list[float]:
 
 def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, monkeypatch):
     """Pressed inside the optimiser's step, which it may not break off: the checkpoint holds three whole steps."""
-    task, step, calls = demo.digits_task(), torch.optim.AdamW.step, []
+    task, step, calls = tasks.digits_task(), torch.optim.AdamW.step, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
@@ -79,7 +80,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     before = signal.getsignal(signal.SIGINT)
     options = arguments(tmp_path, "--steps", "6")
-    assert demo.train(demo.build(task), task, options) is None
+    assert training.train(training.build(task), task, options) is None
     assert signal.getsignal(signal.SIGINT) is before
     checkpoint = torch.load(options.checkpoint, weights_only=True)
     moments = checkpoint["optimizer"]["state"].values()
@@ -87,24 +88,24 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, monkeypatch):
     assert {int(moment["step"]) for moment in moments} == {3}
     resumed = arguments(tmp_path, "--steps", "6", "--resume")
     steps = []
-    monkeypatch.setattr(demo.NonAutoregressiveWrapper, "forward", _counting(steps))
-    assert demo.train(demo.build(task), task, resumed) is not None
+    monkeypatch.setattr(training.NonAutoregressiveWrapper, "forward", _counting(steps))
+    assert training.train(training.build(task), task, resumed) is not None
     assert len(steps) == 3
     assert torch.load(options.checkpoint, weights_only=True)["done"] == 6
 
 
 def test_training_in_a_thread_leaves_signals_alone(tmp_path):
-    task, done = demo.digits_task(), []
+    task, done = tasks.digits_task(), []
     run = threading.Thread(
-        target=lambda: done.append(demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "1")))
+        target=lambda: done.append(training.train(training.build(task), task, arguments(tmp_path, "--steps", "1")))
     )
     run.start()
     run.join()
-    assert isinstance(done[0], demo.NonAutoregressiveWrapper)
+    assert isinstance(done[0], training.NonAutoregressiveWrapper)
 
 
 def _counting(steps: list[int]):
-    forward = demo.NonAutoregressiveWrapper.forward
+    forward = training.NonAutoregressiveWrapper.forward
 
     def counted(self, *args, **kwargs):
         steps.append(1)
@@ -114,7 +115,7 @@ def _counting(steps: list[int]):
 
 
 def test_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "train", lambda *_: None)
+    monkeypatch.setattr(training, "train", lambda *_: None)
     assert demo.run(arguments(tmp_path)) == 130
     assert "--resume goes on from" in capsys.readouterr().out
 
@@ -127,7 +128,7 @@ def test_text(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     samples = [line for line in lines if line.startswith("'")]
     assert len(samples) == 8
-    assert all(len(eval(line)) == demo.TEXT_LENGTH for line in samples)
+    assert all(len(eval(line)) == tasks.TEXT_LENGTH for line in samples)
     written = (tmp_path / "fastmask-demo.txt").read_bytes().decode()
     assert written == "\n\n".join(eval(line) for line in samples)
 
@@ -135,8 +136,8 @@ def test_text(tmp_path, monkeypatch, capsys):
 def test_text_with_the_line_ends_of_any_system(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"one line\r\nanother line\rand a third\n" * 60)
-    assert {"\r", "\n"} < set(demo.text_task(path).characters)
-    assert len(demo.text_task(path).train) > 10
+    assert {"\r", "\n"} < set(tasks.text_task(path).characters)
+    assert len(tasks.text_task(path).train) > 10
 
 
 def test_resume_without_a_checkpoint_and_steps_below_one_are_refused(tmp_path, capsys):
@@ -155,18 +156,18 @@ def test_text_too_short(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("ab" * 100)
     with pytest.raises(ValueError, match="expected a text of at least 1280 characters"):
-        demo.text_task(path)
+        tasks.text_task(path)
 
 
 def test_missing_extras_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_missing_packages", lambda: ["scikit-learn"])
+    monkeypatch.setattr(command_line, "_missing_packages", lambda: ["scikit-learn"])
     assert demo.run(arguments(tmp_path)) == 1
     assert "pip install 'fastmask[demo]'" in capsys.readouterr().err
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
     """Bit for bit: weights, their average, optimiser, learning rate, random state and order of the data go on."""
-    task, real, stop = demo.digits_task(), demo._endless_batches, [None]
+    task, real, stop = tasks.digits_task(), training._endless_batches, [None]
 
     def batches(*order):
         for count, batch in enumerate(real(*order), 1):
@@ -176,9 +177,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatc
 
     def run(seed: int, *options: str):
         torch.manual_seed(seed)
-        return demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "6", "--seed", str(seed), *options))
+        return training.train(
+            training.build(task), task, arguments(tmp_path, "--steps", "6", "--seed", str(seed), *options)
+        )
 
-    monkeypatch.setattr(demo, "_endless_batches", batches)
+    monkeypatch.setattr(training, "_endless_batches", batches)
     whole = run(0)
     at_end = torch.get_rng_state()
     stop[0] = 3
@@ -193,12 +196,12 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatc
 
 def test_every_epoch_holds_every_batch_once_in_an_order_of_its_own():
     dataset = list(torch.arange(200))
-    batches = demo._endless_batches(dataset, 0, 0)
+    batches = training._endless_batches(dataset, 0, 0)
     epochs = [torch.cat([next(batches) for _ in range(3)]) for _ in range(2)]
-    assert all(len(epoch.unique()) == 3 * demo.RECIPE.batch_size for epoch in epochs)
+    assert all(len(epoch.unique()) == 3 * training.RECIPE.batch_size for epoch in epochs)
     assert not torch.equal(*epochs)
-    assert torch.equal(next(demo._endless_batches(dataset, 0, 4)), epochs[1][64:128])
-    assert not torch.equal(next(demo._endless_batches(dataset, 5, 0)), epochs[0][:64])
+    assert torch.equal(next(training._endless_batches(dataset, 0, 4)), epochs[1][64:128])
+    assert not torch.equal(next(training._endless_batches(dataset, 5, 0)), epochs[0][:64])
 
 
 LONG = "the quick brown fox jumps over the lazy dog. " * 60
@@ -280,7 +283,7 @@ def test_a_checkpoint_is_overwritten_by_force_only(tmp_path, capsys, monkeypatch
     assert (tmp_path / "demo.pt").read_bytes() == b"precious"
     with pytest.raises(SystemExit):
         arguments(tmp_path, "--force", "--resume")
-    monkeypatch.setattr(demo, "train", lambda *_: None)
+    monkeypatch.setattr(training, "train", lambda *_: None)
     assert demo.run(arguments(tmp_path, "--force")) == 130
 
 
@@ -297,14 +300,14 @@ def test_a_foreign_or_broken_checkpoint_is_one_line(tmp_path, capsys):
     for value in ({"done": 1}, [1], torch.ones(2), pathlib.PurePosixPath("code")):  # the last: weights_only refuses
         torch.save(value, path)
         assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
-    task = demo.text_task(text)
-    torch.save({"task": demo._identity(task), "code": pathlib.PurePosixPath("code")}, path)  # the rest is right
+    task = tasks.text_task(text)
+    torch.save({"task": training.identity(task), "code": pathlib.PurePosixPath("code")}, path)  # the rest is right
     assert "a checkpoint of this demo" in refused(tmp_path, capsys, *options)
     torch.save({"task": 5}, path)
     assert "one of another" in refused(tmp_path, capsys, *options)
-    torch.save({"task": demo._identity(task)}, path)
+    torch.save({"task": training.identity(task)}, path)
     assert "a whole checkpoint" in refused(tmp_path, capsys, *options)
-    assert demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "1")) is not None
+    assert training.train(training.build(task), task, arguments(tmp_path, "--steps", "1")) is not None
     capsys.readouterr()
     assert "(characters)" in refused(tmp_path, capsys, "--text", str(other), "--steps", "1", "--resume")
     assert "num_tokens" in refused(tmp_path, capsys, "--steps", "1", "--resume")
@@ -316,12 +319,12 @@ def test_a_foreign_or_broken_checkpoint_is_one_line(tmp_path, capsys):
 def test_a_save_that_fails_leaves_the_checkpoint_that_was_there(tmp_path):
     resource = pytest.importorskip("resource")  # not on Windows
     path = tmp_path / "demo.pt"
-    demo.save_checkpoint({"done": 1}, path)
+    checkpoints.save_checkpoint({"done": 1}, path)
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        with pytest.raises(demo.Refused, match=r"expected to save .*File too large"):
-            demo.save_checkpoint({"done": 2, "large": torch.ones(10_000)}, path)
+        with pytest.raises(refusals.Refused, match=r"expected to save .*File too large"):
+            checkpoints.save_checkpoint({"done": 2, "large": torch.ones(10_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
@@ -333,14 +336,14 @@ def test_a_save_keeps_a_link_and_the_usual_permissions(tmp_path):
     usual, link, target = tmp_path / "usual", tmp_path / "link.pt", tmp_path / "target.pt"
     usual.touch()
     link.symlink_to(target)
-    demo.save_checkpoint({"done": 1}, link)
+    checkpoints.save_checkpoint({"done": 1}, link)
     assert link.is_symlink()
     assert target.stat().st_mode == usual.stat().st_mode
 
 
 def test_few_lines_of_progress_off_a_terminal(tmp_path, capfd):
-    task = demo.digits_task()
-    demo.train(demo.build(task), task, arguments(tmp_path, "--steps", "5"))
+    task = tasks.digits_task()
+    training.train(training.build(task), task, arguments(tmp_path, "--steps", "5"))
     shown = capfd.readouterr().err
     assert "5/5" in shown
     assert shown.count("\r") <= 3
@@ -348,18 +351,18 @@ def test_few_lines_of_progress_off_a_terminal(tmp_path, capfd):
 
 def test_held_out_text_is_not_trained_on(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("".join(chr(0x4E00 + i) for i in range(40 * demo.TEXT_LENGTH)), encoding="utf-8")
-    task = demo.text_task(path)  # every character stands once
-    trained, held_out = demo.stack(task.train).flatten().tolist(), task.held_out.flatten().tolist()
-    assert len(held_out) == 4 * demo.TEXT_LENGTH
-    assert sorted(trained + held_out) == list(range(40 * demo.TEXT_LENGTH))
+    path.write_text("".join(chr(0x4E00 + i) for i in range(40 * tasks.TEXT_LENGTH)), encoding="utf-8")
+    task = tasks.text_task(path)  # every character stands once
+    trained, held_out = tasks.stack(task.train).flatten().tolist(), task.held_out.flatten().tolist()
+    assert len(held_out) == 4 * tasks.TEXT_LENGTH
+    assert sorted(trained + held_out) == list(range(40 * tasks.TEXT_LENGTH))
 
 
 def test_what_is_reported_is_what_training_returned_from_the_seed_given(tmp_path, monkeypatch):
     reported, seeds = [], []
-    monkeypatch.setattr(demo, "train", lambda *_: seeds.append(torch.initial_seed()) or "the average")
-    monkeypatch.setattr(demo, "report_bound", lambda model, *_: reported.append(model))
-    monkeypatch.setattr(demo, "report_digits", lambda model, *_: reported.append(model))
+    monkeypatch.setattr(training, "train", lambda *_: seeds.append(torch.initial_seed()) or "the average")
+    monkeypatch.setattr(results, "report_bound", lambda model, *_: reported.append(model))
+    monkeypatch.setattr(results, "report_digits", lambda model, *_: reported.append(model))
     assert demo.run(arguments(tmp_path, "--seed", "7")) == 0
     assert reported == ["the average"] * 2
     assert seeds == [7]
