@@ -17,7 +17,7 @@ from fastmask import _check, _cuda_graph, backbone, functional
 from fastmask._devices import to_device
 from fastmask._progress import Progress, track
 from fastmask.critic import critic_logits
-from fastmask.ops.demask_step import counts_that_commit, remask_key_of_threshold
+from fastmask.ops.judging import remask_key_of_threshold
 from fastmask.records import Draws, Sampled, Sampling, Trajectory
 from fastmask.schedules import Schedule
 from fastmask.upstream import Formulas, Proposal
@@ -422,16 +422,13 @@ def _remask(state: State, step: Step, model: Model, options: Options, arguments:
     if model.critic is not None:
         values = critic_logits(model.critic, state.ids, model.formulas.critic_arguments(arguments))
         noise_scale = options.noise_level_scale
-    counts = state.counts[step.row]
-    if options.threshold is not None and not model.may_remask:
-        counts = counts_that_commit(counts, state.is_masked)
     functional.remask_(
         state.ids,
         state.is_masked,
         state.row_indices[: step.num_rows_after],
         state.row_starts[step.row],
         values,
-        counts,
+        state.counts[step.row],
         mask_id=model.mask_id,
         is_confidence=model.critic is None,
         noise_scale=noise_scale * step.remaining,

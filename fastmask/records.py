@@ -277,6 +277,11 @@ class Remasking(NamedTuple):
         """Whether a rule commits as long a prefix, in the order of the keys, as it allows."""
         return self.factor is not None or self.entropy_bound is not None
 
+    @property
+    def fixed_point_bound(self) -> int | None:
+        """The bound in multiples of 2^-32 nats; no sum of entropies reaches 2^62."""
+        return None if self.entropy_bound is None else int(min(self.entropy_bound * 2.0**32, 2.0**62))
+
 
 class Windows(NamedTuple):
     """Where in each sequence positions take part: [B, 2] int64, first and end; None for everywhere.

@@ -24,7 +24,6 @@ from fastmask.kernels import _launch, _math, philox
 from fastmask.kernels import _smallest_keys as smallest_keys
 from fastmask.kernels._operator import operator
 from fastmask.records import Draws, Remasking, RowList, Windows
-from fastmask.reference.remask import fixed_point_bound
 
 _SCORE_NOISE = tl.constexpr(streams.SCORE_NOISE)
 _LAST_POSITION = tl.constexpr(smallest_keys.MAX_LENGTH - 1)
@@ -212,6 +211,7 @@ def _selection_kernel(
     mask_id,
     IS_CONFIDENCE: tl.constexpr,
     COUNTS_COMMIT: tl.constexpr,
+    COMMITS_ONE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -238,11 +238,13 @@ def _selection_kernel(
         least = tl.minimum(least, tl.min(key))
         largest = tl.maximum(largest, tl.max(tl.where(is_key, key, -1)))
         num_eligible += tl.sum(is_key.to(tl.int32))
-        if COUNTS_COMMIT and min_remask_key is not None:
+        if (COUNTS_COMMIT or COMMITS_ONE) and min_remask_key is not None:
             num_sure += tl.sum((_is_counted(sequence, first + lane) & (is_key == 0)).to(tl.int32))
     count = tl.load(counts_ptr + row).to(tl.int64)
     if COUNTS_COMMIT:
         count = num_eligible + num_sure - tl.maximum(count, 1)
+    elif COMMITS_ONE:
+        count = tl.minimum(count, num_eligible + num_sure - 1)
     if factor is not None or entropy_bound is not None:
         # The longest prefix that the rule commits, by halving: from the bracket's high on it holds, from low on not.
         bracket = smallest_keys.Bracket(
@@ -436,10 +438,11 @@ def _select(
         noise_scale=remasking.noise_scale or None,
         min_remask_key=remasking.min_remask_key,
         factor=remasking.factor,
-        entropy_bound=None if remasking.entropy_bound is None else fixed_point_bound(remasking.entropy_bound),
+        entropy_bound=remasking.fixed_point_bound,
         mask_id=remasking.mask_id,
         IS_CONFIDENCE=remasking.is_confidence,
         COUNTS_COMMIT=remasking.counts_commit,
+        COMMITS_ONE=eligible is is_masked and remasking.min_remask_key is not None,
         ONE_BLOCK=_is_one_block(length),
         BLOCK_N=block_n,
         num_warps=num_warps,

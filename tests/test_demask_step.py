@@ -126,6 +126,8 @@ def naive_remasked(
         if factor is not None or entropy_bound is not None:
             number = prefix_by_hand([of_figures[b][n] for n in counted], factor, entropy_bound)
             count = min(count, len(counted) - max(1, number))
+        if min_remask_key is not None and eligible is None:
+            count = min(count, len(counted) - 1)
         places = [n for n in counted if not of_figures[b][n] < least]
         places.sort(key=lambda n, row=row: (0, 0.0, -n) if math.isnan(row[n]) else (1, -row[n], -n))
         chosen = sorted(places[: max(0, count)])
@@ -262,13 +264,12 @@ def composed(door, logits, ids, is_masked, counts=None, *, threshold=None, choic
     sampled = door.sample_tokens(logits, mask_id=MASK, **options)
     log_probs = sampled.log_probs.where(is_masked, 0.0)
     keys = door.confidence_remask_keys(log_probs, choice_temperature=choice_temperature, **counters)
+    is_unsure = is_masked if threshold is None else is_masked & (log_probs <= math.log(threshold or 1e-300))
     masked = is_masked.sum(-1)
     counts = masked if counts is None else torch.as_tensor(counts).expand(len(ids))
-    if threshold is None:
-        chosen = door.select_to_remask(keys, is_masked, counts)
-    else:
-        least = -math.log(threshold) if threshold else math.inf
-        chosen = door.select_to_remask(keys, is_masked, counts.minimum(masked - 1), min_remask_key=least)
+    if threshold is not None:
+        counts = counts.minimum(masked - 1)
+    chosen = door.select_to_remask(keys, is_unsure, counts)
     return sampled.ids.where(is_masked, ids).masked_fill(chosen, MASK), chosen, log_probs
 
 

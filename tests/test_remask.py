@@ -15,7 +15,7 @@ from scipy import stats
 
 from fastmask import _streams as streams
 from fastmask import functional
-from fastmask.records import Draws, Remasking, RowList
+from fastmask.records import Draws, Remasking, RowList, Windows
 from fastmask.reference import philox
 
 OPERATION = "remask"
@@ -182,10 +182,11 @@ def test_the_kernels_are_torch_operations(kernel, operation):
     """torch's own checks: schema, fake tensors and tracing."""
     ids, counts, draws = torch.arange(6).view(2, 3), torch.tensor([1, 2]), Draws(torch.tensor(5), 7, 2)
     listed, remasking = RowList(torch.zeros(4).long(), torch.tensor([0, 2, 4])), Remasking(9, True, 0.5)
+    windows = Windows(None, torch.tensor([[0, 2], [1, 3]]))
     arguments = {
         "gumbel_noise": (draws, 2, 3),
         "select_to_remask": (draw(2, 9), draw(2, 9) < 0, counts, -0.5),
-        "remask_": (ids.clone(), ids > 2, listed, draw(2, 3), counts, None, draws, remasking),
+        "remask_": (ids.clone(), ids > 2, listed, draw(2, 3), counts, None, windows, draws, remasking),
     }[operation]
     operator = getattr(kernel.module("remask"), operation)
     flat = operator.signature.flat(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fastmask import _check
-from fastmask.ops.remask import as_counts, remask_
+from fastmask.ops.judging import Judge
+from fastmask.ops.remask import check_windows, remask_
 from fastmask.ops.sample_tokens import checked_logits, sample_tokens
 from fastmask.ops.seeds import as_seed
-from fastmask.records import Demasked, LinearLogits, Sampled
+from fastmask.records import Demasked, LinearLogits, Windows
+from fastmask.reference.remask import is_inside
 
 
 def demask_step(
@@ -23,14 +24,20 @@ def demask_step(
     counts: Tensor | int | None = None,
     *,
     mask_id: int,
+    commits: Tensor | int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     min_p: float | None = None,
     top_p: float | None = None,
     processed: bool = False,
     forbidden: Tensor | Sequence[int] | None = None,
+    score: str | Tensor = "confidence",
     choice_temperature: float = 0.0,
     threshold: float | None = None,
+    factor: float | None = None,
+    entropy_bound: float | None = None,
+    block: Tensor | None = None,
+    next_block: Tensor | None = None,
     row_indices: Tensor | None = None,
     max_masked: int | None = None,
     seed: int | Tensor | None = None,
@@ -39,7 +46,9 @@ def demask_step(
     sample_offset: int = 0,
     backend: str = "auto",
 ) -> Demasked:
-    """One step of confidence-based decoding: every masked position is sampled, the least confident masked again.
+    """One step of decoding: every masked position is sampled, and the least sure are masked again.
+
+    With several of counts, commits and a rule (threshold, factor or entropy_bound), what any of them commits is.
 
     Args:
         logits: [B, N, V] floating point; or [M, V], compact rows of the positions ``row_indices``. Or
@@ -47,14 +56,22 @@ def demask_step(
         ids: [B, N] int64, the tokens that the network saw.
         is_masked: [B, N] bool, which of them are masked.
         counts: [B] int32|int64, how many of each sequence stay masked at most, or one number for all; None for as
-            many as the threshold leaves.
+            many as commits and rule leave.
         mask_id: the id of the mask token, never sampled.
+        commits: how many of each sequence are committed at least, likewise; not with counts.
         temperature, top_k, min_p, top_p, processed, forbidden: as in :func:`sample_tokens`.
-        choice_temperature: as in :func:`confidence_remask_keys`.
-        threshold: in [0, 1]: a token whose probability is above it is committed whatever ``counts`` say, and at least
-            one of each sequence is. With choice_temperature log p + c G is held to log(threshold).
-        row_indices: [M] int64, the flat positions b N + i of what is masked, -1 for none: the step before lists
-            them. By default every position is looked at.
+        score: what is committed first: "confidence", the highest log p; "margin", the likeliest id the furthest ahead
+            of the next; "entropy", the lowest; "random"; or [B, N] floating point, the highest of it, as of an order
+            its negative.
+        choice_temperature: c >= 0, of noise on the score: score + c G, G ~ Gumbel(0, 1). "random" has its own.
+        threshold: a rule: a position is committed whose probability or margin is above it, or whose entropy is
+            below it, whatever ``counts`` say, and at least one of each sequence is. In [0, 1]; of entropies, nats.
+        factor, entropy_bound: rules of "confidence" and of "entropy", as in :func:`remask_`.
+        block: [B, 2] int64, the first position and the end of what is decoded in each sequence: what is masked
+            outside stays so and is not counted. By default everything is.
+        next_block: likewise, of which positions row_indices is returned; by default of ``block``.
+        row_indices: [M] int64, the flat positions b N + i of what is masked in the block, -1 for none: the step
+            before lists them. By default every position is looked at.
         max_masked: a number that no sequence's masked positions exceed after this step, if the host knows one: how
             many places each has in the list returned.
         seed, generator: see the module; one seed serves a whole generation.
@@ -74,12 +91,15 @@ def demask_step(
           followed by -1.
 
     Raises:
-        TypeError: a wrong dtype. ValueError: a wrong shape or number, neither counts nor threshold.
+        TypeError: a wrong dtype. ValueError: a wrong shape or number; no counts, commits or rule; several rules, or
+            one of another score.
 
-    Randomness: as :func:`sample_tokens` and, with choice_temperature, :func:`confidence_remask_keys`.
+    Randomness: as :func:`sample_tokens` and, with choice_temperature or at random,
+    :func:`confidence_remask_keys`.
 
-    Source: MaskGIT (https://arxiv.org/abs/2202.04200), section 3.2; the threshold: Fast-dLLM
-    (https://arxiv.org/abs/2505.22618), section 3.3.
+    Source: MaskGIT (https://arxiv.org/abs/2202.04200), section 3.2; threshold and factor: Fast-dLLM
+    (https://arxiv.org/abs/2505.22618), section 3.3; margin and entropy: Dream (https://arxiv.org/abs/2508.15487);
+    entropy_bound: EB-Sampler (https://arxiv.org/abs/2505.24857), algorithm 1.
 
     Example:
         A whole MaskGIT loop, with any ``net(ids) -> logits``:
@@ -101,19 +121,19 @@ def demask_step(
     _check.shape("is_masked", is_masked, ids.shape, "B, N")
     name, source, _ = checked_logits(logits)
     _check.same_device(**{name: source, "ids": ids, "is_masked": is_masked})
-    if threshold is not None:
-        _check.number("threshold", threshold, 0.0, 1.0)
-    elif counts is None:
-        raise ValueError("expected counts or threshold, received neither; say how many positions stay masked")
-    _check.number("choice_temperature", choice_temperature, 0.0)
+    judge = Judge(score, choice_temperature, threshold, factor, entropy_bound).checked()
+    if counts is None and commits is None and not judge.has_rule:
+        raise ValueError("expected counts, commits or a rule, received none; say how many positions stay masked")
     (batch, length), device = ids.shape, ids.device
+    check_windows(Windows(block, next_block), batch)
     max_masked = length if max_masked is None else _check.integer("max_masked", max_masked, 0, length + 1)
     seed = as_seed(seed, device, generator)
     if row_indices is None:
         if source.ndim == 3:
             letters = "B, N, D" if isinstance(logits, LinearLogits) else "B, N, V"
             _check.shape(name, source, [batch, length, source.shape[-1]], letters)
-        row_indices = torch.arange(ids.numel(), device=device).where(is_masked.flatten(), -1)
+        is_open = is_masked if block is None else is_masked & is_inside(block, ids)
+        row_indices = torch.arange(ids.numel(), device=device).where(is_open.flatten(), -1)
     counters: dict[str, Any] = {"seed": seed, "step": step, "sample_offset": sample_offset, "backend": backend}
     new = Demasked(
         ids.clone(memory_format=torch.contiguous_format),
@@ -121,6 +141,7 @@ def demask_step(
         torch.zeros(ids.shape, dtype=torch.float32, device=device),
         row_indices.new_empty(batch * max_masked),
     )
+    sampled = judge.room(new.ids, new.log_probs)
     sample_tokens(
         logits,
         temperature=temperature,
@@ -132,32 +153,22 @@ def demask_step(
         forbidden=forbidden,
         row_indices=row_indices,
         seq_len=length,
-        out=Sampled(new.ids, new.log_probs),
+        with_margin=sampled.margins is not None,
+        with_entropy=sampled.entropies is not None,
+        out=sampled,
         **counters,
     )
-    counts = is_masked.sum(dim=-1) if counts is None else as_counts(counts, ids)
-    if threshold is not None:
-        counts = counts_that_commit(counts, is_masked)
     remask_(
         new.ids,
         new.is_masked,
         new.row_indices,
         torch.arange(batch + 1, device=device) * max_masked,
-        new.log_probs,
-        counts,
+        counts=counts,
         mask_id=mask_id,
-        noise_scale=choice_temperature,
-        min_remask_key=None if threshold is None else remask_key_of_threshold(threshold),
+        commits=commits,
+        block=block,
+        next_block=block if next_block is None else next_block,
+        **judge.remasking(sampled),
         **counters,
     )
     return new
-
-
-def counts_that_commit(counts: Tensor, is_masked: Tensor) -> Tensor:
-    """counts [B], or less: at least one of what is masked [B, N] does not stay so."""
-    return counts.minimum(is_masked.sum(dim=-1) - 1)
-
-
-def remask_key_of_threshold(threshold: float) -> float:
-    """The remask key from which on a token's probability does not exceed a threshold: -log(threshold)."""
-    return -math.log(threshold) if threshold > 0.0 else math.inf

@@ -215,7 +215,8 @@ def remask_(
         is_confidence: whether a high value keeps a token (the sign above is -), as an entropy or a critic's logit
             does not (+).
         noise_scale: c; below 0 for noise that keeps a token of low value.
-        min_remask_key: what has a lower key is committed, by its value alone, without the noise.
+        min_remask_key: a rule: what has a lower key is committed, by its value alone, without the noise; at least one
+            position is, unless ``eligible`` is given.
         factor: f >= 0, a rule: the surest n are committed, for the largest n whose least sure one has a probability
             of at least 1 - f / (n + 1), at least one. values: log_probs.
         entropy_bound: nats, a rule: those of the lowest entropies are committed, as many as sum to at most this
@@ -261,10 +262,7 @@ def remask_(
     _check.shape("is_masked", is_masked, values.shape, "B, N")
     _check.shape("row_starts", row_starts, [len(values) + 1], "B + 1")
     windows = Windows(block, next_block)
-    for name, window in windows._asdict().items():
-        if window is not None:
-            _check.tensor(name, window, [torch.int64])
-            _check.shape(name, window, [len(values), 2], "B, 2")
+    check_windows(windows, len(values))
     _check.flag("is_confidence", is_confidence)
     _check_key(min_remask_key)
     mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
@@ -276,7 +274,7 @@ def remask_(
     _check_rule(is_confidence, noise_scale, min_remask_key, factor, entropy_bound)
     if counts is not None:
         _check_not_with("counts", commits=commits)
-    elif commits is None and factor is None and entropy_bound is None:
+    elif commits is None and min_remask_key is None and factor is None and entropy_bound is None:
         raise ValueError("expected counts, commits or a rule, received none; say how many positions stay masked")
     counts_commit = counts is None
     if counts is None:
@@ -294,6 +292,14 @@ def remask_(
         mask_id, is_confidence, float(noise_scale), min_remask_key, factor, entropy_bound, counts_commit
     )
     run(ids, is_masked, listed, values, counts, eligible, windows, draws, remasking)
+
+
+def check_windows(windows: Windows, batch: int) -> None:
+    """Refuses what is no window of each sequence."""
+    for name, window in windows._asdict().items():
+        if window is not None:
+            _check.tensor(name, window, [torch.int64])
+            _check.shape(name, window, [batch, 2], "B, 2")
 
 
 def _check_not_with(given: str, **others: object) -> None:

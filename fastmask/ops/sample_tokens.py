@@ -70,8 +70,8 @@ def sample_tokens(
             for one past V).
         with_margin: also give how much more likely the likeliest id is than the next.
         with_entropy: also give the entropy.
-        out: ids [B, N] int64 and log_probs [B, N] float32, contiguous, to be written in place at the rows'
-            positions, and returned; other positions stay as they are.
+        out: ids [B, N] int64 and log_probs [B, N] float32, and what else is asked for, contiguous, to be written in
+            place at the rows' positions, and returned; other positions stay as they are.
         seed, generator: see the module.
         step: index of the demasking step, so that one seed serves a whole generation. Random numbers belong to a
             position and a step: two slices of a sequence (blocks) that are sampled by themselves with the same seed
@@ -229,16 +229,22 @@ def _check_out(name: str, source: Tensor, out: Sampled, rows: SampledRows, sampl
     """The checks of what a sampler writes."""
     if not isinstance(out, Sampled):
         raise TypeError(f"expected out to be a Sampled of ids and log_probs, received {type(out).__name__}")
-    if sampling.with_margin or sampling.with_entropy:
-        raise ValueError("expected out= without with_margin=True and with_entropy=True; leave one out")
+    for figure, is_wanted in (("margin", sampling.with_margin), ("entropy", sampling.with_entropy)):
+        field = {"margin": "margins", "entropy": "entropies"}[figure]
+        if is_wanted is (getattr(out, field) is None):
+            raise ValueError(
+                f"expected out.{field} with with_{figure}=True, received one of them; give or leave both"
+            )
     _check.tensor("out.ids", out.ids, [torch.int64], ndim=2)
-    _check.tensor("out.log_probs", out.log_probs, [torch.float32])
-    _check.shape("out.log_probs", out.log_probs, out.ids.shape, "B, N")
     if source.ndim == 3:
         _check.shape("out.ids", out.ids, source.shape[:2], "B, N")
-    if max(1, out.ids.shape[1]) != rows.seq_len or not (out.ids.is_contiguous() and out.log_probs.is_contiguous()):
-        raise ValueError(
-            f"expected out.ids and out.log_probs [B, {rows.seq_len}] and contiguous, received "
-            f"{list(out.ids.shape)}, strides {list(out.ids.stride())} and {list(out.log_probs.stride())}"
-        )
-    _check.same_device(**{name: source, "out.ids": out.ids, "out.log_probs": out.log_probs})
+    if max(1, out.ids.shape[1]) != rows.seq_len:
+        raise ValueError(f"expected out.ids [B, {rows.seq_len}], received {list(out.ids.shape)}")
+    written = {f"out.{field}": values for field, values in out._asdict().items() if values is not None}
+    for field, values in written.items():
+        if values is not out.ids:
+            _check.tensor(field, values, [torch.float32])
+            _check.shape(field, values, out.ids.shape, "B, N")
+        if not values.is_contiguous():
+            raise ValueError(f"expected {field} to be contiguous, received strides {list(values.stride())}")
+    _check.same_device(**{name: source, **written})

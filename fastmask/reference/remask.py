@@ -70,7 +70,8 @@ def remask_(
     sign = -1.0 if remasking.is_confidence else 1.0
     figures = values.float()  # without noise, as rules hold them
     eligible = is_masked if eligible is None else eligible
-    in_block = _is_inside(windows.block, values)
+    commits_one = eligible is is_masked  # where a rule is given
+    in_block = None if windows.block is None else is_inside(windows.block, values)
     if in_block is not None:
         eligible = eligible & in_block
     num_eligible = eligible.sum(dim=-1)
@@ -80,20 +81,18 @@ def remask_(
         committed = _prefix_length(sign * figures, eligible, remasking).clamp(min=1)
         counts = counts.minimum(num_eligible - committed)
     if remasking.min_remask_key is not None:
+        counts = counts.minimum(num_eligible - 1) if commits_one else counts
         eligible = eligible & ~(sign * figures < remasking.min_remask_key)
     if remasking.noise_scale:
         figures = figures + remasking.noise_scale * gumbel_noise(draws, *values.shape)
     chosen = select_to_remask(sign * figures, eligible, counts, None)
     ids.masked_fill_(chosen, remasking.mask_id)
     is_masked.copy_(chosen if in_block is None else chosen.where(in_block, is_masked))
-    in_list = _is_inside(windows.next_block, values)
-    _list(listed, is_masked if in_list is None else is_masked & in_list)
+    _list(listed, is_masked if windows.next_block is None else is_masked & is_inside(windows.next_block, values))
 
 
-def _is_inside(window: Tensor | None, values: Tensor) -> Tensor | None:
-    """Which positions [B, N] lie in a window [B, 2]; None for everywhere."""
-    if window is None:
-        return None
+def is_inside(window: Tensor, values: Tensor) -> Tensor:
+    """Which positions [B, N] lie in a window [B, 2]."""
     position = torch.arange(values.shape[1], device=values.device)
     return (position >= window[:, :1]) & (position < window[:, 1:])
 
@@ -107,20 +106,11 @@ def _prefix_length(remask_keys: Tensor, eligible: Tensor, remasking: Remasking) 
         length = torch.arange(1, keys.shape[-1] + 1, dtype=torch.float32, device=keys.device)
         holds = (-keys).exp() >= 1.0 - remasking.factor / (length + 1.0)
     else:
-        assert remasking.entropy_bound is not None
-        entropies = fixed_point(keys)
-        holds = entropies.cumsum(dim=-1) - entropies <= fixed_point_bound(remasking.entropy_bound)
+        assert remasking.fixed_point_bound is not None
+        # In multiples of 2^-32 nats, whose sums do not depend on the order.
+        entropies = (keys.clamp(-1024.0, 1024.0) * 2.0**32).long()
+        holds = entropies.cumsum(dim=-1) - entropies <= remasking.fixed_point_bound
     return (holds & is_known).long().cummin(dim=-1).values.sum(dim=-1)
-
-
-def fixed_point(nats: Tensor) -> Tensor:
-    """Multiples of 2^-32 nats, int64: their sums do not depend on the order."""
-    return (nats.clamp(-1024.0, 1024.0) * 2.0**32).long()
-
-
-def fixed_point_bound(nats: float) -> int:
-    """Likewise, of a bound, which no sum exceeds from 2^62 on."""
-    return int(min(nats * 2.0**32, 2.0**62))
 
 
 def _list(listed: RowList, is_listed: Tensor) -> None:

@@ -75,7 +75,9 @@ def _logits_of(rows: SampledRows, logits: Tensor | LinearLogits, part: slice) ->
 
 def _written(sampled: Sampled, rows: SampledRows, out: Sampled) -> Sampled:
     """``out``, where the samples have been written at their rows' positions."""
-    for written, values in ((out.ids, sampled.ids), (out.log_probs, sampled.log_probs)):
+    for written, values in zip(out, sampled, strict=True):
+        if written is None or values is None:
+            continue
         padded = F.pad(written.flatten(), (0, 1))  # the last place is for what is no row
         written.copy_(padded.index_put_((rows.row_indices,), values)[:-1].view_as(written))
     return out
