@@ -17,7 +17,7 @@ from fastmask import _check, _cuda_graph, backbone, functional
 from fastmask._devices import to_device
 from fastmask._progress import Progress, track
 from fastmask.critic import critic_logits
-from fastmask.ops.judging import remask_key_of_threshold
+from fastmask.ops.judging import Judge, remask_key_of_threshold
 from fastmask.records import Draws, Sampled, Sampling, Trajectory
 from fastmask.schedules import Schedule
 from fastmask.upstream import Formulas, Proposal
@@ -48,48 +48,107 @@ class Model(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Numbers of ``generate`` that stay the same through all steps, and through the replays of their graph."""
+    """Options of ``generate`` that stay the same through all steps, and through the replays of their graph.
+
+    score: None for the critic's or, where there is none, the confidence; "order" for the state's own.
+    """
 
     start_temperature: float
+    end_temperature: float | None
     filter_thres: float | None
+    min_p: float | None
     top_p: float | None
+    processed: bool
     noise_level_scale: float
+    score: str | None
     choice_temperature: float | None
     threshold: float | None
+    factor: float | None
+    entropy_bound: float | None
     sample_offset: int
 
     def checked(self) -> Options:
         """The same as Python's own numbers; those that do not fit are refused."""
-        _check.number("start_temperature", self.start_temperature, 0.0)
-        if self.filter_thres is not None:
-            _check.number("filter_thres", self.filter_thres, 0.0, 1.0, below_high=True)
-        if self.top_p is not None:
-            _check.number("top_p", self.top_p, 0.0, 1.0)
-        _check.number("noise_level_scale", self.noise_level_scale, 0.0)
-        if self.choice_temperature is not None:
-            _check.number("choice_temperature", self.choice_temperature, 0.0)
-        if self.threshold is not None:
-            _check.number("threshold", self.threshold, 0.0, 1.0)
+        numbers: dict[str, Any] = {}
+        for name, high in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None:
+                if name == "threshold" and self.score == "entropy":
+                    high = math.inf
+                _check.number(name, value, 0.0, high, below_high=name == "filter_thres")
+                numbers[name] = float(value)
+        _check.flag("processed", self.processed)
+        if self.processed and self.end_temperature is None and self.start_temperature > 0.0:
+            raise ValueError(
+                "expected end_temperature= with processed=True, received None: the temperature falls to 0, where all "
+                "confidences are 1; give end_temperature=start_temperature to keep it"
+            )
         sample_offset = _check.integer("sample_offset", self.sample_offset, 0, 2**32)
-        numbers: dict[str, Any] = {name: None if x is None else float(x) for name, x in self._asdict().items()}
-        return Options(**{**numbers, "sample_offset": sample_offset})
+        return self._replace(**numbers, sample_offset=sample_offset)
+
+    def check_with(self, *, has_critic: bool, may_remask: bool, order: Tensor | None) -> None:
+        """Refuses scores and rules that do not go with one another, or with the wrapper."""
+        if has_critic:
+            for name in ("score", "factor", "entropy_bound"):
+                value = getattr(self, name)
+                if value is not None:
+                    raise ValueError(
+                        f"expected no {name}= with a critic, whose score is its own, received {value!r}; leave it out"
+                    )
+        if may_remask:
+            for name in ("factor", "entropy_bound"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"expected no {name}= with can_mask_prev_unmasked=True; leave one out")
+        self.judge(order, 0.0).checked()
+
+    def judge(self, order: Tensor | None, noise: float) -> Judge:
+        """Who judges where there is no critic, with noise of this scale where none is asked for."""
+        score = "confidence" if self.score is None else self.score
+        scale = noise if self.choice_temperature is None else self.choice_temperature
+        return Judge(score if order is None else order, scale, self.threshold, self.factor, self.entropy_bound)
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether a step commits what is sure enough, rather than as many as the schedule says."""
+        return any(rule is not None for rule in (self.threshold, self.factor, self.entropy_bound))
 
     def choice_noise(self, formulas: Formulas) -> float:
-        """Scale of the noise on the confidence: by default none where not counts alone decide, or all is greedy."""
-        if self.choice_temperature is not None:
-            return self.choice_temperature
-        return formulas.choice_temperature if self.threshold is None and self.start_temperature > 0.0 else 0.0
+        """Scale of the noise on the score by default: none where not counts alone decide by the confidence, or all is
+        greedy."""
+        is_plain = self.score in (None, "confidence") and self.start_temperature > 0.0
+        return formulas.choice_temperature if is_plain and not self.has_rule else 0.0
+
+    def temperature(self, step: Step, formulas: Formulas) -> float:
+        """The temperature of a step."""
+        if self.end_temperature is None:
+            return formulas.temperature(self.start_temperature, step.remaining)
+        return self.start_temperature + (self.end_temperature - self.start_temperature) * step.progress
 
     def top_k(self, num_tokens: int) -> int | None:
         """How many logits filter_thres keeps; None for all."""
         return None if self.filter_thres is None else math.ceil((1 - self.filter_thres) * num_tokens)
 
-    def min_remask_key(self, is_confidence: bool) -> float | None:
-        """The remask key from which on a token is not sure enough: of its log-probability, or of a critic's logit."""
+    @property
+    def critics_min_remask_key(self) -> float | None:
+        """The remask key from which on a token is not sure enough, of a critic's logit."""
         if self.threshold is None:
             return None
-        key = remask_key_of_threshold(self.threshold)
-        return key if is_confidence else key - remask_key_of_threshold(1.0 - self.threshold)
+        return remask_key_of_threshold(self.threshold) - remask_key_of_threshold(1.0 - self.threshold)
+
+
+# Options that are numbers, from 0 on, and the largest they may be.
+_NUMBERS = {
+    "start_temperature": math.inf,
+    "end_temperature": math.inf,
+    "filter_thres": 1.0,
+    "min_p": 1.0,
+    "top_p": 1.0,
+    "noise_level_scale": math.inf,
+    "choice_temperature": math.inf,
+    "threshold": 1.0,
+    "factor": math.inf,
+    "entropy_bound": math.inf,
+}
 
 
 # The start
@@ -170,19 +229,28 @@ def _prompted(prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: 
     return Start(ids, is_given, num_open)
 
 
+def as_order(order: Tensor, ids: Tensor) -> Tensor:
+    """A score of one's own [B, N], or [N] for all sequences, float32, on the device of the ids [B, N]."""
+    _check.tensor("score", order, _check.FLOATING)
+    _check.shape("score", order if order.ndim == 2 else order.expand(ids.shape), ids.shape, "B, N")
+    return to_device(order, ids.device).float().expand(ids.shape).contiguous()
+
+
 # The plan
 
 
 class Step(NamedTuple):
     """One step of a plan.
 
-    number: from 0. row: of the plan's tensors. remaining: the share of steps that follow. num_rows,
-    num_rows_after: the places in the list of masked positions before the step and after it.
+    number: from 0. row: of the plan's tensors. remaining: the share of steps that follow. progress: from 0 in the
+    first step to 1 in the last. num_rows, num_rows_after: the places in the list of masked positions before the step
+    and after it.
     """
 
     number: int
     row: int
     remaining: float
+    progress: float
     num_rows: int
     num_rows_after: int
 
@@ -208,7 +276,7 @@ def plan(
     device: torch.device,
     *,
     may_remask: bool,
-    by_threshold: bool,
+    by_rule: bool,
     always_runs: bool,
     num_places: int | None = None,
 ) -> Plan:
@@ -217,7 +285,7 @@ def plan(
     Args:
         num_maskable: [B] int64 on the CPU.
         may_remask: whether what is committed may be masked again.
-        by_threshold: whether a step commits one position at least and as many as it likes, rather than as the
+        by_rule: whether a step commits one position at least and as many as it likes, rather than as the
             schedule says.
         always_runs: whether even a step that commits nothing can change what follows.
         num_places: a number that no element of num_maskable exceeds: the plan's steps then depend on it alone.
@@ -225,7 +293,7 @@ def plan(
     sizes, columns = num_maskable.unique(return_inverse=True)  # sequences of one size have the same counts
 
     def changes(size: Tensor) -> Changes:
-        return _changes(size, _counts(schedule, formulas, steps, size, may_remask, by_threshold).squeeze(-1))
+        return _changes(size, _counts(schedule, formulas, steps, size, may_remask, by_rule).squeeze(-1))
 
     own = [changes(size) for size in sizes.split(1)] if len(sizes) else []
     places = own if num_places is None else [changes(torch.full_like(sizes[:1], num_places))] * len(own)
@@ -237,7 +305,8 @@ def plan(
     return Plan(
         steps,
         tuple(
-            Step(number, row, (steps - 1 - number) / steps, *num_rows) for row, (number, *num_rows) in enumerate(rows)
+            Step(number, row, (steps - 1 - number) / steps, number / max(1, steps - 1), *num_rows)
+            for row, (number, *num_rows) in enumerate(rows)
         ),
         to_device(_table(own, numbers, columns), device),
         to_device(row_starts, device),
@@ -252,10 +321,10 @@ def places_for_any_prompt(num_maskable: Tensor, length: int) -> int:
 
 
 def _counts(
-    schedule: Schedule, formulas: Formulas, steps: int, num_maskable: Tensor, may_remask: bool, by_threshold: bool
+    schedule: Schedule, formulas: Formulas, steps: int, num_maskable: Tensor, may_remask: bool, by_rule: bool
 ) -> Tensor:
     """How many positions of each sequence stay masked after each step at most, [steps, B]."""
-    if by_threshold:
+    if by_rule:
         counts = (num_maskable - torch.arange(1, steps + 1, device="cpu")[:, None]).clamp(min=0)
         counts[-1:] = 0
         return counts
@@ -310,7 +379,7 @@ class State(NamedTuple):
         row_indices: flat positions of what is masked, -1 where a place is free.
 
     Read:
-        maskable: [B, N] bool; maskable_rows: its flat positions.
+        maskable: [B, N] bool; maskable_rows: its flat positions. order: [B, N] float32, the score; None for another.
         counts, row_starts: the plan's. seed: [] int64. forbidden: [V] bool or None.
     """
 
@@ -324,9 +393,12 @@ class State(NamedTuple):
     row_starts: Tensor
     seed: Tensor
     forbidden: Tensor | None
+    order: Tensor | None
 
 
-def first_state(start: Start, plan: Plan, seed: Tensor, forbidden: Tensor | None) -> State:
+def first_state(
+    start: Start, plan: Plan, seed: Tensor, forbidden: Tensor | None, order: Tensor | None = None
+) -> State:
     """The state before the first step."""
     ids, maskable = start.ids.contiguous(), (~start.is_given).contiguous()
     size = plan.steps[0].num_rows if plan.steps else 0
@@ -342,6 +414,7 @@ def first_state(start: Start, plan: Plan, seed: Tensor, forbidden: Tensor | None
         row_starts=plan.row_starts,
         seed=seed,
         forbidden=forbidden,
+        order=order,
     )
 
 
@@ -362,8 +435,8 @@ def run(
     for number in range(plan.total):
         if number in running:
             step = running[number]
-            condition = _propose(state, step, model, options, condition, arguments, generator)
-            _remask(state, step, model, options, arguments)
+            sampled, condition = _propose(state, step, model, options, condition, arguments, generator)
+            _remask(state, sampled, step, model, options, arguments)
         yield
 
 
@@ -375,14 +448,14 @@ def _propose(
     condition: Tensor | None,
     arguments: dict[str, Any],
     generator: torch.Generator | None,
-) -> Tensor | None:
-    """Fills in every masked position, and returns what conditions the next step.
+) -> tuple[Sampled, Tensor | None]:
+    """Fills in every masked position, and returns what was written and what conditions the next step.
 
     The logits are let go when it returns, before the critic or the network makes others.
     """
     out = _network(model, state, condition, arguments)
-    _sample(out, state, step, model, options, generator)
-    return None if condition is None else out.embeddings
+    sampled = _sample(out, state, step, model, options, generator)
+    return sampled, None if condition is None else out.embeddings
 
 
 def _network(model: Model, state: State, condition: Tensor | None, arguments: dict[str, Any]) -> backbone.Output:
@@ -398,42 +471,53 @@ def _sample(
     model: Model,
     options: Options,
     generator: torch.Generator | None,
-) -> None:
-    """Samples every masked position, and finds the log-probability of each."""
+) -> Sampled:
+    """Samples every masked position, and finds the log-probability of each, and what else is scored."""
     rows, kept_ids = state.row_indices[: step.num_rows], None
     if model.rescores_committed:
         rows = state.maskable_rows
         kept_ids = state.ids.masked_fill(state.is_masked, -1).flatten()[rows]
+    sampled = options.judge(state.order, 0.0).room(state.ids, state.log_probs)
     sampling = Sampling(
-        temperature=model.formulas.temperature(options.start_temperature, step.remaining),
+        temperature=options.temperature(step, model.formulas),
         top_k=options.top_k(out.num_tokens),
+        min_p=options.min_p,
         top_p=options.top_p,
+        processed=options.processed,
+        with_margin=sampled.margins is not None,
+        with_entropy=sampled.entropies is not None,
         mask_id=model.mask_id,
         # A head may lack columns for the last ids.
         forbidden=None if state.forbidden is None else state.forbidden[: out.num_tokens],
     )
     proposal = Proposal(out, rows, sampling, _draws(state, step, options), generator, kept_ids)
-    model.formulas.sample_(proposal, Sampled(state.ids, state.log_probs))
+    model.formulas.sample_(proposal, sampled)
+    return sampled
 
 
-def _remask(state: State, step: Step, model: Model, options: Options, arguments: dict[str, Any]) -> None:
+def _remask(
+    state: State, sampled: Sampled, step: Step, model: Model, options: Options, arguments: dict[str, Any]
+) -> None:
     """Masks again what deserves it most, and lists it."""
-    values, noise_scale = state.log_probs, options.choice_noise(model.formulas)
-    if model.critic is not None:
-        values = critic_logits(model.critic, state.ids, model.formulas.critic_arguments(arguments))
-        noise_scale = options.noise_level_scale
+    if model.critic is None:
+        judge = options.judge(state.order, options.choice_noise(model.formulas))
+        judged = judge.remasking(sampled, step.remaining)
+    else:
+        judged = {
+            "values": critic_logits(model.critic, state.ids, model.formulas.critic_arguments(arguments)),
+            "is_confidence": False,
+            "noise_scale": options.noise_level_scale * step.remaining,
+            "min_remask_key": options.critics_min_remask_key,
+        }
     functional.remask_(
         state.ids,
         state.is_masked,
         state.row_indices[: step.num_rows_after],
         state.row_starts[step.row],
-        values,
-        state.counts[step.row],
+        counts=state.counts[step.row],
         mask_id=model.mask_id,
-        is_confidence=model.critic is None,
-        noise_scale=noise_scale * step.remaining,
-        min_remask_key=options.min_remask_key(model.critic is None),
         eligible=state.maskable if model.may_remask else None,
+        **judged,
         **_draws(state, step, options)._asdict(),
     )
 

@@ -575,10 +575,16 @@ class NonAutoregressiveWrapper(nn.Module):
         filter_thres: float | None = 0.7,
         noise_level_scale: float = 1.0,
         *,
+        end_temperature: float | None = None,
+        min_p: float | None = None,
         top_p: float | None = None,
+        processed: bool = False,
         forbidden: Tensor | Sequence[int] | None = None,
+        score: str | Tensor | None = None,
         choice_temperature: float | None = None,
         threshold: float | None = None,
+        factor: float | None = None,
+        entropy_bound: float | None = None,
         seq_len: int | None = None,
         prompt: Tensor | None = None,
         prompt_mask: Tensor | None = None,
@@ -599,26 +605,41 @@ class NonAutoregressiveWrapper(nn.Module):
                   start_temperature
         quality   more steps; lower                   num_steps, num_inference_steps, timesteps;
                   start_temperature, top_p,           temperature, top_p, top_k
-                  higher filter_thres
-        speed     fewer steps, threshold; cuda_graph  num_steps; confidence_threshold
+                  higher filter_thres, min_p
+        order     score                               alg, remasking, remasking_strategy
+        speed     fewer steps, threshold, factor,     num_steps; confidence_threshold, gamma
+                  entropy_bound; cuda_graph
         ========= =================================== ==============================================
 
         Args:
             batch_size: B; None for one sequence without batch dimension (or the prompt's own).
             start_temperature: annealed linearly to 0 (floor 1e-3); 0 takes the likeliest id in every step.
+            end_temperature: what it is annealed to, linearly; given the same, it stays.
             filter_thres: keeps the ceil((1 - filter_thres) V) largest logits; None keeps all.
             noise_level_scale: scale of the annealed Gumbel noise on the critic's scores.
+            min_p: of those, keeps the ids at least so many times as likely as the likeliest; None keeps all.
             top_p: of those, keeps the nucleus of this probability; None keeps all.
+            processed: whether min_p, top_p and the figures that are scored are of softmax(z / T), rather than of
+                softmax(z). With end_temperature, since all would be 1 as T falls to 0.
             forbidden: [V] bool, True at more ids that are never sampled beside mask_id; or a sequence of those ids.
-            choice_temperature: scale of the annealed Gumbel noise on the log confidence, without a critic; 0
-                commits the likeliest first and tends to one mode. None is 4.5, MaskGIT's, where counts alone
-                decide how many are committed and start_temperature is above 0; else, and with compat, 0.
-            threshold: in [0, 1]: in place of the schedule's counts every step commits all tokens whose confidence
-                (their probability; with a critic, that of being right) is above it, and one of each sequence at
-                least; the last step commits everything. With can_mask_prev_unmasked a step masks again what is not
+            score: what is committed first: "confidence", the highest log p, the default without a critic (with one
+                it is the critic's, and no other may be given); "margin", the likeliest id the furthest ahead of the
+                next; "entropy", the lowest; "random"; or [B, N] or [N] floating point, the highest of it, as of an
+                order its negative (``-torch.arange(N).float()`` for left to right).
+            choice_temperature: scale of the annealed Gumbel noise on the score, without a critic; 0 commits the
+                surest first and tends to one mode. None is 4.5, MaskGIT's, where counts alone decide how many are
+                committed, by the confidence, and start_temperature is above 0; else, and with compat, 0.
+            threshold: a rule, in [0, 1]: in place of the schedule's counts every step commits all tokens whose
+                confidence (their probability; with a critic, that of being right), or margin, is above it, or whose
+                entropy in nats is below it, and one of each sequence at least; the last step commits everything.
+                The noise has no part in it. With can_mask_prev_unmasked a step masks again what is not
                 above it (a token that the filter leaves out has probability 0). All steps run, since nothing waits
                 to see what is still masked: give few, or write the loop with ``functional.demask_step`` and stop when
                 you have looked.
+            factor: f >= 0, a rule likewise, of the confidence: the surest n are committed, for the largest n whose
+                least sure one has a probability of at least 1 - f / (n + 1).
+            entropy_bound: nats, a rule likewise, of the entropy: the surest are committed, as many as have entropies
+                that sum to at most this without the last.
             seq_len: N, from 1 to max_seq_len; default max_seq_len.
             prompt: [P] or [B, P] int32|int64, the first P positions. Alone it is a prefix, all of it given, of
                 P < N; with
@@ -644,27 +665,47 @@ class NonAutoregressiveWrapper(nn.Module):
 
         Randomness: one seed of the generator.
 
-        Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); the threshold: Fast-dLLM
-        (https://arxiv.org/abs/2505.22618, section 3.3).
+        Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); threshold and factor: Fast-dLLM
+        (https://arxiv.org/abs/2505.22618, section 3.3); margin and entropy: Dream
+        (https://arxiv.org/abs/2508.15487); entropy_bound: EB-Sampler (https://arxiv.org/abs/2505.24857, algorithm 1).
         """
         _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.generate)
         steps = _check.integer("steps", self.steps if steps is None else steps, 1, 2**24)
         options = generation.Options(
             start_temperature=start_temperature,
+            end_temperature=end_temperature,
             filter_thres=filter_thres,
+            min_p=min_p,
             top_p=top_p,
+            processed=processed,
             noise_level_scale=noise_level_scale,
+            score="order" if isinstance(score, Tensor) else score,
             choice_temperature=choice_temperature,
             threshold=threshold,
+            factor=factor,
+            entropy_bound=entropy_bound,
             sample_offset=sample_offset,
         )
         options = options.checked()
+        order = score if isinstance(score, Tensor) else None
+        options.check_with(
+            has_critic=self.token_critic is not None, may_remask=self.can_mask_prev_unmasked, order=order
+        )
         for name, flag in (("return_trajectory", return_trajectory), ("cuda_graph", cuda_graph)):
             _check.flag(name, flag)
         _progress.check(progress)
         length = _check.integer("seq_len", self.max_seq_len if seq_len is None else seq_len, 1, self.max_seq_len + 1)
         self._formulas.check_options(
-            top_p=top_p, forbidden=forbidden, threshold=threshold, cuda_graph=cuda_graph or None
+            end_temperature=end_temperature,
+            min_p=min_p,
+            top_p=top_p,
+            processed=processed or None,
+            forbidden=forbidden,
+            score=score,
+            threshold=threshold,
+            factor=factor,
+            entropy_bound=entropy_bound,
+            cuda_graph=cuda_graph or None,
         )
         if cuda_graph and (progress or return_trajectory):
             raise ValueError(
@@ -677,8 +718,9 @@ class NonAutoregressiveWrapper(nn.Module):
         num_places = None
         if cuda_graph and prompt is not None:
             num_places = generation.places_for_any_prompt(start.num_maskable, length)
-        plan = self._plan(steps, start.num_maskable, device, threshold is not None, num_places)
-        state = generation.first_state(start, plan, functional.draw_seed(device, generator), forbidden)
+        plan = self._plan(steps, start.num_maskable, device, options.has_rule, num_places)
+        order = None if order is None else generation.as_order(order, start.ids)
+        state = generation.first_state(start, plan, functional.draw_seed(device, generator), forbidden, order)
         ids, trajectory = state.ids, None
         with evaluating(self):
             if cuda_graph and plan.steps:
@@ -693,7 +735,7 @@ class NonAutoregressiveWrapper(nn.Module):
         return ids if trajectory is None else (ids, trajectory)
 
     def _plan(
-        self, steps: int, num_maskable: Tensor, device: torch.device, by_threshold: bool, num_places: int | None
+        self, steps: int, num_maskable: Tensor, device: torch.device, by_rule: bool, num_places: int | None
     ) -> generation.Plan:
         return generation.plan(
             self._schedule,
@@ -702,7 +744,7 @@ class NonAutoregressiveWrapper(nn.Module):
             num_maskable,
             device,
             may_remask=self.can_mask_prev_unmasked,
-            by_threshold=by_threshold,
+            by_rule=by_rule,
             always_runs=self.self_cond or self.can_mask_prev_unmasked,
             num_places=num_places,
         )

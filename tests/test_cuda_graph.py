@@ -206,15 +206,15 @@ def test_a_graph_gives_what_the_loop_gives(case, graphs):
     assert [graph.num_replays for graph in graphs] == [3, 3]
 
 
-@pytest.mark.parametrize("by_threshold", [False, True])
+@pytest.mark.parametrize("by_rule", [False, True])
 @pytest.mark.parametrize("options", [{}, {"can_mask_prev_unmasked": True}, {"self_cond": True}], ids=str)
-def test_the_plans_shape_depends_on_the_rounded_largest_number_of_open_positions(options, by_threshold):
+def test_the_plans_shape_depends_on_the_rounded_largest_number_of_open_positions(options, by_rule):
     wrapper = wrap(**options)
 
     def plan(*num_open):
         num_maskable = torch.tensor(num_open)
         places = generation.places_for_any_prompt(num_maskable, N)
-        return wrapper._plan(4, num_maskable, torch.device("cpu"), by_threshold, places)
+        return wrapper._plan(4, num_maskable, torch.device("cpu"), by_rule, places)
 
     def steps(*num_open):
         return plan(*num_open).steps

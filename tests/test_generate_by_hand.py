@@ -16,7 +16,8 @@ from fastmask.schedules import as_schedule, step_counts
 
 def by_hand(wrapper, generator, options, prompt=None, prompt_mask=None, batch=4) -> torch.Tensor:
     """What generate does, out of the public functions, at every position of every step."""
-    options = {"filter_thres": 0.7, "noise_level_scale": 1.0, "choice_temperature": 4.5, **options}
+    noise = 4.5 if options.get("score") is None else 0.0
+    options = {"filter_thres": 0.7, "noise_level_scale": 1.0, "choice_temperature": noise, **options}
     net, critic, steps, filter_thres = wrapper.net, wrapper.token_critic, wrapper.steps, options["filter_thres"]
     device = net.table.device
     seed = functional.draw_seed(device, generator)
@@ -26,7 +27,7 @@ def by_hand(wrapper, generator, options, prompt=None, prompt_mask=None, batch=4)
         given, ids = prompt_mask, prompt.where(prompt_mask, MASK)
     maskable, is_masked = ~given, ~given
     counts = step_counts(as_schedule("linear"), steps, maskable.sum(dim=-1).cpu()).to(device)
-    condition = wrapper.null_embed if wrapper.self_cond else None
+    condition, end = wrapper.null_embed if wrapper.self_cond else None, options.get("end_temperature")
     for step in range(steps):
         remaining = (steps - 1 - step) / steps
         drawn = {"seed": seed, "step": step, "sample_offset": options.get("sample_offset", 0)}
@@ -35,18 +36,30 @@ def by_hand(wrapper, generator, options, prompt=None, prompt_mask=None, batch=4)
         condition = embeddings if wrapper.self_cond else None
         sampled = functional.sample_tokens(
             logits,
-            temperature=max(remaining, 1e-3),
+            temperature=max(remaining, 1e-3) if end is None else 1.0 + (end - 1.0) * step / max(1, steps - 1),
             mask_id=MASK,
             kept_ids=ids.where(~is_masked, -1),
             top_k=None if filter_thres is None else math.ceil((1 - filter_thres) * net.num_tokens),
+            min_p=options.get("min_p"),
             top_p=options.get("top_p"),
+            processed=options.get("processed", False),
             forbidden=options.get("forbidden"),
+            with_margin=True,
+            with_entropy=True,
             **drawn,
         )
         ids = sampled.ids
         if critic is None:
             noise = options["choice_temperature"] * remaining
-            keys = functional.confidence_remask_keys(sampled.log_probs, choice_temperature=noise, **drawn)
+            score = {
+                None: sampled.log_probs, "confidence": sampled.log_probs, "margin": sampled.margins,
+                "entropy": -sampled.entropies, "random": torch.zeros_like(sampled.log_probs),
+            }.get(options["score"] if isinstance(options.get("score"), str) else None)  # fmt: skip
+            if isinstance(options.get("score"), torch.Tensor):
+                score = options["score"].to(device).expand(ids.shape)
+            elif options.get("score") == "random":
+                noise = 1.0
+            keys = functional.confidence_remask_keys(score, choice_temperature=noise, **drawn)
         else:
             noise = options["noise_level_scale"] * remaining
             keys = functional.critic_remask_keys(critic(ids).view(ids.shape), noise_scale=noise, **drawn)
@@ -60,6 +73,12 @@ HAND = {
     "plain": ({}, {}),
     "choice": ({}, {"choice_temperature": 1.0}),
     "filters": ({}, {"top_p": 0.9, "filter_thres": 0.3, "forbidden": [1, 2], "sample_offset": 3}),
+    "margin": ({}, {"score": "margin"}),
+    "entropy": ({}, {"score": "entropy", "choice_temperature": 0.5}),
+    "random": ({}, {"score": "random"}),
+    "order": ({}, {"score": -torch.arange(8).float()}),
+    "processed": ({}, {"processed": True, "end_temperature": 0.4, "min_p": 0.05, "score": "entropy"}),
+    "remask by margin": ({"can_mask_prev_unmasked": True}, {"score": "margin", "end_temperature": 0.0}),
     "self_cond": ({"self_cond": True}, {}),
     "critic": ({"token_critic": "own"}, {}),
     "self_critic": ({"self_token_critic": True}, {"noise_level_scale": 0.5}),
@@ -85,7 +104,7 @@ def test_generation_is_a_loop_by_hand(case, prompted, device):
     assert len(outs) == 3
 
 
-@pytest.mark.parametrize("case", ["plain", "filters", "self_cond", "critic", "self_critic", "remask"])
+@pytest.mark.parametrize("case", ["plain", "filters", "processed", "self_cond", "critic", "self_critic", "remask"])
 @torch.no_grad()
 @pytest.mark.slow_interpreted
 def test_generation_is_a_loop_by_hand_on_the_kernels_too(case, kernel, monkeypatch):
@@ -130,7 +149,7 @@ def test_every_step_commits_what_is_surer_than_the_threshold(threshold, choice_t
     for step, (before, now, log_probs) in enumerate(committed(trajectory, is_open)):
         noise = choice_temperature * (steps - 1 - step) / steps
         confidence = -functional.confidence_remask_keys(log_probs, choice_temperature=noise, seed=seed, step=step)
-        expected = before & (confidence > math.log(threshold))
+        expected = before & (log_probs > math.log(threshold))
         alone = before.any(dim=-1) & ~expected.any(dim=-1)
         if step == steps - 1:
             expected = before

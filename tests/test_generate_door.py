@@ -131,5 +131,7 @@ def test_numbers_of_numpy_are_numbers():
     ]
     assert torch.equal(*outs)
     assert outs[0].shape == (2, 4)
-    options = generation.Options(*[np.float32(0.5)] * 6, np.int64(1)).checked()
-    assert [type(number) for number in options] == [float] * 6 + [int]
+    names = {name: np.float32(0.5) for name in generation._NUMBERS}
+    options = generation.Options(**names, processed=False, score=None, sample_offset=np.int64(1)).checked()
+    assert {type(getattr(options, name)) for name in names} == {float}
+    assert type(options.sample_offset) is int

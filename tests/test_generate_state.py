@@ -256,23 +256,23 @@ def test_a_network_that_writes_into_its_ids_changes_nothing(options):
 # ---- plans ----
 
 
-def plan(num_maskable, steps, schedule=LINEAR, by_threshold=False, always_runs=False):
+def plan(num_maskable, steps, schedule=LINEAR, by_rule=False, always_runs=False):
     return generation.plan(
         schedule, upstream.FASTMASK, steps, num_maskable, torch.device("cpu"), may_remask=False,
-        by_threshold=by_threshold, always_runs=always_runs,
+        by_rule=by_rule, always_runs=always_runs,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("by_threshold", [False, True])
-def test_a_plan_of_a_million_steps(by_threshold):
+@pytest.mark.parametrize("by_rule", [False, True])
+def test_a_plan_of_a_million_steps(by_rule):
     """B 64, N 1024: at most .3 s (a loaded machine is given ten times that) and 64 MB."""
     num_maskable = torch.full((64,), 1024)
     start = time.perf_counter()
-    planned = plan(num_maskable, 10**6, by_threshold=by_threshold)
+    planned = plan(num_maskable, 10**6, by_rule=by_rule)
     assert time.perf_counter() - start < 3.0
     assert len(planned.steps) == len(planned.counts) == 1024
     with LiveBytes() as live:
-        plan(num_maskable, 10**6, by_threshold=by_threshold)
+        plan(num_maskable, 10**6, by_rule=by_rule)
     assert 2**20 < live.peak < 64e6
 
 

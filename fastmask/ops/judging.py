@@ -42,6 +42,9 @@ class Judge(NamedTuple):
                 raise ValueError(f"expected score {' or '.join(map(repr, of_scores[name]))} with {name}, received "
                                  f"{received}; change one")  # fmt: skip
             _check.number(name, value, 0.0, 1.0 if name == "threshold" and self.score != "entropy" else math.inf)
+            if name != "threshold" and self.choice_temperature > 0.0:
+                raise ValueError(f"expected choice_temperature=0 with {name}, whose order is by the score alone, "
+                                 f"received {self.choice_temperature}; leave it out")  # fmt: skip
         return self
 
     def _rules(self) -> dict[str, float]:
