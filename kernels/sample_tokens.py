@@ -339,7 +339,10 @@ def _sample_behind_head(
 
 def _head_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     with torch.autocast(x.device.type, enabled=False):
-        if bias is None:
+        if torch.compiler.is_compiling():  # which takes no out= that is not contiguous
+            product = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+            out.copy_(product)
+        elif bias is None:
             torch.mm(x, weight, out=out)
         else:
             torch.addmm(bias, x, weight, out=out)

@@ -78,6 +78,7 @@ RULES = [
 
 @pytest.mark.parametrize(("score", "rule"), RULES, ids=str)
 @pytest.mark.parametrize("least", [{}, {"commits": 2}, {"counts": 4}], ids=str)
+@pytest.mark.slow_interpreted
 def test_a_rule_commits_what_its_formula_says(door, score, rule, least):
     """And what commits or counts say besides, one at least; greedy, so that the ids are known."""
     logits, ids, is_masked = canvas()
@@ -98,6 +99,7 @@ def test_a_rule_commits_what_its_formula_says(door, score, rule, least):
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("temperature", [0.3, 2.0])
+@pytest.mark.slow_interpreted
 def test_processed_scores_are_of_the_law_that_is_sampled(door, score, temperature):
     """One a step, by the argmax's figures: the order of Dream and of SDAR."""
     logits, ids, is_masked = canvas(seed=2)
@@ -156,6 +158,7 @@ def test_noise_on_the_entropy_keeps_its_sign(reference):
 
 @pytest.mark.parametrize("options", [{"counts": 1}, {"commits": 2}, {"threshold": 0.3}, {"factor": 1.0},
                                      {"entropy_bound": 1.0, "score": "entropy"}], ids=str)  # fmt: skip
+@pytest.mark.slow_interpreted
 def test_a_block_is_decoded_as_if_alone(door, options):
     """What is outside stays; inside it is as a canvas on which nothing else is masked."""
     logits, ids, is_masked = canvas(seed=3)
@@ -200,6 +203,7 @@ def test_a_whole_generation_by_blocks_fills_everything(door):
     assert listed[-1] == 0
 
 
+@pytest.mark.slow_interpreted
 def test_compact_rows_and_heads_give_the_same(door):
     logits, ids, is_masked = canvas(seed=7)
     options = {"mask_id": MASK, "score": "margin", "threshold": 0.4, "seed": 1, "temperature": 0.7}

@@ -176,6 +176,51 @@ def test_the_default_dtype_does_not_reach_linear_losses(backend, under_other_def
     assert_same(run(), *under_other_defaults(run))
 
 
+FIGURES = {"with_margin": True, "with_entropy": True}
+SAMPLES = [
+    {"temperature": 0.7, **FIGURES},
+    {"temperature": 0.0, "top_k": 5, "forbidden": [1, 3]},
+    {"temperature": 0.3, "processed": True, "min_p": 0.01, "top_p": 0.9, **FIGURES},
+]
+STEPS = [
+    {"counts": 3, "choice_temperature": 4.5},
+    {"commits": 2, "threshold": 0.4},
+    {"score": "entropy", "entropy_bound": 1.0, "block": torch.tensor([[0, 5]] * 3)},
+    {"score": "random", "commits": torch.tensor([1, 2, 3])},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLES)
+@pytest.mark.slow_interpreted
+def test_the_default_dtype_does_not_reach_samples(backend, under_other_defaults, options):
+    for given in (
+        rows_of(tokens(3), 17),
+        functional.LinearLogits(rows_of(tokens(3), 5), rows_of(torch.arange(17), 5)),
+    ):
+        run = partial(backend.run, functional.sample_tokens, given, mask_id=16, seed=1, **options)
+        assert_same(run(), *under_other_defaults(run))
+
+
+@pytest.mark.parametrize("options", STEPS)
+@pytest.mark.slow_interpreted
+def test_the_default_dtype_does_not_reach_steps(backend, under_other_defaults, options):
+    ids = tokens(3)
+    given = rows_of(ids, 17), ids, ids > 3
+    run = partial(backend.run, functional.demask_step, *given, mask_id=16, seed=1, **options)
+    assert_same(run(), *under_other_defaults(run))
+
+
+def test_the_default_dtype_does_not_reach_remask_keys(backend, under_other_defaults):
+    values = rows_of(torch.arange(3), 8)
+
+    def run():
+        confidence = backend.run(functional.confidence_remask_keys, values, choice_temperature=1.0, seed=1)
+        critical = backend.run(functional.critic_remask_keys, values, noise_scale=1.0, seed=1)
+        return confidence, critical, backend.run(functional.select_to_remask, critical, values > 0, 2)
+
+    assert_same(run(), *under_other_defaults(run))
+
+
 def results(backend, function, leaves, options):
     """A loss, what comes with it, and its gradients."""
     out = backend.run(function, *leaves, tokens(3), **options)

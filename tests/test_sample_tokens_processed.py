@@ -56,10 +56,11 @@ ALL_FILTERS = {"top_k": 40, "min_p": 0.01, "top_p": 0.9, "mask_id": 2}
         (301, torch.bfloat16, 0.2),
         (301, torch.bfloat16, 1.0),
         (301, torch.float32, 3.0),
-        pytest.param(5003, torch.float32, 0.2, marks=pytest.mark.slow_interpreted),
-        pytest.param(5003, torch.bfloat16, 3.0, marks=pytest.mark.slow_interpreted),
+        (5003, torch.float32, 0.2),
+        (5003, torch.bfloat16, 3.0),
     ],
 )
+@pytest.mark.slow_interpreted
 def test_figures_are_of_the_law_that_is_sampled(door, vocabulary, dtype, temperature, filters):
     logits = draw(1, 3, vocabulary, seed=vocabulary, scale=2.0, dtype=dtype)
     out = door.sample_tokens(logits, temperature=temperature, processed=True, seed=3, **filters, **FIGURES)
@@ -99,7 +100,8 @@ def test_at_0_and_1_it_changes_nothing(door, options):
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e6, 1e38])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"min_p": 0.5}], ids=str)
-@pytest.mark.parametrize("vocabulary", [30, pytest.param(3000, marks=pytest.mark.slow_interpreted)])
+@pytest.mark.parametrize("vocabulary", [30, 3000])
+@pytest.mark.slow_interpreted
 def test_extreme_temperatures_leave_figures_finite(door, vocabulary, temperature, filters):
     logits = draw(1, 2, vocabulary, seed=6, scale=20.0)
     out = door.sample_tokens(logits, temperature=temperature, processed=True, seed=1, **filters, **FIGURES)
@@ -113,6 +115,7 @@ def test_extreme_temperatures_leave_figures_finite(door, vocabulary, temperature
 
 @pytest.mark.parametrize("vocabulary", [7, pytest.param(2048, marks=pytest.mark.ptx), 2049, 9001])
 @pytest.mark.parametrize("filters", [{"min_p": 0.2}, {"min_p": 1.0}, {"min_p": 0.02, "top_k": 6}], ids=str)
+@pytest.mark.slow_interpreted
 def test_min_p_keeps_what_is_so_likely_beside_the_likeliest(door, vocabulary, filters):
     """By asking for the probability of each id in question."""
     row = draw(vocabulary, seed=vocabulary).where(torch.arange(vocabulary) % 11 != 3, -math.inf)
@@ -132,6 +135,7 @@ def test_samples_come_from_what_min_p_leaves(law_door):
 
 
 @pytest.mark.parametrize("content", [math.nan, math.inf, -math.inf])
+@pytest.mark.slow_interpreted
 def test_min_p_of_rows_without_a_law(door, content):
     for vocabulary in (40, 3000):
         logits = draw(1, 1, vocabulary)

@@ -9,6 +9,7 @@ summation up to rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,8 +59,8 @@ def sample_tokens(
         chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
     rows = rows.without_strays()
     parts = []
-    for start in range(0, max(1, len(rows.row_indices)), chunk):
-        part = slice(start, start + chunk)
+    for number in range(max(1, math.ceil(len(rows.row_indices) / chunk))):  # traced, this fixes the chunks alone
+        part = slice(number * chunk, (number + 1) * chunk)
         kept = None if kept_ids is None else kept_ids[part]
         parts.append(_sample_chunk_(_logits_of(rows, logits, part), rows.part(part), draws, sampling, kept))
     sampled = Sampled(*_joined(parts))
@@ -108,7 +109,8 @@ def _sample_chunk_(
     z: Tensor, rows: SampledRows, draws: Draws, sampling: Sampling, kept_ids: Tensor | None
 ) -> Sampled:
     """Of logits z [M, V] float32, which are filtered in place."""
-    blocks = [_figures(part, _filter_(part, sampling), sampling) for part in z.split(_block_rows(z))]
+    is_whole = z.device.type != "cpu" or torch.compiler.is_compiling()
+    blocks = [_figures(part, _filter_(part, sampling), sampling) for part in ([z] if is_whole else _blocks(z))]
     is_valid, ids, log_totals, sub_tiles, margins, entropies = _joined(blocks)
     if sub_tiles is not None:
         ids = _race(z, sub_tiles, _rest(sampling), rows, draws)
@@ -124,11 +126,9 @@ def _sample_chunk_(
     return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)
 
 
-def _block_rows(z: Tensor) -> int:
-    """How many rows of a chunk are worked on at once: all, but for a CPU's caches."""
-    if z.device.type != "cpu" or torch.compiler.is_compiling():
-        return max(1, len(z))
-    return max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // z.shape[-1])
+def _blocks(z: Tensor) -> Sequence[Tensor]:
+    """As many rows of a chunk as are worked on at once, for a CPU's caches."""
+    return z.split(max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // z.shape[-1]))
 
 
 def _filter_(z: Tensor, sampling: Sampling) -> Tensor:
