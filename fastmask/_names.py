@@ -18,7 +18,9 @@ from torch import nn
 _ELSEWHERE = {
     "start_temperature": ("temperature", "temp", "sampling_temperature", "softmax_temp", "sm_temp", "do_sample"),
     "generator_sample_temperature": ("temperature", "temp", "sample_temperature", "critic_temperature"),
-    "choice_temperature": ("alg", "alg_temp", "choice_temp", "r_temp", "remasking", "remasking_temperature"),
+    "choice_temperature": ("alg_temp", "choice_temp", "r_temp", "remasking_temperature"),
+    "score": ("alg", "remasking", "remasking_strategy"),
+    "entropy_bound": ("gamma", "eb_threshold"),
     "noise_level_scale": ("critic_noise_scale", "noise_scale"),
     "filter_thres": ("thres", "top_k", "topk", "topk_filter_thres"),
     "top_p": ("nucleus", "nucleus_p", "top_p_thres", "topp"),
@@ -55,8 +57,9 @@ _REMEDIES = {
     "do_sample": "give start_temperature=0 for greedy decoding",
     "top_k": "give filter_thres=1 - k / num_tokens",
     "topk": "give filter_thres=1 - k / num_tokens",
-    "alg": "give choice_temperature=0 for order by confidence, a large one for random order",
-    "remasking": "give choice_temperature=0 for order by confidence, a large one for random order",
+    "alg": 'give "confidence", "margin", "entropy" or "random"',
+    "remasking": 'give "confidence", "margin", "entropy" or "random"',
+    "remasking_strategy": 'give "confidence", "margin", "entropy" or "random"',
     "max_new_tokens": "give seq_len=, the prompt's positions included",
     "gen_length": "give seq_len=, the prompt's positions included",
     **dict.fromkeys(

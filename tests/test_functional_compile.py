@@ -123,12 +123,17 @@ def assert_whole(operation, backend, dynamic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_any_batch_size_is_compiled_whole(backend, operation):
-    assert_whole(operation, backend, None)
+def test_any_batch_size_is_compiled_whole(kernel, operation):
+    assert_whole(operation, kernel, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("operation", [sample_with_all, remask, pytest.param(step_behind_a_head, id="step")])
-def test_sizes_fixed_or_free_from_the_first_are_compiled_whole(backend, operation, dynamic):
-    assert_whole(operation, backend, dynamic)
+def test_sizes_fixed_or_free_from_the_first_are_compiled_whole(kernel, dynamic):
+    assert_whole(step_behind_a_head, kernel, dynamic)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", [sample_with_all, pytest.param(step_behind_a_head, id="step")])
+def test_the_reference_is_compiled_whole_at_any_batch_size(reference, operation):
+    assert_whole(operation, reference, None)
