@@ -57,9 +57,9 @@ _REMEDIES = {
     "do_sample": "give start_temperature=0 for greedy decoding",
     "top_k": "give filter_thres=1 - k / num_tokens",
     "topk": "give filter_thres=1 - k / num_tokens",
-    "alg": 'give "confidence", "margin", "entropy" or "random"',
-    "remasking": 'give "confidence", "margin", "entropy" or "random"',
-    "remasking_strategy": 'give "confidence", "margin", "entropy" or "random"',
+    "alg": 'give score="confidence", "margin", "entropy" or "random"',
+    "remasking": 'give score="confidence", "margin", "entropy" or "random"',
+    "remasking_strategy": 'give score="confidence", "margin", "entropy" or "random"',
     "max_new_tokens": "give seq_len=, the prompt's positions included",
     "gen_length": "give seq_len=, the prompt's positions included",
     **dict.fromkeys(

@@ -36,7 +36,7 @@ def tokens() -> torch.Tensor:
         ("cfg_scale", "no guidance"), ("guidance_scale", "no guidance"), ("top_k", "filter_thres=1 - k / num_tokens"),
         ("max_length", "seq_len="), ("max_new_tokens", "seq_len="), ("gen_length", "seq_len="),
         ("length", "seq_len="), ("num_samples", "batch_size="), ("num_return_sequences", "batch_size="),
-        ("input_ids", "prompt="), ("attention_mask", "mask="), ("remasking", "score="),
+        ("input_ids", "prompt="), ("attention_mask", "mask="), ("eb_threshold", "entropy_bound="), ("remasking", "score="),
         ("alg_temp", "choice_temperature="), ("callback", "progress="), ("do_sample", "start_temperature=0"),
         ("prompt_msk", "prompt_mask="), ("start_temprature", "start_temperature="), ("promt_mask", "prompt_mask="),
         ("prompts", "prompt="), ("cuda_graphs", "cuda_graph="), ("thresold", "threshold="), ("stepss", "steps="),
