@@ -19,6 +19,9 @@ Function = Callable[[list[Tensor]], list[Tensor]]
 _KEPT = 8
 _graphs: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Captured | None]] = weakref.WeakKeyDictionary()
 _failed: list[torch.cuda.CUDAGraph] = []
+# A graph has one memory for what goes in and comes out, and all that are captured share streams and warnings: one
+# thread at a time, which queues a replay and waits for none. Reentrant, for a network that generates in its forward.
+_lock = threading.RLock()
 _WAITED = "called a synchronizing CUDA operation"  # PyTorch's warning
 
 
@@ -132,8 +135,11 @@ def replay(module: nn.Module, key: Hashable, function: Function, inputs: Sequenc
         function: may write the inputs it is given.
     """
     with torch.cuda.device_of(inputs[0]):
-        captured = _captured(module, key, function, inputs)
-        return function([x.clone() for x in inputs]) if captured is None else captured(inputs)
+        with _lock:
+            captured = _captured(module, key, function, inputs)
+            if captured is not None:
+                return captured(inputs)
+        return function([x.clone() for x in inputs])
 
 
 def _captured(module: nn.Module, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> _Captured | None:

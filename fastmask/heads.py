@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import warnings
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.records import LinearLogits
+
+# No attribute of Heads, which is copied and pickled. Reentrant, for a network that has a wrapper in it.
+_proving = threading.RLock()
 
 
 class Head(NamedTuple):
@@ -95,11 +99,17 @@ class Heads:
         """Finds out once, by the first row of ids [B, N], whether a bare to_logits is all that makes the logits.
 
         Arguments of B rows are cut likewise. The two runs draw the same random numbers, and leave no trace of them.
+        Of several threads the first finds out, and the others wait for it.
         """
         if self.head is not None or callable(getattr(net, "linear_head", None)) or not has_bare_head(net):
             return
         if self._tried is net.to_logits or not len(ids):
             return
+        with _proving:
+            if self._tried is not net.to_logits:
+                self._prove(net, ids, arguments)
+
+    def _prove(self, net: Any, ids: Tensor, arguments: dict[str, Any]) -> None:
         row = {
             name: value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == len(ids) else value
             for name, value in arguments.items()
@@ -109,13 +119,14 @@ class Heads:
         for options in ({}, {"return_embeddings": True}):
             with torch.random.fork_rng(devices, device_type="cuda" if not devices else ids.device.type):
                 runs.append(net(ids[:1].clone(), **options, **row))
-        self._tried, self._disproof = net.to_logits, _disproof(net.to_logits, *runs)
+        self._disproof = _disproof(net.to_logits, *runs)
+        self._tried = net.to_logits  # last: from here on another thread believes it
         if self._disproof is not None:
             warnings.warn(
                 f"fastmask takes the logits of {type(net).__name__}, although it has to_logits and "
                 f"return_embeddings=: {self._disproof}; "
                 "declare the head with linear_head() or head=, or rename to_logits",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def warn_of_borrowed(self, net: Any) -> None:

@@ -14,6 +14,7 @@ import itertools
 import math
 import pickle
 import threading
+import time
 import traceback
 import warnings
 import weakref
@@ -471,6 +472,31 @@ def test_another_thread_may_wait_for_the_gpu(graphs):
     assert out.tolist() == [2.0, 2.0]
     assert len(graphs) == 1
     assert not any("no effect" in str(warning.message) for warning in record)
+
+
+def test_four_threads_share_a_graph(graphs, monkeypatch):
+    """Which has one memory for what they all give it; they capture it once, and each gets what is its own."""
+    replay = Recorder.replay
+
+    def slow_replay(graph):
+        time.sleep(0.02)  # another thread's turn
+        replay(graph)
+
+    monkeypatch.setattr(Recorder, "replay", slow_replay)
+    wrapper, together = wrap().eval(), {}
+    alone = [drawn(wrapper, seed, **prompts([9, 10], seed)) for seed in range(4)]
+
+    def generate(seed):
+        together[seed] = drawn(wrapper, seed, cuda_graph=True, **prompts([9, 10], seed))
+
+    threads = [threading.Thread(target=generate, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(graphs) == 1
+    assert all(torch.equal(together[seed], alone[seed]) for seed in range(4))
+    assert len({tuple(ids.flatten().tolist()) for ids in alone}) == 4
 
 
 def test_nothing_to_do_is_no_graph(graphs):

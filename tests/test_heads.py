@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
+import time
 import warnings
 
 import pytest
@@ -170,6 +172,47 @@ def test_the_proof_leaves_random_numbers_and_modes_alone(device):
     assert model.has_linear_head
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
+
+
+def test_two_threads_prove_a_head_once():
+    class Slow(Bare):
+        def forward(self, ids, return_embeddings=False):
+            time.sleep(0.02)  # the other thread's turn
+            return super().forward(ids, return_embeddings)
+
+    net, heads, ids = Slow().train(), Heads(), clean("cpu")
+    before, ways = torch.get_rng_state(), []
+
+    def find():
+        heads.prove(net, ids, {})
+        ways.append(heads.way(net).reason)
+
+    threads = [threading.Thread(target=find) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert net.asked == [False, True]
+    assert ways == ["net.to_logits, as a run has shown"] * 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_disproved_head_is_at_no_time_believed():
+    """Whenever another thread may look."""
+    believed = []
+
+    class Watched(Heads):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if hasattr(self, "_has_warned"):
+                believed.append(self.way(net).head is not None)
+
+    net = Doubles()
+    heads = Watched()
+    with pytest.warns(UserWarning, match="although it has to_logits"):
+        heads.prove(net, clean("cpu"), {})
+    assert len(believed) >= 2
+    assert not any(believed)
 
 
 def test_the_proof_takes_a_row_of_the_arguments(device):
