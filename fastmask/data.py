@@ -6,8 +6,6 @@ refused with its position and value. Nothing is padded, truncated or dropped unl
 
 from __future__ import annotations
 
-import math
-import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastmask import _check_data as check
 from fastmask._progress import Progress, track
 
 if TYPE_CHECKING:  # at run time numpy is needed only by those who bring an array or open a file
@@ -31,8 +30,8 @@ class _TokenDataset(Dataset[Tensor]):
     ids: Any
 
     def __init__(self, seq_len: int, num_tokens: int, mask_id: int) -> None:
-        self.seq_len = _integer("seq_len", seq_len, at_least=1)
-        self.num_tokens, self.mask_id = _vocabulary(num_tokens, mask_id)
+        self.seq_len = check.integer("seq_len", seq_len, at_least=1)
+        self.num_tokens, self.mask_id = check.vocabulary(num_tokens, mask_id)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -43,11 +42,11 @@ class _TokenDataset(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         """The ids of one item: a new tensor [seq_len] int64. Negative indices count from the end."""
-        index, size = _integer("index", index), len(self)
+        index, size = check.integer("index", index), len(self)
         if not -size <= index < size:
             raise IndexError(f"expected an index in [{-size}, {size}), received {index}; use len(dataset)")
         raw, where, first = self._read(index % size)
-        return _clean(raw, self.num_tokens, self.mask_id, where, first)
+        return check.clean_ids(raw, self.num_tokens, self.mask_id, where, first)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is not forked gets a pickle: the name of a mapped file must travel, not its contents.
@@ -97,8 +96,8 @@ class TokenWindows(_TokenDataset):
         tail: Literal["error", "drop"] = "error",
     ) -> None:
         super().__init__(seq_len, num_tokens, mask_id)
-        self.ids = _integers("ids", ids, ndim=1)
-        self.stride = self.seq_len if stride is None else _integer("stride", stride, at_least=1)
+        self.ids = check.integers("ids", ids, ndim=1)
+        self.stride = self.seq_len if stride is None else check.integer("stride", stride, at_least=1)
         if not isinstance(tail, str) or tail not in ("error", "drop"):
             raise ValueError(f'expected tail "error" or "drop", received {tail!r}; give one of the two')
         total = len(self.ids)
@@ -142,15 +141,15 @@ class TokenSequences(_TokenDataset):
     def __init__(self, sequences: Any, seq_len: int, *, num_tokens: int, mask_id: int) -> None:
         super().__init__(seq_len, num_tokens, mask_id)
         if hasattr(sequences, "dtype"):
-            self.ids = _integers("sequences", sequences, ndim=2)
+            self.ids = check.integers("sequences", sequences, ndim=2)
             self._refuse_length(self.ids.shape[1], "every sequence")
             return
         rows = []
         for i, sequence in enumerate(sequences):
-            row = _integers(f"sequence {i}", sequence, ndim=1)
+            row = check.integers(f"sequence {i}", sequence, ndim=1)
             self._refuse_length(len(row), f"sequence {i}")
-            _refuse_wrapping(row, f"sequence {i}, ")
-            rows.append(_int64(row))
+            check.refuse_wrapping(row, f"sequence {i}, ")
+            rows.append(check.int64(row))
         self.ids = torch.stack(rows) if rows else torch.empty(0, self.seq_len, dtype=torch.int64)
 
     def _refuse_length(self, length: int, name: str) -> None:
@@ -248,7 +247,7 @@ def from_text(
         >>> bytes(data[1].tolist())
         b'or not'
     """
-    num_tokens, mask_id = _vocabulary(num_tokens, mask_id)
+    num_tokens, mask_id = check.vocabulary(num_tokens, mask_id)
     dtype = torch.int32 if num_tokens <= 2**31 else torch.int64
     parts = [torch.empty(0, dtype=dtype)]
     if isinstance(paths, (bytes, int)) or not isinstance(paths, (str, os.PathLike, Iterable)):
@@ -261,8 +260,8 @@ def from_text(
                 text = file.read()
         except UnicodeDecodeError as error:
             raise ValueError(f"expected UTF-8 in {path}, received {error}; convert the file") from error
-        ids = _integers(f"ids of {path}", _encode(tokenizer, text), ndim=1)
-        parts.append(_clean(ids, num_tokens, mask_id, f"{path}, ", 0).to(dtype))
+        ids = check.integers(f"ids of {path}", _encode(tokenizer, text), ndim=1)
+        parts.append(check.clean_ids(ids, num_tokens, mask_id, f"{path}, ", 0).to(dtype))
     joined = torch.cat(parts)
     return TokenWindows(joined, seq_len, num_tokens=num_tokens, mask_id=mask_id, stride=stride, tail=tail)
 
@@ -296,23 +295,23 @@ def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -
         >>> data[0], data.seq_len, data.num_tokens, data.mask_id
         (tensor([0, 2, 1, 0]), 4, 4, 3)
     """
-    levels, low, high = _scale(levels, value_range)
+    levels, low, high = check.scale(levels, value_range)
     if not hasattr(images, "__len__") or isinstance(images, (str, bytes, Mapping)):
         raise TypeError(
             f"expected images as an array, tensor or sequence, received {type(images).__name__}; give a list of them"
         )
     if isinstance(images, Tensor):
-        _refuse_sparse("images", images)
+        check.refuse_sparse("images", images)
     if getattr(images, "ndim", 1) == 0:
         raise ValueError("expected images of shape [S, ...], received a single value; give a batch of images")
     if len(images) == 0:
         raise ValueError("expected at least one image, received none; their shape gives the sequence length")
-    shape = _image(images[0], 0).shape
+    shape = check.image(images[0], 0).shape
     if shape.numel() == 0:
         raise ValueError(f"expected images that hold values, received shape {tuple(shape)} as image 0; leave it out")
     ids = torch.empty(len(images), shape.numel(), dtype=torch.uint8 if levels <= 256 else torch.int32)
     for i in range(len(images)):  # one by one: the float64 copy of a whole set could be too large
-        image = _image(images[i], i)
+        image = check.image(images[i], i)
         if image.shape != shape:
             raise ValueError(
                 f"expected images of one shape, {tuple(shape)} as image 0, received {tuple(image.shape)} as "
@@ -323,10 +322,12 @@ def from_images(images: Any, *, levels: int, value_range: tuple[float, float]) -
         values = image if image.is_floating_point() else image.double()
         outside = ~((values >= low) & (values <= high) & values.isfinite())
         remedy = "give the value_range of the data, or clamp the values"
-        _refuse(outside, image, f"values in [{low:g}, {high:g}]", remedy, f"image {i}, ")
+        check.refuse(outside, image, f"values in [{low:g}, {high:g}]", remedy, f"image {i}, ")
         if not image.is_floating_point():
             rounded = values.abs() >= 2**53
-            _refuse(rounded, image, "integers below 2**53, which float64 holds", "scale them down", f"image {i}, ")
+            check.refuse(
+                rounded, image, "integers below 2**53, which float64 holds", "scale them down", f"image {i}, "
+            )
         scaled = (values.double() - low) / (high - low) * (levels - 1)
         # An end rounded to a coarse dtype may lie past it: 100.4 is 100.5 in bfloat16.
         ids[i] = scaled.round().clamp(0, levels - 1).flatten()
@@ -354,13 +355,13 @@ def dequantise(ids: Tensor, *, levels: int, value_range: tuple[float, float]) ->
         >>> dequantise(torch.tensor([0, 1, 2]), levels=3, value_range=(0, 1))
         tensor([0.0000, 0.5000, 1.0000])
     """
-    levels, low, high = _scale(levels, value_range)
+    levels, low, high = check.scale(levels, value_range)
     if max(-low, high) > torch.finfo(torch.float32).max:
         raise ValueError(f"expected value_range that float32 holds, received {value_range}; scale the values down")
-    raw = _integers("ids", ids)
-    ids = _int64(raw)
+    raw = check.integers("ids", ids)
+    ids = check.int64(raw)
     remedy = "give the levels the images were quantised to, and no masked ids"
-    _refuse((ids < 0) | (ids >= levels), raw, f"ids in [0, {levels})", remedy)
+    check.refuse((ids < 0) | (ids >= levels), raw, f"ids in [0, {levels})", remedy)
     steps = torch.arange(levels, dtype=torch.float64)  # on the CPU: MPS has no float64
     return (low + steps * (high - low) / (levels - 1)).float().to(ids.device)[ids]
 
@@ -436,137 +437,3 @@ def _encode(tokenizer: Any, text: str) -> Any:
     if isinstance(encoded, Mapping):  # BatchEncoding of transformers
         encoded = encoded.get("input_ids")
     return getattr(encoded, "ids", encoded)  # Encoding of tokenizers
-
-
-def _clean(raw: Any, num_tokens: int, mask_id: int, where: str, first: int) -> Tensor:
-    """raw [n] as a new int64 tensor of clean ids."""
-    ids = _int64(raw)
-    expected = f"clean ids, in [0, {num_tokens}) and not mask_id = {mask_id}"
-    remedy = "give the num_tokens of the tokenizer that made the ids, and a mask_id that it never makes"
-    _refuse((ids < 0) | (ids >= num_tokens) | (ids == mask_id), raw, expected, remedy, where, first)
-    return ids
-
-
-def _refuse_wrapping(ids: Any, where: str) -> None:
-    """uint64 ids past int64's largest, which would be negative there."""
-    wraps = _int64(ids) < 0
-    if str(ids.dtype).endswith("uint64"):
-        _refuse(wraps, ids, "ids below 2**63, which int64 holds", "clean the data", where)
-
-
-def _refuse(bad: Tensor, values: Any, expected: str, remedy: str, where: str = "", first: int = 0) -> None:
-    """Raises for the first of `values` that is `bad`, both of one shape; `first` is the position of [0]."""
-    if bad.any():
-        at = tuple(bad.nonzero()[0].tolist())
-        position = at[0] + first if len(at) == 1 else at
-        value = values[at].item()
-        raise ValueError(f"expected {expected}, received {value} at {where}position {position}; {remedy}")
-
-
-def _integers(name: str, values: Any, ndim: int | None = None) -> Any:
-    """`values` if an array or tensor, else a tensor of them; integers, with `ndim` dimensions."""
-    if not hasattr(values, "dtype"):
-        try:
-            items = list(values)
-            values = torch.tensor(items) if items else torch.empty(0, dtype=torch.int64)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"expected {name} as an array, tensor or list of integers, received {type(values).__name__} "
-                f"({error}); open a file of ids by open_ids(path)"
-            ) from error
-    _refuse_masked(name, values)
-    if isinstance(values.dtype, torch.dtype):
-        _refuse_sparse(name, values)
-        dtype = values.dtype
-        are_integers = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    else:
-        are_integers = values.dtype.kind in ("i", "u")
-    if not are_integers:
-        raise TypeError(f"expected {name} of an integer dtype, received {values.dtype}; convert to int64")
-    if ndim is not None and len(values.shape) != ndim:
-        raise ValueError(
-            f"expected {name} with {ndim} dimension(s), received shape {tuple(values.shape)}; reshape: "
-            "TokenWindows takes [T], TokenSequences [S, N]"
-        )
-    return values
-
-
-def _int64(raw: Any) -> Tensor:
-    """A new int64 tensor; an array converts in numpy, as torch lacks foreign byte orders."""
-    return raw.to(torch.int64, copy=True) if isinstance(raw, Tensor) else torch.as_tensor(raw.astype("int64"))
-
-
-def _image(values: Any, i: int) -> Tensor:
-    """Image `i` as a dense tensor of real values on the CPU."""
-    _refuse_masked("images", values)
-    try:
-        if isinstance(getattr(values, "dtype", None), torch.dtype):
-            image = values.cpu()
-        elif hasattr(values, "dtype") and not values.dtype.isnative:  # torch lacks foreign byte orders
-            image = torch.as_tensor(values.astype(values.dtype.newbyteorder("=")))
-        else:
-            image = torch.tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"expected image {i} as an array, tensor or list of numbers, received {type(values).__name__} "
-            f"({str(error).splitlines()[0]:.80}); convert it"
-        ) from error
-    if image.is_complex():
-        raise TypeError(f"expected real values, received {image.dtype}; take the real part or modulus")
-    _refuse_sparse("images", image)
-    return image.float() if image.is_floating_point() and image.dtype.itemsize == 1 else image  # no order in float8
-
-
-def _refuse_masked(name: str, values: Any) -> None:
-    if hasattr(values, "filled"):  # numpy.ma: torch would take what lies under the mask
-        raise TypeError(f"expected {name} without a mask, received {type(values).__name__}; use .filled(value)")
-
-
-def _refuse_sparse(name: str, values: Tensor) -> None:
-    if values.layout is not torch.strided or values.is_nested or values.device.type == "meta":
-        kind = "a meta tensor" if values.device.type == "meta" else f"layout {values.layout}"
-        raise TypeError(f"expected {name} as a dense tensor that holds values, received {kind}; use .to_dense()")
-
-
-def _integer(name: str, value: Any, at_least: int | None = None) -> int:
-    """`value` as an int: Python's, numpy's, or a tensor's with one, as a Subset by `torch.randperm` asks for."""
-    try:
-        if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"expected {name} to be an int, received {value!r}; give a whole number") from None
-    if at_least is not None and number < at_least:
-        raise ValueError(f"expected {name} >= {at_least}, received {number}; give a larger one")
-    return number
-
-
-def _vocabulary(num_tokens: int, mask_id: int) -> tuple[int, int]:
-    num_tokens = _integer("num_tokens", num_tokens, at_least=2)  # one clean id and the mask
-    if num_tokens >= 2**63:
-        raise ValueError(f"expected num_tokens < 2**63, which int64 holds, received {num_tokens}; give a smaller one")
-    mask_id = _integer("mask_id", mask_id)
-    if not 0 <= mask_id < num_tokens:
-        raise ValueError(
-            f"expected mask_id in [0, num_tokens) = [0, {num_tokens}), received {mask_id}; num_tokens counts "
-            "the mask too (clean ids + 1)"
-        )
-    return num_tokens, mask_id
-
-
-def _scale(levels: int, value_range: tuple[float, float]) -> tuple[int, float, float]:
-    levels = _integer("levels", levels, at_least=2)
-    if levels > 2**31:
-        raise ValueError(f"expected levels <= 2**31, which four bytes hold, received {levels}; give fewer")
-    try:
-        if isinstance(value_range, (str, bytes)) or any(isinstance(end, (str, bytes)) for end in value_range):
-            raise TypeError
-        low, high = map(float, value_range)
-    except (TypeError, ValueError, OverflowError):
-        low = high = math.nan
-    if not (-math.inf < low < high < math.inf and high - low < math.inf):
-        raise ValueError(
-            f"expected value_range (low, high), finite and low < high, received {value_range}; give the "
-            "least and the largest value there can be (their difference finite too)"
-        )
-    return levels, low, high
