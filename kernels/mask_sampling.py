@@ -20,17 +20,13 @@ from torch import Tensor
 
 from fastmask import _streams as streams
 from fastmask.kernels import _launch, philox
+from fastmask.kernels import _masked_parts as parts
 from fastmask.kernels import _schedule as schedule
 from fastmask.kernels import _smallest_keys as smallest_keys
 from fastmask.kernels._operator import operator
 from fastmask.records import Draws, MaskedTokens, Masking, RandomIds, ScheduleValues
 
-_COINS = tl.constexpr(streams.COINS)
 _KEYS = tl.constexpr(streams.KEYS)
-
-# Three counts, each at most 65536, fit an int64.
-_COUNT_BITS = tl.constexpr(20)
-_COUNT_MASK = tl.constexpr((1 << 20) - 1)
 
 
 class Sequence(NamedTuple):
@@ -73,18 +69,6 @@ class Gates(NamedTuple):
     random_end: tl.tensor | None
 
 
-class Parts(NamedTuple):
-    """Where the parts of the masked set end, in the order of its keys: first those that keep their token, then those
-    that get a random one, then those that get the mask. An end is a rank, and found as a threshold of keys.
-
-    kept, random: None where no parts do. masked: of a complement, where it begins.
-    """
-
-    kept: tl.tensor | None
-    random: tl.tensor | None
-    masked: tl.tensor
-
-
 @triton.jit
 def _exact_count(ratio, num_candidates):
     """k = max(1, ceil(float32(ratio n))), within [0, n], int32."""
@@ -108,97 +92,6 @@ def _draw_keys(sequence, offs_n):
         is_candidate = is_candidate & (bernoulli_word.to(tl.int64) >= sequence.bernoulli_begin)
         free = word
     return Keys(smallest_keys.keys_of(word, offs_n, is_candidate), id_high, id_low, free)
-
-
-@triton.jit
-def _ends_of_parts(seed, count, keep_prob, random_prob, random_prob_after_keep):
-    """The ranks, int32, at which the parts of ``count`` masked positions end."""
-    kept = None
-    random = None
-    if keep_prob is not None:
-        keep_word, random_word, _, _ = philox.draw(seed, _COINS)
-        keep_coin = keep_word < 2147483648
-        kept = tl.where(keep_coin, tl.ceil(count.to(tl.float32) * keep_prob).to(tl.int32), 0)
-        remaining = count - kept
-        share = tl.where(keep_coin, random_prob_after_keep, random_prob)
-        num_random = tl.minimum(tl.ceil(remaining.to(tl.float32) * share).to(tl.int32), remaining)
-        random = kept + tl.where(random_word < 2147483648, num_random, 0)
-    return Parts(kept, random, count)
-
-
-@triton.jit
-def _from(ends, first):
-    """The ends of a complement's parts, which begins at the rank ``first``."""
-    kept = None
-    random = None
-    if ends.kept is not None:
-        kept = ends.kept + first
-        random = ends.random + first
-    return Parts(kept, random, first)
-
-
-@triton.jit
-def _start(ends, num_keys):
-    """The brackets of all ends."""
-    kept = None
-    random = None
-    if ends.kept is not None:
-        kept = smallest_keys.start(ends.kept, num_keys, 0, smallest_keys.END)
-        random = smallest_keys.start(ends.random, num_keys, 0, smallest_keys.END)
-    return Parts(kept, random, smallest_keys.start(ends.masked, num_keys, 0, smallest_keys.END))
-
-
-@triton.jit
-def _are_found(brackets, ends):
-    """Whether all of them are."""
-    found = smallest_keys.is_found(brackets.masked, ends.masked)
-    if ends.kept is not None:
-        found = found & smallest_keys.is_found(brackets.kept, ends.kept)
-        found = found & smallest_keys.is_found(brackets.random, ends.random)
-    return found
-
-
-@triton.jit
-def _probe(bracket, end):
-    """A probe in one bracket; where it is found its low, without which AMD's compiler spills scalar registers."""
-    probe = smallest_keys.probe(bracket, smallest_keys.interpolated(bracket, end))
-    return tl.where(smallest_keys.is_found(bracket, end), bracket.low, probe)
-
-
-@triton.jit
-def _probes(brackets, ends):
-    """A probe in each bracket; keys are uniform."""
-    kept = None
-    random = None
-    if ends.kept is not None:
-        kept = _probe(brackets.kept, ends.kept)
-        random = _probe(brackets.random, ends.random)
-    return Parts(kept, random, _probe(brackets.masked, ends.masked))
-
-
-@triton.jit
-def _count_below(key, thresholds):
-    """How many keys lie below each threshold: three counts share an int64, and so one reduction."""
-    counts = (key < thresholds.masked).to(tl.int32)
-    if thresholds.kept is not None:
-        counts = counts.to(tl.int64)
-        counts += (key < thresholds.random).to(tl.int64) << _COUNT_BITS
-        counts += (key < thresholds.kept).to(tl.int64) << (2 * _COUNT_BITS)
-    return tl.sum(counts)
-
-
-@triton.jit
-def _narrow(brackets, ends, thresholds, counts):
-    """All brackets, after a count at their probes."""
-    kept = None
-    random = None
-    if ends.kept is not None:
-        below = (counts >> (2 * _COUNT_BITS)).to(tl.int32)
-        kept = smallest_keys.narrow(brackets.kept, ends.kept, thresholds.kept, below)
-        below = ((counts >> _COUNT_BITS) & _COUNT_MASK).to(tl.int32)
-        random = smallest_keys.narrow(brackets.random, ends.random, thresholds.random, below)
-    below = (counts & _COUNT_MASK).to(tl.int32)
-    return Parts(kept, random, smallest_keys.narrow(brackets.masked, ends.masked, thresholds.masked, below))
 
 
 @triton.jit
@@ -369,18 +262,18 @@ def _mask_sampling_kernel(
     tl.store(loss_weights_ptr + row, tl.where(count > 0, weight, 0.0))
 
     # The parts' brackets shrink together: one pass over the keys a round, for all of them.
-    ends = _ends_of_parts(seed, count, keep_prob, random_prob, random_prob_after_keep)
+    ends = parts.ends_of_parts(seed, count, keep_prob, random_prob, random_prob_after_keep)
     if COMPLEMENT and not BERNOULLI:
-        ends = _from(ends, num_keys - count)
-    brackets = _start(ends, num_keys)
-    while not _are_found(brackets, ends):
-        probes = _probes(brackets, ends)
+        ends = parts.of_complement(ends, num_keys - count)
+    brackets = parts.start(ends, num_keys)
+    while not parts.are_found(brackets, ends):
+        probes = parts.probes(brackets, ends)
         counts = tl.full((), 0, tl.int32 if keep_prob is None else tl.int64)
         for first in range(0, limit, BLOCK_N):
             if not ONE_BLOCK:
                 keys = _draw_keys(sequence, first + block)
-            counts += _count_below(keys.key, probes)
-        brackets = _narrow(brackets, ends, probes, counts)
+            counts += parts.count_below(keys.key, probes)
+        brackets = parts.narrow(brackets, ends, probes, counts)
 
     if num_ids_ptr is not None:
         num_ids = tl.load(num_ids_ptr)
