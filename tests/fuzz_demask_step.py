@@ -8,7 +8,7 @@ import float64_oracles as oracle
 import numpy as np
 import torch
 from fuzz_cases import Case, exactly, run_twice
-from fuzz_remask import counts_of, expected_masks
+from fuzz_remask import counts_of, expected_masks, unsure
 from fuzz_sample_tokens import Row, sampled_logits, sampling_options, sizes
 from torch import Tensor
 
@@ -71,9 +71,7 @@ def demask_step(case: Case) -> None:
         keys = -(log_probs - scale * exactly(noise))
         finite = np.abs(keys[np.isfinite(keys)]).max(initial=0.0)
         slack = 2.0**-21 * (1.0 + finite + scale * 4.6)
-    elif min_key is not None and np.isfinite(min_key):
-        slack = 2.0**-23 * (1 + min_key)  # the threshold as float32 has it
-    expected_masks(keys, is_masked, effective, min_key, got_masked, slack)
+    expected_masks(keys, unsure(-log_probs, is_masked, min_key), effective, got_masked, slack)
     row_of = {int(place): m for m, place in enumerate(listed)}
     for b in range(batch):
         for i in range(length):

@@ -72,24 +72,22 @@ def select_to_remask(case: Case) -> None:
         assert (chosen[b].numpy() == expected).all(), (exact[b], eligible[b], numbers[b], min_key, chosen[b])
 
 
-def expected_masks(
-    keys: np.ndarray, eligible: np.ndarray, counts: list[int], min_key: float | None, got: np.ndarray, slack: float
-) -> None:
+def unsure(figures: np.ndarray, eligible: np.ndarray, min_key: float | None) -> np.ndarray:
+    """What of the eligible may be masked again, by its remask key without noise."""
+    return eligible if min_key is None else eligible & ~(figures < np.float32(min_key))
+
+
+def expected_masks(keys: np.ndarray, eligible: np.ndarray, counts: list[int], got: np.ndarray, slack: float) -> None:
     """The masks [B, N] that remasking leaves; where noise was rounded (slack) any of equal keys."""
     for b in range(len(keys)):
-        expected = oracle.expected_selection(keys[b], eligible[b], counts[b], min_key)
+        expected = oracle.expected_selection(keys[b], eligible[b], counts[b], None)
         if slack == 0.0 or (got[b] == expected).all():
-            assert (got[b] == expected).all(), (b, keys[b], eligible[b], counts[b], min_key, got[b])
+            assert (got[b] == expected).all(), (b, keys[b], eligible[b], counts[b], got[b])
             continue
         assert not (got[b] & ~eligible[b]).any()
-        bounds = [
-            oracle.expected_selection(keys[b] + shift, eligible[b], counts[b], min_key) for shift in (-slack, slack)
-        ]
-        assert min(x.sum() for x in bounds) <= got[b].sum() <= max(x.sum() for x in bounds), "how many"
+        assert got[b].sum() == expected.sum(), "how many"
         last = np.nan_to_num(keys[b], nan=np.inf)[got[b]].min(initial=np.inf)
-        left = eligible[b] & ~got[b] & ~(keys[b] < (-np.inf if min_key is None else min_key - slack))
-        full = got[b].sum() >= counts[b]
-        assert full or not left.any(), "one that could be masked again was not"
+        left = eligible[b] & ~got[b]
         assert np.nan_to_num(keys[b], nan=np.inf)[left].max(initial=-np.inf) <= last + slack, "the wrong ones"
 
 
@@ -116,6 +114,10 @@ def remask_(case: Case) -> None:
         eligible=None if eligible is None else case.laid_out(eligible, torch.bool), **draws,
     )  # fmt: skip
     keys, slack = exact, 0.0
+    may_go = is_masked if eligible is None else eligible
+    if min_key is not None and eligible is None:
+        numbers = [min(count, int(n) - 1) for count, n in zip(numbers, is_masked.sum(-1), strict=True)]
+    may_go = unsure(-exact if is_confidence else exact, may_go, min_key)
     if noise_scale:
         noise = functional.confidence_remask_keys(torch.zeros(batch, length), choice_temperature=1.0, **draws)
         keys = exact - noise_scale * exactly(noise)
@@ -123,7 +125,7 @@ def remask_(case: Case) -> None:
         slack = 2.0**-21 * (1.0 + finite + noise_scale * 46.0 * 0.1)
     keys = -keys if is_confidence else keys
     got_ids, got_masked, listed = (x.numpy() for x in written)
-    expected_masks(keys, is_masked if eligible is None else eligible, numbers, min_key, got_masked, slack)
+    expected_masks(keys, may_go, numbers, got_masked, slack)
     assert (got_ids == np.where(got_masked, case_mask_id(case), ids)).all(), "ids"
     assert listed.tolist() == oracle.row_list(got_masked, [min(max(0, x), num_places) for x in starts], num_places), (
         "the list of rows"
