@@ -37,12 +37,12 @@ def kept(backend, rows, top_k=None, top_p=None, mask_id=None, forbidden=None) ->
         z[:, forbidden] = -math.inf
     thresholds = backend.module(OPERATION).thresholds
     if not backend.is_kernel:
-        threshold = thresholds(z, top_k, top_p)
+        threshold = thresholds(z, top_k, None, top_p)
     else:
         rows, forbidden = rows.to(backend.device), None if forbidden is None else forbidden.to(backend.device)
         row_indices = torch.arange(len(rows), device=backend.device)
         listed = backend.module("_logit_rows").LogitRows(rows, row_indices, True, mask_id, forbidden)
-        threshold = thresholds(listed, top_k, top_p)
+        threshold = thresholds(listed, top_k, None, top_p)
         threshold = None if threshold is None else threshold.cpu()[:, None]
     stays = z.isfinite() if threshold is None else z.isfinite() & (z >= threshold)
     return stays.numpy()
