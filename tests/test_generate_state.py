@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
 import weakref
@@ -274,6 +275,15 @@ def test_a_plan_of_a_million_steps(by_rule):
     with LiveBytes() as live:
         plan(num_maskable, 10**6, by_rule=by_rule)
     assert 2**20 < live.peak < 64e6
+
+
+@pytest.mark.parametrize("length", [1, 3, 7, 9, 15, 18])
+def test_the_rounded_number_of_open_positions_is_within_the_sequence(length):
+    eighth = math.ceil(length / 8)
+    for num_open in range(length + 1):
+        places = generation.places_for_any_prompt(torch.tensor([num_open]), length)
+        assert num_open <= places <= min(length, num_open + eighth - 1)
+        assert places in (length, *range(0, length, eighth))
 
 
 @pytest.mark.parametrize("always_runs", [False, True])
