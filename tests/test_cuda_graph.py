@@ -11,7 +11,6 @@ import copy
 import gc
 import inspect
 import itertools
-import math
 import pickle
 import threading
 import time
