@@ -78,6 +78,7 @@ def cases_and_times(directory) -> list[tuple[str, float]]:
     return [(row["case"].partition("x")[0], row["ms"]) for row in rows if row["name"] == "fastmask"]
 
 
+@pytest.mark.slow
 def test_the_suite_runs_as_a_module():
     command = [sys.executable, "-m", "benchmarks", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -212,6 +212,7 @@ def refusing_values(patch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow_interpreted
 def test_no_step_waits_for_the_device_on_the_kernels(way, kernel, monkeypatch):
     """Their launchers included."""
     if kernel.name == "cuda":

@@ -139,6 +139,7 @@ def results(model: NonAutoregressiveWrapper, call: Mapping[str, Any]) -> tuple[t
     return loss, gradients, model.generate(B, **call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", [s for s in SWITCHES if s.name not in REFUSED.keys() | OF_THE_LAYERS], ids=str)
 def test_each_switch_of_a_network_trains_and_generates_as_its_logits_say(switch, monkeypatch):
     monkeypatch.setenv("FASTMASK_BACKEND", "reference")

@@ -38,6 +38,7 @@ def test_kernels_are_a_link_and_never_a_top_level_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["reference"] + ["triton"] * _dispatch.HAS_TRITON)
 def test_the_first_call_of_a_process_can_be_compiled(chosen):
     code = """

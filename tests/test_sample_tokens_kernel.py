@@ -190,7 +190,7 @@ def test_the_kernel_is_a_torch_operation(kernel):
     """torch's own checks: schema, fake tensors and tracing."""
     written = torch.zeros(3).long(), torch.zeros(3), torch.zeros(3), torch.zeros(3)
     rows, draws = (torch.arange(3), 9, True, 3), (torch.tensor(5), 0, 2)
-    sampling = 0.7, 35, 0.9, 4, draw(70, seed=1) > 1, True, True
+    sampling = 0.7, 35, 0.01, 0.9, 4, draw(70, seed=1) > 1, True, True, True
     arguments = *written, draw(3, 70), *rows, *draws, *sampling, None, False
     kernel.module("sample_tokens")
     arguments = [x.to(kernel.device) if isinstance(x, torch.Tensor) else x for x in arguments]

@@ -104,6 +104,7 @@ def demask_step(
     Example:
         A whole MaskGIT loop, with any ``net(ids) -> logits``:
 
+        >>> import math
         >>> net, mask_id, steps = torch.nn.Embedding(10, 10), 9, 8
         >>> ids = torch.full((2, 16), mask_id)
         >>> is_masked, seed = ids == mask_id, 1
