@@ -85,7 +85,7 @@ def weights(z, law):
 def distance(gap, law):
     """How far two logits are apart whose logarithms of weights are."""
     factor = None if law is None else law.factor
-    return gap if factor is None else gap * (_LOG2E / factor)
+    return gap if factor is None else 1.0 / factor * (gap * _LOG2E)
 
 
 @triton.jit
