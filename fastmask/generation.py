@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -291,24 +292,28 @@ def plan(
         num_places: a number that no element of num_maskable exceeds: the plan's steps then depend on it alone.
     """
     sizes, columns = num_maskable.unique(return_inverse=True)  # sequences of one size have the same counts
+    counts = _counts(schedule, formulas, steps, may_remask, by_rule)
 
-    def changes(size: Tensor) -> Changes:
-        return _changes(size, _counts(schedule, formulas, steps, size, may_remask, by_rule).squeeze(-1))
+    def changes(size: int) -> Changes:
+        return _changes(partial(counts, size), size, steps, falls=by_rule or not may_remask)
 
-    own = [changes(size) for size in sizes.split(1)] if len(sizes) else []
-    places = own if num_places is None else [changes(torch.full_like(sizes[:1], num_places))] * len(own)
+    own = [changes(size) for size in sizes.tolist()]
+    places = own if num_places is None else [changes(num_places)] * len(own)
     numbers = _running(places, always_runs or num_places is not None)
-    before = _table(places, numbers - 1, columns).sum(dim=-1)
     after = _table(places, numbers, columns)
-    row_starts = torch.cat([torch.zeros_like(before)[:, None], after.cumsum(dim=-1)], dim=-1)
-    rows = zip(numbers.tolist(), before.tolist(), after.sum(dim=-1).tolist(), strict=True)
+    num_after = after.sum(dim=-1).tolist()
+    # No step that is left out changes anything.
+    num_before = [sum(int(places[column].values[0]) for column in columns.tolist()), *num_after[:-1]]
+    row_starts = after.new_zeros(len(numbers), len(columns) + 1)
+    torch.cumsum(after, dim=-1, out=row_starts[:, 1:])
+    rows = zip(numbers.tolist(), num_before, num_after, strict=False)
     return Plan(
         steps,
         tuple(
             Step(number, row, (steps - 1 - number) / steps, number / max(1, steps - 1), *num_rows)
             for row, (number, *num_rows) in enumerate(rows)
         ),
-        to_device(_table(own, numbers, columns), device),
+        to_device(after if num_places is None else _table(own, numbers, columns), device),
         to_device(row_starts, device),
     )
 
@@ -321,16 +326,19 @@ def places_for_any_prompt(num_maskable: Tensor, length: int) -> int:
 
 
 def _counts(
-    schedule: Schedule, formulas: Formulas, steps: int, num_maskable: Tensor, may_remask: bool, by_rule: bool
-) -> Tensor:
-    """How many positions of each sequence stay masked after each step at most, [steps, B]."""
+    schedule: Schedule, formulas: Formulas, steps: int, may_remask: bool, by_rule: bool
+) -> Callable[[int, Tensor], Tensor]:
+    """How many positions of a sequence of some size stay masked at most after the steps of some numbers."""
     if by_rule:
-        counts = (num_maskable - torch.arange(1, steps + 1, device="cpu")[:, None]).clamp(min=0)
-        counts[-1:] = 0
-        return counts
-    counts = formulas.step_counts(schedule, steps, num_maskable)
-    # What is committed stays committed.
-    return counts if may_remask else torch.cat([num_maskable[None], counts]).cummin(dim=0).values[1:]
+        return lambda size, numbers: (size - 1 - numbers).clamp(min=0).where(numbers < steps - 1, 0)
+    ratios = formulas.step_ratios(schedule, steps)
+    if not may_remask:  # what is committed stays committed
+        ratios = ratios.nan_to_num(0.0).cummin(dim=0).values
+    return lambda size, numbers: formulas.num_remaining(ratios[numbers], size).where(numbers < steps - 1, 0)
+
+
+# So many steps are passed over at once where nothing changes: of a million with 1024 changes least is computed.
+_STRIDE = 64
 
 
 class Changes(NamedTuple):
@@ -343,14 +351,21 @@ class Changes(NamedTuple):
     values: Tensor
 
     def after(self, numbers: Tensor) -> Tensor:
-        """How many are masked after the steps of these numbers; -1 is before the first."""
+        """How many are masked after the steps of these numbers."""
         return self.values[torch.searchsorted(self.numbers, numbers, right=True)]
 
 
-def _changes(size: Tensor, counts: Tensor) -> Changes:
-    """Of counts [steps] after each step, from size [1] on."""
-    numbers = torch.cat([counts[:1] != size, counts[1:] != counts[:-1]]).nonzero().squeeze(-1)
-    return Changes(numbers, torch.cat([size, counts[numbers]]))
+def _changes(counts: Callable[[Tensor], Tensor], size: int, steps: int, falls: bool) -> Changes:
+    """Of counts after steps, from a size on; those that fall are computed only near where they do."""
+    numbers = torch.arange(0, steps, _STRIDE if falls else 1, device="cpu")
+    if falls:
+        ends = torch.cat([numbers, numbers.new_tensor([steps - 1])])
+        differ = counts(ends).diff() != 0
+        near = numbers[differ][:, None] + torch.arange(1, _STRIDE + 1, device="cpu")
+        numbers = torch.cat([numbers[:1], near.flatten().clamp(max=steps - 1)])
+    after = counts(numbers)
+    changed = after != torch.cat([after.new_tensor([size]), after[:-1]])
+    return Changes(numbers[changed], torch.cat([after.new_tensor([size]), after[changed]]))
 
 
 def _running(changes: list[Changes], always_runs: bool) -> Tensor:

@@ -183,15 +183,25 @@ def step_counts(schedule: Schedule, steps: int, num_maskable: Tensor) -> Tensor:
         >>> step_counts(LINEAR, 4, torch.tensor([10, 3])).tolist()
         [[7, 2], [5, 1], [2, 0], [0, 0]]
     """
-    schedule = LINEAR if schedule.is_constant else schedule
-    ratios = step_ratios(schedule, steps, torch.float32 if schedule.name is None else torch.float64)
+    ratios = exact_ratios(schedule, steps)
     sizes, places = num_maskable.unique(return_inverse=True)
     counts = torch.empty(steps, len(sizes), dtype=torch.int64, device="cpu")
     for column, size in enumerate(sizes.tolist()):
-        remaining = ratios * size + max(1e-4, 2.0**-20 * size)
-        counts[:, column] = remaining.nan_to_num_(0.0).clamp_(0, size)
+        counts[:, column] = num_remaining(ratios, size)
     counts[-1:] = 0
     return counts.expand(-1, len(places)) if len(sizes) == 1 else counts[:, places]
+
+
+def exact_ratios(schedule: Schedule, steps: int) -> Tensor:
+    """The mask ratio after each step, [steps] float64: of a named schedule exact, of a constant one the linear's."""
+    schedule = LINEAR if schedule.is_constant else schedule
+    return step_ratios(schedule, steps, torch.float32 if schedule.name is None else torch.float64)
+
+
+def num_remaining(ratios: Tensor, num_maskable: int) -> Tensor:
+    """How many of so many positions remain masked at these ratios, int64: truncated as :func:`step_counts` says."""
+    remaining = ratios * num_maskable + max(1e-4, 2.0**-20 * num_maskable)
+    return remaining.nan_to_num_(0.0).clamp_(0, num_maskable).long()
 
 
 def step_ratios(schedule: Schedule, steps: int, dtype: torch.dtype) -> Tensor:

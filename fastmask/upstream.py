@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmask import functional
 from fastmask.backbone import Output
 from fastmask.records import Draws, MaskedTokens, Sampled, Sampling
-from fastmask.schedules import LINEAR, Schedule, step_counts, step_ratios
+from fastmask.schedules import LINEAR, Schedule, exact_ratios, num_remaining, step_ratios
 
 # Neither library lets a temperature fall to 0: in generation, and in the sample that a critic is trained on.
 MIN_TEMPERATURE = 1e-3
@@ -81,9 +81,13 @@ class Formulas:
 
     # Generation
 
-    def step_counts(self, schedule: Schedule, steps: int, num_maskable: Tensor) -> Tensor:
-        """How many positions remain masked after each step, [steps, B] int64 on the CPU."""
-        return step_counts(schedule, steps, num_maskable)
+    def step_ratios(self, schedule: Schedule, steps: int) -> Tensor:
+        """The mask ratio after each step, [steps] on the CPU."""
+        return exact_ratios(schedule, steps)
+
+    def num_remaining(self, ratios: Tensor, num_maskable: int) -> Tensor:
+        """How many of so many positions remain masked at these ratios, int64; the lower the ratio the fewer."""
+        return num_remaining(ratios, num_maskable)
 
     def temperature(self, start: float, remaining: float) -> float:
         """The temperature of a step after which this share of the steps remains; from 0 on it is 0."""
@@ -134,14 +138,13 @@ class XTransformersFormulas(Formulas):
 
     # Generation
 
-    def step_counts(self, schedule: Schedule, steps: int, num_maskable: Tensor) -> Tensor:
+    def step_ratios(self, schedule: Schedule, steps: int) -> Tensor:
+        return step_ratios(LINEAR if schedule.is_constant else schedule, steps, torch.float32).float()
+
+    def num_remaining(self, ratios: Tensor, num_maskable: int) -> Tensor:
         """Truncation toward zero of float32(schedule(t) n): where it rounds below an integer, one position fewer."""
-        schedule = LINEAR if schedule.is_constant else schedule
-        ratios = step_ratios(schedule, steps, torch.float32).float()
         # On the CPU a float32 product that is cut off: the cosine ends at -1e-5, which floor would turn into -1.
-        counts = (ratios[:, None] * num_maskable).long().clamp(min=0).minimum(num_maskable)
-        counts[-1:] = 0
-        return counts
+        return (ratios * num_maskable).long().clamp(0, num_maskable)
 
     def temperature(self, start: float, remaining: float) -> float:
         return max(start * remaining, MIN_TEMPERATURE)

@@ -18,7 +18,7 @@ from x_transformers import Encoder, TransformerWrapper
 
 from fastmask import NonAutoregressiveWrapper, functional, generation, upstream
 from fastmask._modes import evaluating
-from fastmask.schedules import COSINE, LINEAR
+from fastmask.schedules import COSINE, LINEAR, as_schedule, step_counts
 
 
 class LiveBytes(TorchDispatchMode):
@@ -264,14 +264,15 @@ def plan(num_maskable, steps, schedule=LINEAR, by_rule=False, always_runs=False)
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("num_sizes", [1, 64])
 @pytest.mark.parametrize("by_rule", [False, True])
-def test_a_plan_of_a_million_steps(by_rule):
-    """B 64, N 1024: at most .3 s (a loaded machine is given ten times that) and 64 MB."""
-    num_maskable = torch.full((64,), 1024)
+def test_a_plan_of_a_million_steps(by_rule, num_sizes):
+    """B 64, N 1024, of one size or of many: at most .3 s (a loaded machine is given ten times that) and 64 MB."""
+    num_maskable = 1024 - 15 * (torch.arange(64) % num_sizes)
     start = time.perf_counter()
     planned = plan(num_maskable, 10**6, by_rule=by_rule)
     assert time.perf_counter() - start < 3.0
-    assert len(planned.steps) == len(planned.counts) == 1024
+    assert len(planned.steps) == len(planned.counts) >= 1024
     with LiveBytes() as live:
         plan(num_maskable, 10**6, by_rule=by_rule)
     assert 2**20 < live.peak < 64e6
@@ -291,7 +292,7 @@ def test_the_rounded_number_of_open_positions_is_within_the_sequence(length):
 def test_a_plan_is_of_the_steps_that_change_something(schedule, always_runs):
     """By hand: all steps, of each sequence by itself."""
     steps, num_maskable = 37, torch.tensor([5, 0, 12, 5, 1])
-    counts = upstream.FASTMASK.step_counts(schedule, steps, num_maskable)
+    counts = step_counts(schedule, steps, num_maskable)
     before = torch.cat([num_maskable[None], counts[:-1]])
     runs = before.any(dim=-1) if always_runs else (before != counts).any(dim=-1)
     planned = plan(num_maskable, steps, schedule, always_runs=always_runs)
@@ -304,6 +305,26 @@ def test_a_plan_is_of_the_steps_that_change_something(schedule, always_runs):
     assert torch.equal(planned.counts, counts[runs])
     assert torch.equal(planned.row_starts[:, 1:], counts[runs].cumsum(dim=-1))
     assert (planned.row_starts[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("formulas", [upstream.FASTMASK, upstream.X_TRANSFORMERS])
+@pytest.mark.parametrize("steps", [1, 2, 63, 64, 65, 66, 128, 129, 1000, 5000])
+@pytest.mark.parametrize("ratio", ["linear", "cosine", lambda t: 1 - t**8, lambda t: (6 * t).cos(), lambda t: t / 0])
+def test_counts_that_fall_are_found_where_they_do(ratio, steps, formulas):
+    """By hand: from all steps. A schedule that rises now and then, or is no number, falls all the same."""
+    num_maskable, schedule = torch.tensor([0, 1, 5, 64, 300]), as_schedule(ratio)
+    ratios = formulas.step_ratios(schedule, steps)
+    counts = torch.stack([formulas.num_remaining(ratios, size) for size in num_maskable.tolist()], dim=-1)
+    counts[-1] = 0
+    counts = torch.cat([num_maskable[None], counts]).cummin(dim=0).values
+    runs = (counts[1:] != counts[:-1]).any(dim=-1)
+    planned = generation.plan(
+        schedule, formulas, steps, num_maskable, torch.device("cpu"), may_remask=False, by_rule=False,
+        always_runs=False,
+    )  # fmt: skip
+    assert [step.number for step in planned.steps] == runs.nonzero().squeeze(-1).tolist()
+    assert torch.equal(planned.counts, counts[1:][runs])
+    assert [step.num_rows for step in planned.steps] == counts[:-1][runs].sum(dim=-1).tolist()
 
 
 # ---- torch's default dtype ----
