@@ -26,6 +26,10 @@ _ELSEWHERE = {
     "top_p": ("nucleus", "nucleus_p", "top_p_thres", "topp"),
     "forbidden": ("bad_words", "bad_words_ids", "banned_tokens", "forbidden_ids", "suppress_tokens"),
     "threshold": ("conf_threshold", "confidence_threshold", "prob_threshold"),
+    "cfg_scale": ("cfg", "cond_scale", "guidance", "guidance_scale", "w"),
+    "unconditional": ("negative_prompt", "negative_prompt_ids", "uncond", "unconditional_input_ids"),
+    "block_length": ("block_len", "block_size"),
+    "commits": ("num_transfer_tokens", "tokens_per_step", "transfer_schedule"),
     "steps": (
         "denoising_steps", "diffusion_steps", "max_iter", "num_inference_steps", "num_iter", "num_sampling_steps",
         "num_steps", "n_steps", "sample_steps", "sampling_steps", "timesteps",
@@ -72,14 +76,7 @@ _REMEDIES = {
 # What nobody here knows by another name.
 _ABSENT = {
     "attention_mask": "x-transformers' networks take mask= [B, N] bool; name what yours takes in its forward",
-    **dict.fromkeys(
-        ("cfg", "cfg_scale", "cond_scale", "guidance_scale"),
-        "there is no guidance; let the network's forward combine the logits of both passes",
-    ),
     **dict.fromkeys(("eos_token", "eos_token_id"), "all positions are generated; cut off what follows the first end"),
-    **dict.fromkeys(
-        ("block_length", "block_size"), "there are no blocks; generate one after the other with prompt= and seq_len="
-    ),
     **dict.fromkeys(("num_beams", "repetition_penalty"), "there is no such search; leave it out"),
 }
 
@@ -109,13 +106,13 @@ def refuse(arguments: Mapping[str, Any], net: Any, method: Callable[..., Any]) -
 def _remedy(name: str, method: Callable[..., Any]) -> str | None:
     """What to write for the name; None where it resembles nothing."""
     ours = [p.name for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
-    if name in _ABSENT:
-        return _ABSENT[name]
     meant = [own for own in ours if name in _ELSEWHERE.get(own, ())]
     if meant:
         if name in _REMEDIES and ("seed" not in meant):
             return _REMEDIES[name]
         return f"give {meant[0]}="
+    if name in _ABSENT:
+        return _ABSENT[name]
     if len(name) < _MIN_LETTERS:
         return None
     distance, nearest = min((_edits(name, own), own) for own in ours)

@@ -19,8 +19,9 @@ from fastmask.records import CrossEntropy, LinearLogits, MaskedTokens
 class Output(NamedTuple):
     """What a network gave for [B, N] ids.
 
-    logits: [B, N, V], or those of a linear head that nobody has computed yet. embeddings: [B, N, D]; None where it
-    was not asked for them. exclude_id: a column that the loss leaves out, None for none.
+    logits: [B, N, V], under guidance perhaps [M, V] of the rows that are sampled; or those of a linear head that
+    nobody has computed yet. embeddings: [B, N, D]; None where it was not asked for them. exclude_id: a column that
+    the loss leaves out, None for none.
     """
 
     logits: Tensor | LinearLogits
@@ -96,6 +97,29 @@ class Output(NamedTuple):
         if isinstance(self.logits, Tensor):
             return rearrange(self.logits, "b n v -> (b n) v")[row_indices]
         return self.logits.of_rows(rearrange(self.logits.embeddings, "b n d -> (b n) d")[row_indices])
+
+    def to_guide(self, row_indices: Tensor) -> Output:
+        """What guidance combines: the embeddings where the logits are linear in them, else these rows' logits [M, V];
+        -1 is no row."""
+        if isinstance(self.logits, LinearLogits) and self.logits.softcap is None:
+            return self
+        return self._replace(logits=self.logits_of(row_indices.clamp(min=0)))
+
+    def guided(self, unconditional: Output, scale: float) -> Output:
+        """The logits (1 + scale) z - scale z_u, by what :meth:`to_guide` gave of both."""
+        logits, other = self.logits, unconditional.logits
+        if isinstance(logits, Tensor):
+            assert isinstance(other, Tensor)
+            return self._replace(logits=_away_from(other, logits, scale))
+        assert isinstance(other, LinearLogits)
+        return self._replace(
+            logits=logits._replace(embeddings=_away_from(other.embeddings, logits.embeddings, scale))
+        )
+
+
+def _away_from(start: Tensor, end: Tensor, scale: float) -> Tensor:
+    """end + scale (end - start), rounded once; equal infinities stay."""
+    return end.where(end == start, torch.lerp(start, end, 1.0 + scale))
 
 
 def _embedding_widths(net: Any) -> set[object]:

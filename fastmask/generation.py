@@ -1,13 +1,12 @@
-"""One generation: the plan, which the host makes beforehand; the state, which lies on the device; and the loop.
+"""One generation: the state, which lies on the device, and the loop, which goes through the host's plan.
 
-No step waits for the device.
+No step waits for the device but by a rule, whose next step asks whether anything is left to do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmask import _check, _cuda_graph, backbone, functional
-from fastmask._devices import to_device
+from fastmask._host_count import HostCount
 from fastmask._progress import Progress, track
 from fastmask.critic import critic_logits
 from fastmask.ops.judging import Judge, remask_key_of_threshold
+from fastmask.planning import Plan, Start, Step
 from fastmask.records import Draws, Sampled, Sampling, Trajectory
-from fastmask.schedules import Schedule
 from fastmask.upstream import Formulas, Proposal
 
 # What is handed in
@@ -48,6 +47,16 @@ class Model(NamedTuple):
         return self.may_remask and self.critic is None
 
 
+class Inputs(NamedTuple):
+    """What the network is given beside the ids.
+
+    arguments: its own. unconditional: those of the second pass of guidance; None for the same, the prompt masked.
+    """
+
+    arguments: dict[str, Any]
+    unconditional: dict[str, Any] | None
+
+
 class Options(NamedTuple):
     """Options of ``generate`` that stay the same through all steps, and through the replays of their graph.
 
@@ -66,6 +75,7 @@ class Options(NamedTuple):
     threshold: float | None
     factor: float | None
     entropy_bound: float | None
+    cfg_scale: float | None
     sample_offset: int
 
     def checked(self) -> Options:
@@ -149,238 +159,8 @@ _NUMBERS = {
     "threshold": 1.0,
     "factor": math.inf,
     "entropy_bound": math.inf,
+    "cfg_scale": math.inf,
 }
-
-
-# The start
-
-
-class Start(NamedTuple):
-    """What a generation starts from.
-
-    ids: [B, N] int64, mask_id where nothing is given. is_given: [B, N] bool. num_maskable: [B] int64 on the CPU, how
-    many positions of each sequence are not given.
-    """
-
-    ids: Tensor
-    is_given: Tensor
-    num_maskable: Tensor
-
-
-def start(
-    batch_size: int | None,
-    prompt: Tensor | None,
-    prompt_mask: Tensor | None,
-    length: int,
-    mask_id: int,
-    device: torch.device,
-) -> Start:
-    """The start from what ``generate`` was given; batch_size None takes the prompt's own, else 1."""
-    if batch_size is not None:
-        batch_size = _check.integer("batch_size", batch_size, 0)
-    if prompt is None:
-        if prompt_mask is not None:
-            raise ValueError("expected prompt_mask with prompt, received it alone; give both")
-        return _all_masked(1 if batch_size is None else batch_size, length, mask_id, device)
-    _check_prompt(prompt, prompt_mask, length)
-    rows = batch_size
-    if rows is None:
-        rows = 1 if prompt.ndim == 1 else len(prompt)
-    if prompt.ndim == 1:
-        prompt = prompt.expand(rows, -1)
-        prompt_mask = None if prompt_mask is None else prompt_mask.expand(rows, -1)
-    _check.shape("prompt", prompt, [rows, prompt.shape[1]], "B, P")
-    return _prompted(prompt, prompt_mask, length, mask_id, device)
-
-
-def _check_prompt(prompt: Tensor, prompt_mask: Tensor | None, length: int) -> None:
-    _check.tensor("prompt", prompt, _check.INTEGER)
-    if prompt.ndim not in (1, 2):
-        raise ValueError(f"expected prompt [P] or [B, P], received shape {list(prompt.shape)}")
-    size = prompt.shape[-1]
-    if prompt_mask is None:
-        if size >= length:
-            raise ValueError(
-                "expected a prompt without prompt_mask, which is a prefix, shorter than seq_len = "
-                f"{length}, received {size} positions; say what is given with prompt_mask=, or shorten it"
-            )
-        return
-    _check.tensor("prompt_mask", prompt_mask, [torch.bool])
-    _check.shape("prompt_mask", prompt_mask, prompt.shape, "as prompt")
-    if size > length:
-        raise ValueError(f"expected prompt of at most seq_len = {length} positions, received {size}; cut it")
-
-
-def _all_masked(batch_size: int, length: int, mask_id: int, device: torch.device) -> Start:
-    ids = torch.full((batch_size, length), mask_id, dtype=torch.int64, device=device)
-    return Start(ids, torch.zeros_like(ids, dtype=torch.bool), torch.full((batch_size,), length, device="cpu"))
-
-
-def _prompted(prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: int, device: torch.device) -> Start:
-    """A prompt [B, P] at the beginning of sequences that are open after it."""
-    rows, size = prompt.shape
-    num_open = torch.full((rows,), length - size, device="cpu")
-    ids, is_given, _ = _all_masked(rows, length, mask_id, device)
-    if prompt_mask is None:
-        ids[:, :size], is_given[:, :size] = to_device(prompt, device), True
-        return Start(ids, is_given, num_open)
-    num_open += (~prompt_mask).sum(dim=-1).cpu()  # the one wait for a device, if the prompt is on one
-    is_given[:, :size] = to_device(prompt_mask, device)
-    ids[:, :size] = to_device(prompt, device).long().where(is_given[:, :size], mask_id)
-    return Start(ids, is_given, num_open)
-
-
-def as_order(order: Tensor, ids: Tensor) -> Tensor:
-    """A score of one's own [B, N], or [N] for all sequences, float32, on the device of the ids [B, N]."""
-    _check.tensor("score", order, _check.FLOATING)
-    _check.shape("score", order if order.ndim == 2 else order.expand(ids.shape), ids.shape, "B, N")
-    return to_device(order, ids.device).float().expand(ids.shape).contiguous()
-
-
-# The plan
-
-
-class Step(NamedTuple):
-    """One step of a plan.
-
-    number: from 0. row: of the plan's tensors. remaining: the share of steps that follow. progress: from 0 in the
-    first step to 1 in the last. num_rows, num_rows_after: the places in the list of masked positions before the step
-    and after it.
-    """
-
-    number: int
-    row: int
-    remaining: float
-    progress: float
-    num_rows: int
-    num_rows_after: int
-
-
-class Plan(NamedTuple):
-    """The steps that can change anything, of so many in total, with what they need on the device.
-
-    counts: [R, B] int64, how many positions of each sequence stay masked at most, after each of these R steps.
-    row_starts: [R, B + 1] int64, where in the list of masked positions after it those of each sequence begin.
-    """
-
-    total: int
-    steps: tuple[Step, ...]
-    counts: Tensor
-    row_starts: Tensor
-
-
-def plan(
-    schedule: Schedule,
-    formulas: Formulas,
-    steps: int,
-    num_maskable: Tensor,
-    device: torch.device,
-    *,
-    may_remask: bool,
-    by_rule: bool,
-    always_runs: bool,
-    num_places: int | None = None,
-) -> Plan:
-    """The steps of a generation.
-
-    Args:
-        num_maskable: [B] int64 on the CPU.
-        may_remask: whether what is committed may be masked again.
-        by_rule: whether a step commits one position at least and as many as it likes, rather than as the
-            schedule says.
-        always_runs: whether even a step that commits nothing can change what follows.
-        num_places: a number that no element of num_maskable exceeds: the plan's steps then depend on it alone.
-    """
-    sizes, columns = num_maskable.unique(return_inverse=True)  # sequences of one size have the same counts
-    counts = _counts(schedule, formulas, steps, may_remask, by_rule)
-
-    def changes(size: int) -> Changes:
-        return _changes(partial(counts, size), size, steps, falls=by_rule or not may_remask)
-
-    own = [changes(size) for size in sizes.tolist()]
-    places = own if num_places is None else [changes(num_places)] * len(own)
-    numbers = _running(places, always_runs or num_places is not None)
-    after = _table(places, numbers, columns)
-    num_after = after.sum(dim=-1).tolist()
-    # No step that is left out changes anything.
-    num_before = [sum(int(places[column].values[0]) for column in columns.tolist()), *num_after[:-1]]
-    row_starts = after.new_zeros(len(numbers), len(columns) + 1)
-    torch.cumsum(after, dim=-1, out=row_starts[:, 1:])
-    rows = zip(numbers.tolist(), num_before, num_after, strict=False)
-    return Plan(
-        steps,
-        tuple(
-            Step(number, row, (steps - 1 - number) / steps, number / max(1, steps - 1), *num_rows)
-            for row, (number, *num_rows) in enumerate(rows)
-        ),
-        to_device(after if num_places is None else _table(own, numbers, columns), device),
-        to_device(row_starts, device),
-    )
-
-
-def places_for_any_prompt(num_maskable: Tensor, length: int) -> int:
-    """The most open positions, rounded up to an eighth of the length: so many shapes of plans serve all prompts."""
-    most = int(num_maskable.max()) if len(num_maskable) else 0
-    eighth = math.ceil(length / 8)
-    return min(length, math.ceil(most / eighth) * eighth)
-
-
-def _counts(
-    schedule: Schedule, formulas: Formulas, steps: int, may_remask: bool, by_rule: bool
-) -> Callable[[int, Tensor], Tensor]:
-    """How many positions of a sequence of some size stay masked at most after the steps of some numbers."""
-    if by_rule:
-        return lambda size, numbers: (size - 1 - numbers).clamp(min=0).where(numbers < steps - 1, 0)
-    ratios = formulas.step_ratios(schedule, steps)
-    if not may_remask:  # what is committed stays committed
-        ratios = ratios.nan_to_num(0.0).cummin(dim=0).values
-    return lambda size, numbers: formulas.num_remaining(ratios[numbers], size).where(numbers < steps - 1, 0)
-
-
-# So many steps are passed over at once where nothing changes: of a million with 1024 changes least is computed.
-_STRIDE = 64
-
-
-class Changes(NamedTuple):
-    """When the number of masked positions of a sequence changes, in few words even of a million steps.
-
-    numbers: [K] int64, of the steps that change it. values: [K + 1] int64, the number before them and after each.
-    """
-
-    numbers: Tensor
-    values: Tensor
-
-    def after(self, numbers: Tensor) -> Tensor:
-        """How many are masked after the steps of these numbers."""
-        return self.values[torch.searchsorted(self.numbers, numbers, right=True)]
-
-
-def _changes(counts: Callable[[Tensor], Tensor], size: int, steps: int, falls: bool) -> Changes:
-    """Of counts after steps, from a size on; those that fall are computed only near where they do."""
-    numbers = torch.arange(0, steps, _STRIDE if falls else 1, device="cpu")
-    if falls:
-        ends = torch.cat([numbers, numbers.new_tensor([steps - 1])])
-        differ = counts(ends).diff() != 0
-        near = numbers[differ][:, None] + torch.arange(1, _STRIDE + 1, device="cpu")
-        numbers = torch.cat([numbers[:1], near.flatten().clamp(max=steps - 1)])
-    after = counts(numbers)
-    changed = after != torch.cat([after.new_tensor([size]), after[:-1]])
-    return Changes(numbers[changed], torch.cat([after.new_tensor([size]), after[changed]]))
-
-
-def _running(changes: list[Changes], always_runs: bool) -> Tensor:
-    """Numbers of the steps that can change anything, [R] int64, in order."""
-    numbers = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *(each.numbers for each in changes)])
-    if not always_runs:  # a step that commits nothing changes nothing, unless the next one is conditioned on it
-        return numbers.unique()
-    return torch.arange(int(numbers.max()) + 1 if len(numbers) else 0, device="cpu")  # the last change is to 0
-
-
-def _table(changes: list[Changes], numbers: Tensor, columns: Tensor) -> Tensor:
-    """Masked positions after steps, [R, B], of sequences with the changes in these columns [B]."""
-    if not changes:
-        return torch.zeros(len(numbers), 0, dtype=torch.int64, device="cpu")
-    return torch.stack([each.after(numbers) for each in changes], dim=-1)[:, columns]
 
 
 # The state
@@ -391,11 +171,11 @@ class State(NamedTuple):
 
     Written in place:
         ids, is_masked, log_probs: [B, N].
-        row_indices: flat positions of what is masked, -1 where a place is free.
+        row_indices: flat positions of what is masked, block by block, -1 where a place is free.
 
     Read:
         maskable: [B, N] bool; maskable_rows: its flat positions. order: [B, N] float32, the score; None for another.
-        counts, row_starts: the plan's. seed: [] int64. forbidden: [V] bool or None.
+        counts, commits, row_starts, windows: the plan's. seed: [] int64. forbidden: [V] bool or None.
     """
 
     ids: Tensor
@@ -405,7 +185,9 @@ class State(NamedTuple):
     maskable: Tensor
     maskable_rows: Tensor
     counts: Tensor
+    commits: Tensor | None
     row_starts: Tensor
+    windows: Tensor | None
     seed: Tensor
     forbidden: Tensor | None
     order: Tensor | None
@@ -416,8 +198,7 @@ def first_state(
 ) -> State:
     """The state before the first step."""
     ids, maskable = start.ids.contiguous(), (~start.is_given).contiguous()
-    size = plan.steps[0].num_rows if plan.steps else 0
-    rows = torch.nonzero_static(maskable.flatten(), size=size).squeeze(-1)
+    rows = _first_rows(maskable, plan)
     return State(
         ids=ids,
         is_masked=maskable.clone(),
@@ -426,11 +207,27 @@ def first_state(
         maskable=maskable,
         maskable_rows=rows,
         counts=plan.counts,
+        commits=plan.commits,
         row_starts=plan.row_starts,
+        windows=plan.windows,
         seed=seed,
         forbidden=forbidden,
         order=order,
     )
+
+
+def _first_rows(maskable: Tensor, plan: Plan) -> Tensor:
+    """Flat positions of what is open in each block, at the places that it has in the list."""
+    sizes = {step.block: step.num_open for step in plan.steps}
+    if plan.windows is None or not sizes:
+        return torch.nonzero_static(maskable.flatten(), size=sum(sizes.values())).squeeze(-1)
+    positions = torch.arange(maskable.shape[1], device=maskable.device)
+    lists = []
+    for block, size in sizes.items():
+        begin, end = plan.windows[block, :, :1], plan.windows[block, :, 1:]
+        is_open = maskable & (positions >= begin) & (positions < end)
+        lists.append(torch.nonzero_static(is_open.flatten(), size=size).squeeze(-1))
+    return torch.cat(lists)
 
 
 # The loop
@@ -441,18 +238,42 @@ def run(
     state: State,
     plan: Plan,
     options: Options,
-    arguments: dict[str, Any],
+    inputs: Inputs,
     generator: torch.Generator | None = None,
-) -> Iterator[None]:
-    """Runs the steps on the state, and yields after each of all; ``arguments`` are the network's."""
-    condition = model.null_embed
-    running = {step.number: step for step in plan.steps}
-    for number in range(plan.total):
-        if number in running:
-            step = running[number]
-            sampled, condition = _propose(state, step, model, options, condition, arguments, generator)
-            _remask(state, sampled, step, model, options, arguments)
-        yield
+    *,
+    may_stop: bool = True,
+) -> Iterator[int]:
+    """Runs the steps on the state, and yields after each how many of all are through.
+
+    By a rule a block ends when nothing in it is masked, where it ``may_stop``. A GPU is asked a step later, so that
+    the host waits for no work that it queued since.
+    """
+    running = {(step.block, step.number): step for step in plan.steps}
+    stops = may_stop and options.has_rule and not model.may_remask
+    for block in range(plan.num_blocks):
+        asked, condition = None, model.null_embed  # a block knows nothing of how long others took
+        for number in range(plan.num_steps):
+            through = block * plan.num_steps + number + 1
+            if stops and number > 0 and (block, number) not in running:
+                break  # as many steps as there are positions have run
+            if (block, number) in running:
+                step = running[block, number]
+                sampled, next_condition = _propose(state, step, model, options, condition, inputs, generator)
+                _remask(state, sampled, step, model, options, inputs)
+                if asked is not None and asked.wait() == 0:
+                    break  # the step before left nothing to do: this one did nothing
+                condition = next_condition
+                if stops:
+                    asked = HostCount((_rows(state, step, step.num_rows_after) >= 0).sum())
+                    if not state.ids.is_cuda and asked.wait() == 0:
+                        yield (block + 1) * plan.num_steps
+                        break
+            yield through
+
+
+def _rows(state: State, step: Step, size: int) -> Tensor:
+    """The first places of the step's block in the list."""
+    return state.row_indices[step.place : step.place + size]
 
 
 def _propose(
@@ -461,26 +282,46 @@ def _propose(
     model: Model,
     options: Options,
     condition: Tensor | None,
-    arguments: dict[str, Any],
+    inputs: Inputs,
     generator: torch.Generator | None,
 ) -> tuple[Sampled, Tensor | None]:
     """Fills in every masked position, and returns what was written and what conditions the next step.
 
     The logits are let go when it returns, before the critic or the network makes others.
     """
-    out = _network(model, state, condition, arguments)
-    sampled = _sample(out, state, step, model, options, generator)
+    rows, kept_ids = _rows(state, step, step.num_rows), None
+    if model.rescores_committed:
+        rows = state.maskable_rows[step.place : step.place + step.num_open]
+        kept_ids = state.ids.masked_fill(state.is_masked, -1).flatten()[rows]
+    out = _network(model, state, rows, options, condition, inputs)
+    sampled = _sample(out, rows, kept_ids, state, step, model, options, generator)
     return sampled, None if condition is None else out.embeddings
 
 
-def _network(model: Model, state: State, condition: Tensor | None, arguments: dict[str, Any]) -> backbone.Output:
+def _network(
+    model: Model, state: State, rows: Tensor, options: Options, condition: Tensor | None, inputs: Inputs
+) -> backbone.Output:
+    """What the network says; with guidance, of these rows alone where its head is not linear."""
+    out = _pass(model, state.ids, condition, inputs.arguments)
+    if not options.cfg_scale:
+        return out
+    out = out.to_guide(rows)  # the other logits are let go before the second pass makes its own
+    ids, arguments = state.ids, inputs.unconditional
+    if arguments is None:
+        ids, arguments = ids.where(state.maskable, model.mask_id), inputs.arguments
+    return out.guided(_pass(model, ids, condition, arguments).to_guide(rows), options.cfg_scale)
+
+
+def _pass(model: Model, ids: Tensor, condition: Tensor | None, arguments: dict[str, Any]) -> backbone.Output:
     if condition is None:
-        return model.run(state.ids, **arguments)
-    return model.run(state.ids, with_embeddings=True, **model.condition(condition), **arguments)
+        return model.run(ids, **arguments)
+    return model.run(ids, with_embeddings=True, **model.condition(condition), **arguments)
 
 
 def _sample(
     out: backbone.Output,
+    rows: Tensor,
+    kept_ids: Tensor | None,
     state: State,
     step: Step,
     model: Model,
@@ -488,10 +329,6 @@ def _sample(
     generator: torch.Generator | None,
 ) -> Sampled:
     """Samples every masked position, and finds the log-probability of each, and what else is scored."""
-    rows, kept_ids = state.row_indices[: step.num_rows], None
-    if model.rescores_committed:
-        rows = state.maskable_rows
-        kept_ids = state.ids.masked_fill(state.is_masked, -1).flatten()[rows]
     sampled = options.judge(state.order, 0.0).room(state.ids, state.log_probs)
     sampling = Sampling(
         temperature=options.temperature(step, model.formulas),
@@ -510,26 +347,28 @@ def _sample(
     return sampled
 
 
-def _remask(
-    state: State, sampled: Sampled, step: Step, model: Model, options: Options, arguments: dict[str, Any]
-) -> None:
+def _remask(state: State, sampled: Sampled, step: Step, model: Model, options: Options, inputs: Inputs) -> None:
     """Masks again what deserves it most, and lists it."""
     if model.critic is None:
         judge = options.judge(state.order, options.choice_noise(model.formulas))
         judged = judge.remasking(sampled, step.remaining)
     else:
         judged = {
-            "values": critic_logits(model.critic, state.ids, model.formulas.critic_arguments(arguments)),
+            "values": critic_logits(model.critic, state.ids, model.formulas.critic_arguments(inputs.arguments)),
             "is_confidence": False,
             "noise_scale": options.noise_level_scale * step.remaining,
             "min_remask_key": options.critics_min_remask_key,
         }
+    window = None if state.windows is None else state.windows[step.block]
     functional.remask_(
         state.ids,
         state.is_masked,
-        state.row_indices[: step.num_rows_after],
+        _rows(state, step, step.num_rows_after),
         state.row_starts[step.row],
-        counts=state.counts[step.row],
+        counts=state.counts[step.row] if state.commits is None else None,
+        commits=None if state.commits is None else state.commits[step.row],
+        block=window,
+        next_block=window,
         mask_id=model.mask_id,
         eligible=state.maskable if model.may_remask else None,
         **judged,
@@ -544,34 +383,35 @@ def _draws(state: State, step: Step, options: Options) -> Draws:
 # Ways to run it
 
 
-def watched(steps: Iterator[None], total: int, progress: Progress) -> None:
-    """Runs all the steps, and reports each."""
-    for _ in track(total, progress, "demasking"):
-        next(steps)
+def watched(steps: Iterator[int], total: int, progress: Progress) -> Iterator[None]:
+    """Runs the steps, reports each of all, and yields after each that ran."""
+    through: int | None = 0
+    for number in track(total, progress, "demasking"):
+        if number == through:
+            through = next(steps, None)
+            if through is not None:
+                yield
 
 
-def recorded(steps: Iterator[None], state: State, total: int, progress: Progress) -> Trajectory:
-    """Runs all the steps, reports each, and keeps the state after it."""
+def recorded(steps: Iterator[None], state: State) -> Trajectory:
+    """Runs the steps, and keeps the state after each."""
     states = []
-    for _ in track(total, progress, "demasking"):
-        next(steps)
+    for _ in steps:
         states.append(Trajectory(state.ids.clone(), state.is_masked.clone(), state.log_probs.clone()))
     return Trajectory(*(torch.stack(values) for values in zip(*states, strict=True)))
 
 
-def replayed(
-    owner: nn.Module, model: Model, state: State, plan: Plan, options: Options, arguments: dict[str, Any]
-) -> Tensor:
+def replayed(owner: nn.Module, model: Model, state: State, plan: Plan, options: Options, inputs: Inputs) -> Tensor:
     """The ids after all steps, by one CUDA graph that lives as long as the module whose parameters it reads."""
-    leaves, structure = tree_flatten((state, arguments))
+    leaves, structure = tree_flatten((state, inputs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
     def function(inputs: list[Tensor]) -> list[Tensor]:
         given = iter(inputs)
         values = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        static_state, static_arguments = tree_unflatten(values, structure)
-        for _ in run(model, static_state, plan, options, static_arguments):
+        static_state, static_inputs = tree_unflatten(values, structure)
+        for _ in run(model, static_state, plan, options, static_inputs, may_stop=False):
             pass
         return [static_state.ids]
 

@@ -192,6 +192,19 @@ def step_counts(schedule: Schedule, steps: int, num_maskable: Tensor) -> Tensor:
     return counts.expand(-1, len(places)) if len(sizes) == 1 else counts[:, places]
 
 
+def even_split(num_masked: int, steps: int) -> list[int]:
+    """How many positions each of so many steps commits: all alike, and of those that remain one in each of the first.
+
+    Source: LLaDA (https://arxiv.org/abs/2502.09992, its public generate.py).
+
+    Example:
+        >>> even_split(10, 4)
+        [3, 3, 2, 2]
+    """
+    each, more = divmod(num_masked, steps)
+    return [each + (step < more) for step in range(steps)]
+
+
 def exact_ratios(schedule: Schedule, steps: int) -> Tensor:
     """The mask ratio after each step, [steps] float64: of a named schedule exact, of a constant one the linear's."""
     schedule = LINEAR if schedule.is_constant else schedule

@@ -97,7 +97,13 @@ class Formulas:
         """Samples rows in place: writes ids and log_probs [B, N] there."""
         out, rows, sampling, draws, _, kept_ids = proposal
         functional.sample_tokens(
-            out.logits, row_indices=rows, kept_ids=kept_ids, out=sampled, **sampling._asdict(), **draws._asdict()
+            out.logits,
+            row_indices=rows,
+            seq_len=sampled.ids.shape[1],
+            kept_ids=kept_ids,
+            out=sampled,
+            **sampling._asdict(),
+            **draws._asdict(),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastmask import _check, _names, _progress, backbone, evaluation, functional, generation, own_masks, upstream
+from fastmask import (
+    _check,
+    _names,
+    _progress,
+    backbone,
+    evaluation,
+    functional,
+    generation,
+    own_masks,
+    planning,
+    upstream,
+)
 from fastmask._devices import device_of
 from fastmask._host_count import HostCount
 from fastmask._modes import evaluating
@@ -582,12 +593,17 @@ class NonAutoregressiveWrapper(nn.Module):
         forbidden: Tensor | Sequence[int] | None = None,
         score: str | Tensor | None = None,
         choice_temperature: float | None = None,
+        commits: int | Sequence[int] | Tensor | Callable[[int, int], Sequence[int]] | None = None,
         threshold: float | None = None,
         factor: float | None = None,
         entropy_bound: float | None = None,
+        cfg_scale: float | None = None,
+        unconditional: dict[str, Any] | None = None,
         seq_len: int | None = None,
         prompt: Tensor | None = None,
         prompt_mask: Tensor | None = None,
+        block_length: int | None = None,
+        block_origin: str = "prompt",
         steps: int | None = None,
         generator: torch.Generator | None = None,
         sample_offset: int = 0,
@@ -609,6 +625,8 @@ class NonAutoregressiveWrapper(nn.Module):
         order     score                               alg, remasking, remasking_strategy
         speed     fewer steps, threshold, factor,     num_steps; confidence_threshold, gamma
                   entropy_bound; cuda_graph
+        blocks    block_length, block_origin, commits block_size; num_transfer_tokens
+        guidance  cfg_scale, unconditional            guidance_scale; negative_prompt
         ========= =================================== ==============================================
 
         Args:
@@ -629,31 +647,43 @@ class NonAutoregressiveWrapper(nn.Module):
             choice_temperature: scale of the annealed Gumbel noise on the score, without a critic; 0 commits the
                 surest first and tends to one mode. None is 4.5, MaskGIT's, where counts alone decide how many are
                 committed, by the confidence, and start_temperature is above 0; else, and with compat, 0.
+            commits: how many positions of a sequence each step commits at least, in place of the schedule's counts:
+                one number; [steps], or [steps, B] for each sequence by itself; or a function of how many positions
+                of the block are open and the number of steps, that returns [steps] (``schedules.even_split``). The
+                last step commits everything.
             threshold: a rule, in [0, 1]: in place of the schedule's counts every step commits all tokens whose
                 confidence (their probability; with a critic, that of being right), or margin, is above it, or whose
-                entropy in nats is below it, and one of each sequence at least; the last step commits everything.
-                The noise has no part in it. With can_mask_prev_unmasked a step masks again what is not
-                above it (a token that the filter leaves out has probability 0). All steps run, since nothing waits
-                to see what is still masked: give few, or write the loop with ``functional.demask_step`` and stop when
-                you have looked.
+                entropy in nats is below it, and one of each sequence, or ``commits``, at least; the last step commits
+                everything. The noise has no part in it. Generation ends when nothing is masked. With
+                can_mask_prev_unmasked a step masks again what is not above it (a token that the filter leaves out
+                has probability 0), and all steps run.
             factor: f >= 0, a rule likewise, of the confidence: the surest n are committed, for the largest n whose
                 least sure one has a probability of at least 1 - f / (n + 1).
             entropy_bound: nats, a rule likewise, of the entropy: the surest are committed, as many as have entropies
                 that sum to at most this without the last.
+            cfg_scale: w of classifier-free guidance, two passes a step: logits (1 + w) z - w z_u; None for none.
+            unconditional: the network's arguments of the second pass, all of them; by default the same, and the
+                prompt is masked there.
             seq_len: N, from 1 to max_seq_len; default max_seq_len.
             prompt: [P] or [B, P] int32|int64, the first P positions. Alone it is a prefix, all of it given, of
                 P < N; with
             prompt_mask: likewise bool, P up to N, True where the prompt's id is given. What follows is open. A
                 given id is never changed, even if it equals mask_id.
-            steps: default the wrapper's own.
+            block_length: decodes so many positions after the other, each block by itself: steps, commits and the
+                schedule's counts are of a block, and temperature and noise are annealed anew. None for one block.
+            block_origin: where blocks begin: "prompt", at the first position of a sequence that is open; "zero", at
+                multiples of block_length.
+            steps: of a block; default the wrapper's own or, with a rule that masks nothing again, as many as it is
+                long.
             generator: default torch's own of the network's device.
             sample_offset: global index of the first sequence: a batch may be split without changing it.
             progress: True for a tqdm bar (nothing without tqdm), or a callable ``progress(done, total)``.
-            return_trajectory: also return every step.
+            return_trajectory: also return every step, of all blocks; by a rule those that ran.
             cuda_graph: capture the whole loop once for each batch, number of steps and set of options (and, to an
                 eighth of N, the most positions that a prompt leaves open), then replay it, with fresh randomness and
-                new prompts. The network then sees no Python: it must not branch on values. Where it cannot be
-                captured a warning says why and the loop runs as usual. Each ``sample_offset`` is a graph of its own.
+                new prompts; all steps run, by a rule too. The network then sees no Python: it must not branch on
+                values. Where it cannot be captured a warning says why and the loop runs as usual. Each
+                ``sample_offset`` is a graph of its own, and each number of blocks.
             kwargs: passed to the network and to the critic.
 
         Returns:
@@ -667,10 +697,10 @@ class NonAutoregressiveWrapper(nn.Module):
 
         Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); threshold and factor: Fast-dLLM
         (https://arxiv.org/abs/2505.22618, section 3.3); margin and entropy: Dream
-        (https://arxiv.org/abs/2508.15487); entropy_bound: EB-Sampler (https://arxiv.org/abs/2505.24857, algorithm 1).
+        (https://arxiv.org/abs/2508.15487); entropy_bound: EB-Sampler (https://arxiv.org/abs/2505.24857, algorithm 1);
+        blocks and guidance: LLaDA (https://arxiv.org/abs/2502.09992).
         """
         _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.generate)
-        steps = _check.integer("steps", self.steps if steps is None else steps, 1, 2**24)
         options = generation.Options(
             start_temperature=start_temperature,
             end_temperature=end_temperature,
@@ -684,6 +714,7 @@ class NonAutoregressiveWrapper(nn.Module):
             threshold=threshold,
             factor=factor,
             entropy_bound=entropy_bound,
+            cfg_scale=cfg_scale,
             sample_offset=sample_offset,
         )
         options = options.checked()
@@ -702,9 +733,12 @@ class NonAutoregressiveWrapper(nn.Module):
             processed=processed or None,
             forbidden=forbidden,
             score=score,
+            commits=commits,
             threshold=threshold,
             factor=factor,
             entropy_bound=entropy_bound,
+            cfg_scale=cfg_scale,
+            block_length=block_length,
             cuda_graph=cuda_graph or None,
         )
         if cuda_graph and (progress or return_trajectory):
@@ -712,41 +746,69 @@ class NonAutoregressiveWrapper(nn.Module):
                 "expected cuda_graph=True without progress= and return_trajectory=: a graph runs all steps at once; "
                 "leave one out"
             )
+        self._check_guidance(cfg_scale, unconditional, prompt)
         device = backbone.device_of(self.net)
         forbidden = as_forbidden(forbidden, self.num_tokens, device, self.mask_id)
-        start = generation.start(batch_size, prompt, prompt_mask, length, self.mask_id, device)
-        num_places = None
+        start = planning.start(batch_size, prompt, prompt_mask, length, self.mask_id, device)
+        blocks = planning.blocks(start, block_length, block_origin)
+        pace = self._pace(steps, commits, options.has_rule, len(start.ids), length, block_length)
+        places = None
         if cuda_graph and prompt is not None:
-            num_places = generation.places_for_any_prompt(start.num_maskable, length)
-        plan = self._plan(steps, start.num_maskable, device, options.has_rule, num_places)
-        order = None if order is None else generation.as_order(order, start.ids)
-        state = generation.first_state(start, plan, functional.draw_seed(device, generator), forbidden, order)
+            places = planning.places_for_any_prompt(blocks, length)
+        planned = planning.plan(pace, blocks, device, places)
+        order = None if order is None else planning.as_order(order, start.ids)
+        state = generation.first_state(start, planned, functional.draw_seed(device, generator), forbidden, order)
+        inputs = generation.Inputs(kwargs, unconditional)
         ids, trajectory = state.ids, None
         with evaluating(self):
-            if cuda_graph and plan.steps:
-                ids = generation.replayed(self, self._model(), state, plan, options, kwargs)
+            if cuda_graph and planned.steps:
+                ids = generation.replayed(self, self._model(), state, planned, options, inputs)
             else:
-                run = generation.run(self._model(), state, plan, options, kwargs, generator)
+                run = generation.run(self._model(), state, planned, options, inputs, generator)
+                watched = generation.watched(run, planned.total, progress)
                 if return_trajectory:
-                    trajectory = generation.recorded(run, state, steps, progress)
+                    trajectory = generation.recorded(watched, state)
                 else:
-                    generation.watched(run, steps, progress)
+                    for _ in watched:
+                        pass
         ids = ids[0] if batch_size is None and (prompt is None or prompt.ndim == 1) else ids
         return ids if trajectory is None else (ids, trajectory)
 
-    def _plan(
-        self, steps: int, num_maskable: Tensor, device: torch.device, by_rule: bool, num_places: int | None
-    ) -> generation.Plan:
-        return generation.plan(
+    def _check_guidance(
+        self, cfg_scale: float | None, unconditional: dict[str, Any] | None, prompt: Tensor | None
+    ) -> None:
+        if cfg_scale is None and unconditional is not None:
+            raise ValueError("expected cfg_scale= with unconditional=, received None; say how much guidance")
+        if unconditional is not None:
+            if not isinstance(unconditional, dict):
+                raise TypeError(
+                    "expected unconditional to be a dict of the network's arguments, received "
+                    f"{type(unconditional).__name__}"
+                )
+            _names.refuse(unconditional, self.net, NonAutoregressiveWrapper.generate)
+        elif cfg_scale and prompt is None:
+            raise ValueError(
+                "expected unconditional= or a prompt with cfg_scale=, received neither; give the network's arguments "
+                "of the unconditional pass, whose prompt is masked by default"
+            )
+
+    def _pace(
+        self, steps: int | None, commits: Any, by_rule: bool, batch: int, length: int, block_length: int | None
+    ) -> planning.Pace:
+        may_remask = self.can_mask_prev_unmasked
+        if steps is None:  # by a rule as many as a block could need, whatever is open
+            steps = min(length, block_length or length) if by_rule and not may_remask else self.steps
+        steps = _check.integer("steps", steps, 1, 2**24)
+        if commits is not None and may_remask:
+            raise ValueError("expected no commits= with can_mask_prev_unmasked=True, received both; leave one out")
+        return planning.Pace(
             self._schedule,
             self._formulas,
             steps,
-            num_maskable,
-            device,
-            may_remask=self.can_mask_prev_unmasked,
+            planning.Commits.checked(commits, steps, batch),
+            may_remask=may_remask,
             by_rule=by_rule,
-            always_runs=self.self_cond or self.can_mask_prev_unmasked,
-            num_places=num_places,
+            always_runs=self.self_cond or may_remask,
         )
 
     def _model(self) -> generation.Model:

@@ -17,6 +17,7 @@ FLOORS = [
     ("demo",),
     ("wrapper",),
     ("evaluation", "generation"),
+    ("planning",),
     ("upstream",),
     ("backbone", "critic", "first_look", "own_masks", "_cuda_graph"),
     ("functional",),

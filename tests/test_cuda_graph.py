@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Encoder, TransformerWrapper
 
-from fastmask import NonAutoregressiveWrapper, _cuda_graph, generation
+from fastmask import NonAutoregressiveWrapper, _cuda_graph, planning
 from fastmask.reference import vocabulary_filter
 
 V, N, MASK = 11, 16, 4
@@ -179,6 +179,9 @@ OPTIONS = {
     "self_critic": ({"self_token_critic": True}, {}),
     "threshold_critic": ({"token_critic": "own"}, {"threshold": 0.4}),
     "remask": ({"can_mask_prev_unmasked": True, "self_cond": True}, {}),
+    "blocks": ({}, {"block_length": 7, "choice_temperature": 1.0}),
+    "blocks_by_rule": ({}, {"block_length": 5, "steps": 3, "threshold": 0.4, "commits": 1}),
+    "guidance": ({}, {"cfg_scale": 1.5, "unconditional": {"scale": 0.5}}),
     "remask_critic": ({"can_mask_prev_unmasked": True, "token_critic": "own"}, {"sample_offset": 5}),
     "many_steps": ({"steps": 18}, {"choice_temperature": 4.5}),
     "cosine": ({"schedule": "cosine", "steps": 7}, {"start_temperature": 2.0}),
@@ -203,7 +206,8 @@ def assert_graph_is_loop(case: str, device="cpu") -> None:
 def test_a_graph_gives_what_the_loop_gives(case, graphs):
     """With places for more open positions than there are, other prompts and other seeds than at the capture."""
     assert_graph_is_loop(case)
-    assert [graph.num_replays for graph in graphs] == [3, 3]
+    replays = [graph.num_replays for graph in graphs]
+    assert replays == [3, 3] if "blocks" not in case else sum(replays) == 6  # each number of blocks has its own
 
 
 @pytest.mark.parametrize("by_rule", [False, True])
@@ -212,9 +216,9 @@ def test_the_plans_shape_depends_on_the_rounded_largest_number_of_open_positions
     wrapper = wrap(**options)
 
     def plan(*num_open):
-        num_maskable = torch.tensor(num_open)
-        places = generation.places_for_any_prompt(num_maskable, N)
-        return wrapper._plan(4, num_maskable, torch.device("cpu"), by_rule, places)
+        blocks = planning.Blocks(None, torch.tensor([num_open]))
+        pace = wrapper._pace(4, None, by_rule, len(num_open), N, None)
+        return planning.plan(pace, blocks, torch.device("cpu"), planning.places_for_any_prompt(blocks, N))
 
     def steps(*num_open):
         return plan(*num_open).steps

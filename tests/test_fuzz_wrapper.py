@@ -196,6 +196,12 @@ def settings_of_all(draw: Any) -> Setting:
             generation["top_p"] = one(0.0, 0.5, 0.9, 1.0)
         if one(False, False, True):
             generation["threshold"] = one(0.0, 0.3, 0.9, 1.0)
+        if one(False, False, True):
+            generation |= {"block_length": one(1, 2, 3, 50), "block_origin": one("prompt", "zero")}
+        if one(False, False, True) and not wrapper["can_mask_prev_unmasked"]:
+            generation["commits"] = one(0, 1, 3)
+        if one(False, False, True):
+            generation |= {"cfg_scale": one(0.0, 1.0, 4.0), "unconditional": {}}
     if one(False, True):
         generation["steps"] = one(1, 2, 4, MAX_LENGTH)
     return Setting(
@@ -521,7 +527,6 @@ def check_generation(built: Built) -> None:
     options = {**setting.generation, **built.arguments, **prompt.arguments}
     if forbidden is not None:
         options["forbidden"] = forbidden
-    steps = options.get("steps", wrapper.steps)
     tensors = [value for value in options.values() if isinstance(value, Tensor)]
     with nothing_else_changes(built, *tensors):
         ids, trajectory = wrapper.generate(generator=generator(setting.seed), return_trajectory=True, **options)
@@ -535,7 +540,7 @@ def check_generation(built: Built) -> None:
     if forbidden is not None and (setting.mask_id in forbidden or setting.vocabulary > 3):
         assert not bool(torch.isin(ids, torch.tensor(forbidden))[~is_given].any()), "forbidden ids"
 
-    assert trajectory.ids.shape == trajectory.is_masked.shape == (steps, *ids.shape)
+    assert trajectory.ids.shape == trajectory.is_masked.shape == (len(trajectory.ids), *ids.shape)
     assert torch.equal(trajectory.ids[-1], ids)
     assert not trajectory.is_masked[-1].any()
     assert bool((trajectory.ids[trajectory.is_masked] == setting.mask_id).all()), "masked, and not shown as such"
@@ -543,7 +548,7 @@ def check_generation(built: Built) -> None:
     assert bool((trajectory.log_probs[:, is_given] == 0).all()), "log_probs of what was given"
     assert not bool(trajectory.log_probs.isnan().any())
     assert bool((trajectory.log_probs <= 1e-6).all())
-    check_counts(built, trajectory.is_masked, ~is_given, steps)
+    check_counts(built, trajectory.is_masked, ~is_given)
 
     again = wrapper.generate(generator=generator(setting.seed), **options)
     assert torch.equal(again, ids), "the same generator, other ids"
@@ -562,23 +567,58 @@ def check_generation(built: Built) -> None:
         assert torch.equal(rest, ids[1:]), "a split of the batch"
 
 
-def check_counts(built: Built, is_masked: Tensor, maskable: Tensor, steps: int) -> None:
-    """How many positions stay masked after each step, [steps, B, N] bool."""
-    setting = built.setting
-    may_remask, threshold = setting.wrapper["can_mask_prev_unmasked"], setting.generation.get("threshold")
-    before = maskable
-    for step in range(steps):
-        if not may_remask:
-            assert not bool((is_masked[step] & ~before).any()), "masked again"
-        for row in range(setting.batch):
-            left, size = int(is_masked[step, row].sum()), int(maskable[row].sum())
-            if threshold is not None:
-                assert left <= max(0, size - step - 1), "a step commits one at least"
-            elif not setting.wrapper["compat"]:
-                count = expected_counts(setting, steps, size)[step]
-                most = count if may_remask else min(count, int(before[row].sum()))
-                assert left == most, ("count", step, left, most)
-        before = is_masked[step]
+def windows_of(setting: Setting, maskable: Tensor) -> list[list[range]]:
+    """The blocks, in which something is open, of each sequence; at least one."""
+    length, size = setting.length, setting.generation.get("block_length")
+    if size is None:
+        return [[range(length)] * len(maskable)]
+    begins = [0] * len(maskable)
+    if setting.generation["block_origin"] == "prompt":
+        begins = [next((i for i, is_open in enumerate(row) if is_open), length) for row in maskable.tolist()]
+    blocks = [
+        [range(min(length, begin + k * size), min(length, begin + (k + 1) * size)) for begin in begins]
+        for k in range(length)
+    ]
+    return [
+        block for block in blocks
+        if any(maskable[row, place] for row, window in enumerate(block) for place in window)
+    ] or blocks[:1]  # fmt: skip
+
+
+def check_counts(built: Built, is_masked: Tensor, maskable: Tensor) -> None:
+    """How many positions stay masked after each step, [T, B, N] bool, block by block."""
+    setting, generation = built.setting, built.setting.generation
+    may_remask, threshold = setting.wrapper["can_mask_prev_unmasked"], generation.get("threshold")
+    commits, by_rule = generation.get("commits"), threshold is not None
+    longest = min(setting.length, generation.get("block_length", setting.length))
+    steps = generation.get("steps", longest if by_rule and not may_remask else built.wrapper.steps)
+    before, states = maskable, iter(is_masked)
+    for windows in windows_of(setting, maskable):
+        inside = torch.zeros_like(maskable)
+        for row, window in enumerate(windows):
+            inside[row, window.start : window.stop] = True
+        inside &= maskable
+        sizes = inside.sum(dim=-1).tolist()
+        for step in range(steps):
+            now = next(states)
+            assert bool((now == before)[~inside].all()), "outside of the block"
+            if not may_remask:
+                assert not bool((now & ~before).any()), "masked again"
+            for row, size in enumerate(sizes):
+                left = int((now & inside)[row].sum())
+                if by_rule:
+                    assert left <= max(0, size - (step + 1) * max(1, commits or 1)), "a step commits one at least"
+                elif commits is not None:
+                    assert left == (0 if step == steps - 1 else max(0, size - (step + 1) * commits))
+                elif not setting.wrapper["compat"]:
+                    count = expected_counts(setting, steps, size)[step]
+                    most = count if may_remask else min(count, int((before & inside)[row].sum()))
+                    assert left == most, ("count", step, left, most)
+            before = now
+            if by_rule and not may_remask and not bool((now & inside).any()):  # the rest does not run
+                break
+        assert not bool((before & inside).any()), "a block that is left open"
+    assert next(states, None) is None, "a step too many"
 
 
 @PROFILE

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from x_transformers import Encoder, TransformerWrapper
 
-from fastmask import NonAutoregressiveWrapper, functional, generation, upstream
+from fastmask import NonAutoregressiveWrapper, functional, planning, upstream
 from fastmask._modes import evaluating
 from fastmask.schedules import COSINE, LINEAR, as_schedule, step_counts
 
@@ -257,11 +257,9 @@ def test_a_network_that_writes_into_its_ids_changes_nothing(options):
 # ---- plans ----
 
 
-def plan(num_maskable, steps, schedule=LINEAR, by_rule=False, always_runs=False):
-    return generation.plan(
-        schedule, upstream.FASTMASK, steps, num_maskable, torch.device("cpu"), may_remask=False,
-        by_rule=by_rule, always_runs=always_runs,
-    )  # fmt: skip
+def plan(num_maskable, steps, schedule=LINEAR, by_rule=False, always_runs=False, formulas=upstream.FASTMASK):
+    pace = planning.Pace(schedule, formulas, steps, None, may_remask=False, by_rule=by_rule, always_runs=always_runs)
+    return planning.plan(pace, planning.Blocks(None, num_maskable[None]), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("num_sizes", [1, 64])
@@ -282,7 +280,7 @@ def test_a_plan_of_a_million_steps(by_rule, num_sizes):
 def test_the_rounded_number_of_open_positions_is_within_the_sequence(length):
     eighth = math.ceil(length / 8)
     for num_open in range(length + 1):
-        places = generation.places_for_any_prompt(torch.tensor([num_open]), length)
+        places = int(planning.places_for_any_prompt(planning.Blocks(None, torch.tensor([[num_open]])), length))
         assert num_open <= places <= min(length, num_open + eighth - 1)
         assert places in (length, *range(0, length, eighth))
 
@@ -318,10 +316,7 @@ def test_counts_that_fall_are_found_where_they_do(ratio, steps, formulas):
     counts[-1] = 0
     counts = torch.cat([num_maskable[None], counts]).cummin(dim=0).values
     runs = (counts[1:] != counts[:-1]).any(dim=-1)
-    planned = generation.plan(
-        schedule, formulas, steps, num_maskable, torch.device("cpu"), may_remask=False, by_rule=False,
-        always_runs=False,
-    )  # fmt: skip
+    planned = plan(num_maskable, steps, schedule, formulas=formulas)
     assert [step.number for step in planned.steps] == runs.nonzero().squeeze(-1).tolist()
     assert torch.equal(planned.counts, counts[1:][runs])
     assert [step.num_rows for step in planned.steps] == counts[:-1][runs].sum(dim=-1).tolist()

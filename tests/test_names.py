@@ -33,7 +33,9 @@ def tokens() -> torch.Tensor:
     [
         ("temperature", "start_temperature="), ("num_steps", "steps="), ("num_inference_steps", "steps="),
         ("timesteps", "steps="), ("seed", r"generator=torch.Generator\(\).manual_seed\(seed\)"),
-        ("cfg_scale", "no guidance"), ("guidance_scale", "no guidance"), ("top_k", "filter_thres=1 - k / num_tokens"),
+        ("cfg", "cfg_scale="), ("guidance_scale", "cfg_scale="), ("block_size", "block_length="),
+        ("uncond", "unconditional="), ("num_transfer_tokens", "commits="),
+        ("top_k", "filter_thres=1 - k / num_tokens"),
         ("max_length", "seq_len="), ("max_new_tokens", "seq_len="), ("gen_length", "seq_len="),
         ("length", "seq_len="), ("num_samples", "batch_size="), ("num_return_sequences", "batch_size="),
         ("input_ids", "prompt="), ("attention_mask", "mask="), ("eb_threshold", "entropy_bound="),
@@ -57,7 +59,6 @@ def test_generate_refuses_them(name, ours):
         ("maskabel", "maskable="), ("labels", "is_masked= and masked_ids="), ("temperature", "generator_sample"),
         ("seed", r"generator=torch.Generator\(\).manual_seed\(seed\)"), ("attention_mask", "mask="),
         ("input_ids", "x="), ("padding_mask", "maskable="), ("num_token", "num_tokens="),
-        ("cfg_scale", "no guidance"),
     ],
 )  # fmt: skip
 def test_forward_refuses_them(name, ours):

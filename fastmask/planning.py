@@ -1,0 +1,438 @@
+"""What the host decides of a generation before it starts: what is open, and the steps, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmask import _check
+from fastmask._devices import to_device
+from fastmask.schedules import Schedule
+from fastmask.upstream import Formulas
+
+# The start
+
+
+class Start(NamedTuple):
+    """What a generation starts from.
+
+    ids: [B, N] int64, mask_id where nothing is given. is_given: [B, N] bool. is_open: [B, N] bool on the CPU, where
+    nothing is given.
+    """
+
+    ids: Tensor
+    is_given: Tensor
+    is_open: Tensor
+
+    @property
+    def num_maskable(self) -> Tensor:
+        """[B] int64 on the CPU."""
+        return self.is_open.sum(dim=-1)
+
+
+def start(
+    batch_size: int | None,
+    prompt: Tensor | None,
+    prompt_mask: Tensor | None,
+    length: int,
+    mask_id: int,
+    device: torch.device,
+) -> Start:
+    """The start from what ``generate`` was given; batch_size None takes the prompt's own, else 1."""
+    if batch_size is not None:
+        batch_size = _check.integer("batch_size", batch_size, 0)
+    if prompt is None:
+        if prompt_mask is not None:
+            raise ValueError("expected prompt_mask with prompt, received it alone; give both")
+        return _all_masked(1 if batch_size is None else batch_size, length, mask_id, device)
+    _check_prompt(prompt, prompt_mask, length)
+    rows = batch_size
+    if rows is None:
+        rows = 1 if prompt.ndim == 1 else len(prompt)
+    if prompt.ndim == 1:
+        prompt = prompt.expand(rows, -1)
+        prompt_mask = None if prompt_mask is None else prompt_mask.expand(rows, -1)
+    _check.shape("prompt", prompt, [rows, prompt.shape[1]], "B, P")
+    return _prompted(prompt, prompt_mask, length, mask_id, device)
+
+
+def _check_prompt(prompt: Tensor, prompt_mask: Tensor | None, length: int) -> None:
+    _check.tensor("prompt", prompt, _check.INTEGER)
+    if prompt.ndim not in (1, 2):
+        raise ValueError(f"expected prompt [P] or [B, P], received shape {list(prompt.shape)}")
+    size = prompt.shape[-1]
+    if prompt_mask is None:
+        if size >= length:
+            raise ValueError(
+                "expected a prompt without prompt_mask, which is a prefix, shorter than seq_len = "
+                f"{length}, received {size} positions; say what is given with prompt_mask=, or shorten it"
+            )
+        return
+    _check.tensor("prompt_mask", prompt_mask, [torch.bool])
+    _check.shape("prompt_mask", prompt_mask, prompt.shape, "as prompt")
+    if size > length:
+        raise ValueError(f"expected prompt of at most seq_len = {length} positions, received {size}; cut it")
+
+
+def _all_masked(batch_size: int, length: int, mask_id: int, device: torch.device) -> Start:
+    ids = torch.full((batch_size, length), mask_id, dtype=torch.int64, device=device)
+    is_open = torch.ones((), dtype=torch.bool, device="cpu").expand(ids.shape)
+    return Start(ids, torch.zeros_like(ids, dtype=torch.bool), is_open)
+
+
+def _prompted(prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: int, device: torch.device) -> Start:
+    """A prompt [B, P] at the beginning of sequences that are open after it."""
+    rows, size = prompt.shape
+    ids, is_given, is_open = _all_masked(rows, length, mask_id, device)
+    is_open = is_open.clone()
+    if prompt_mask is None:
+        ids[:, :size], is_given[:, :size], is_open[:, :size] = to_device(prompt, device), True, False
+        return Start(ids, is_given, is_open)
+    is_open[:, :size] = ~prompt_mask.cpu()  # the one wait for a device, if the prompt is on one
+    is_given[:, :size] = to_device(prompt_mask, device)
+    ids[:, :size] = to_device(prompt, device).long().where(is_given[:, :size], mask_id)
+    return Start(ids, is_given, is_open)
+
+
+def as_order(order: Tensor, ids: Tensor) -> Tensor:
+    """A score of one's own [B, N], or [N] for all sequences, float32, on the device of the ids [B, N]."""
+    _check.tensor("score", order, _check.FLOATING)
+    _check.shape("score", order if order.ndim == 2 else order.expand(ids.shape), ids.shape, "B, N")
+    return to_device(order, ids.device).float().expand(ids.shape).contiguous()
+
+
+# The blocks
+
+
+class Blocks(NamedTuple):
+    """Parts of each sequence that are decoded one after the other.
+
+    windows: [K, B, 2] int64, first position and end; None where there is one block, of everything. sizes: [K, B]
+    int64, how many open positions are in each. Both on the CPU.
+    """
+
+    windows: Tensor | None
+    sizes: Tensor
+
+
+def blocks(start: Start, length: int | None, origin: str) -> Blocks:
+    """Blocks of so many positions (None for one of all) from each sequence's first open position, or from 0; those
+    in which nothing is open are left out."""
+    if origin not in ("prompt", "zero"):
+        raise ValueError(f"expected block_origin to be 'prompt' or 'zero', received {origin!r}")
+    if length is None:
+        return Blocks(None, start.num_maskable[None])
+    length = _check.integer("block_length", length, 1)
+    is_open = start.is_open
+    num_positions = is_open.shape[1]
+    first = torch.zeros(len(is_open), dtype=torch.int64, device="cpu")
+    if origin == "prompt":
+        first = is_open.byte().argmax(dim=-1).where(is_open.any(dim=-1), num_positions)
+    num_blocks = max(1, math.ceil((num_positions - int(first.min())) / length)) if len(first) else 1
+    begins = first + length * torch.arange(num_blocks, device="cpu")[:, None]
+    windows = torch.stack([begins, begins + length], dim=-1).clamp(max=num_positions)
+    num_before = torch.nn.functional.pad(is_open.cumsum(dim=-1), (1, 0))  # [B, N + 1]
+    begin, end = (num_before.gather(1, side.T).T for side in windows.unbind(-1))
+    sizes = end - begin
+    has_open = sizes.any(dim=-1)
+    has_open[:1] |= not has_open.any()  # one is left, though nothing be open
+    return Blocks(windows[has_open], sizes[has_open])
+
+
+def places_for_any_prompt(blocks: Blocks, length: int) -> Tensor:
+    """Places [K, B] in the list that serve all prompts: of blocks as many as they are long, of everything the most
+    open positions, rounded up to an eighth of the length."""
+    batch = blocks.sizes.shape[1]
+    if blocks.windows is not None:
+        longest = (
+            (blocks.windows[..., 1] - blocks.windows[..., 0]).amax(dim=-1) if batch else blocks.sizes.sum(dim=-1)
+        )
+        return longest[:, None].expand(-1, batch)
+    most, eighth = int(blocks.sizes.max()) if batch else 0, math.ceil(length / 8)
+    return torch.full((1, batch), min(length, math.ceil(most / eighth) * eighth), device="cpu")
+
+
+# The plan
+
+
+class Step(NamedTuple):
+    """One step of a plan.
+
+    block, number: which step of which block, both from 0. row: of the plan's tensors. remaining: the share of the
+    block's steps that follow. progress: from 0 in the first of them to 1 in the last. place: where the block's masked
+    positions are listed. num_open, num_rows, num_rows_after: places there of all that is open at first, of what is
+    masked before the step and after it.
+    """
+
+    block: int
+    number: int
+    row: int
+    remaining: float
+    progress: float
+    place: int
+    num_open: int
+    num_rows: int
+    num_rows_after: int
+
+
+class Plan(NamedTuple):
+    """The steps that can change anything, of so many in each block, with what they need on the device.
+
+    counts: [R, B] int64, how many positions of each sequence stay masked at most, after each of these R steps; or,
+    where a rule commits with them, commits: how many are committed at least in each; else None.
+    row_starts: [R, B + 1] int64, where in the list of masked positions after it those of each sequence begin.
+    windows: [K, B, 2] int64, as of :class:`Blocks`.
+    """
+
+    num_blocks: int
+    num_steps: int
+    steps: tuple[Step, ...]
+    counts: Tensor
+    commits: Tensor | None
+    row_starts: Tensor
+    windows: Tensor | None
+
+    @property
+    def total(self) -> int:
+        """How many steps there are, those included that cannot change anything."""
+        return self.num_blocks * self.num_steps
+
+
+class Pace(NamedTuple):
+    """How many positions of a block a step commits.
+
+    steps: of a block. commits: at least so many, in place of the schedule's; see :class:`Commits`. may_remask:
+    whether what is committed may be masked again. by_rule: whether a step commits one at least and as many as it
+    likes. always_runs: whether even a step that commits nothing can change what follows.
+    """
+
+    schedule: Schedule
+    formulas: Formulas
+    steps: int
+    commits: Commits | None
+    may_remask: bool
+    by_rule: bool
+    always_runs: bool
+
+    @property
+    def falls(self) -> bool:
+        """Whether what is masked never grows."""
+        return self.by_rule or not self.may_remask
+
+    @property
+    def is_by_sequence(self) -> bool:
+        """Whether sequences of one size may go unlike ways."""
+        return self.commits is not None and isinstance(self.commits.given, Tensor) and self.commits.given.ndim == 2
+
+
+class Commits(NamedTuple):
+    """How many positions each step of a block commits at least.
+
+    given: [steps] int64, or [steps, B] for each sequence by itself, on the CPU; or a function of how many are open in
+    the block and the number of steps.
+    """
+
+    given: Tensor | Callable[[int, int], Sequence[int] | Tensor]
+    steps: int
+
+    @staticmethod
+    def checked(commits: Any, steps: int, batch: int) -> Commits | None:
+        """From what ``generate`` was given."""
+        if commits is None or (callable(commits) and not isinstance(commits, Tensor)):
+            return None if commits is None else Commits(commits, steps)
+        if not isinstance(commits, (Tensor, list, tuple)):
+            number = _check.integer("commits", commits, 0)
+            return Commits(torch.full((steps,), number, device="cpu"), steps)
+        return Commits(_as_commits(commits, [[steps], [steps, batch]]), steps)
+
+    def of(self, size: int, column: int) -> Tensor:
+        """[steps] int64 of a sequence with so many open positions."""
+        if isinstance(self.given, Tensor):
+            return self.given[:, column] if self.given.ndim == 2 else self.given
+        return _as_commits(self.given(size, self.steps), [[self.steps]])
+
+
+def _as_commits(commits: Any, shapes: list[list[int]]) -> Tensor:
+    try:
+        commits = torch.as_tensor(commits, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected commits to be whole numbers, received {commits!r}") from error
+    _check.tensor("commits", commits, _check.INTEGER)
+    if list(commits.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(
+            f"expected commits of shape {expected} (steps, or steps and B), received {list(commits.shape)}"
+        )
+    if bool((commits < 0).any()):
+        raise ValueError("expected commits from 0 on, received a negative number")
+    return commits.long()
+
+
+def plan(pace: Pace, blocks: Blocks, device: torch.device, places: Tensor | None = None) -> Plan:
+    """The steps of a generation.
+
+    Args:
+        places: [K, B], numbers that the blocks' sizes do not exceed: the plan's steps then depend on these alone.
+    """
+    ways = _Ways(pace)
+    steps: list[Step] = []
+    counts, commits, row_starts = [], [], []
+    place = 0
+    most = blocks.sizes if places is None else places
+    for block, (own, listed) in enumerate(zip(blocks.sizes, most, strict=True)):
+        part = _part(ways, own, listed, places is not None)
+        first = len(steps)
+        steps += [
+            Step(block, number, first + i, (pace.steps - 1 - number) / pace.steps, number / max(1, pace.steps - 1),
+                 place, part.num_rows[0], *part.num_rows[i : i + 2])
+            for i, number in enumerate(part.numbers.tolist())
+        ]  # fmt: skip
+        place += part.num_rows[0]
+        counts.append(part.counts)
+        row_starts.append(part.row_starts)
+        if pace.by_rule and pace.commits is not None:
+            commits.append(ways.commits(own, part.numbers))
+    batch = blocks.sizes.shape[1]
+    return Plan(
+        len(blocks.sizes),
+        pace.steps,
+        tuple(steps),
+        to_device(_joined(counts, batch), device),
+        to_device(_joined(commits, batch), device) if pace.by_rule and pace.commits is not None else None,
+        to_device(_joined(row_starts, batch + 1), device),
+        None if blocks.windows is None else to_device(blocks.windows, device),
+    )
+
+
+def _joined(parts: list[Tensor], columns: int) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]  # of many steps: not copied
+    return torch.cat([torch.empty(0, columns, dtype=torch.int64, device="cpu"), *parts])
+
+
+class _Part(NamedTuple):
+    """The steps of one block: numbers [R]; num_rows, of R + 1, before and after them; the plan's rows of them."""
+
+    numbers: Tensor
+    num_rows: list[int]
+    counts: Tensor
+    row_starts: Tensor
+
+
+def _part(ways: _Ways, own: Tensor, listed: Tensor, is_padded: bool) -> _Part:
+    """One block with sizes [B], and places [B] in the list."""
+    changes, columns = ways.changes(listed)
+    numbers = _running(changes, ways.pace.always_runs or is_padded)
+    after = _table(changes, numbers, columns)
+    row_starts = after.new_zeros(len(numbers), len(columns) + 1)
+    torch.cumsum(after, dim=-1, out=row_starts[:, 1:])
+    counts = after
+    if is_padded:
+        changes, columns = ways.changes(own)
+        counts = _table(changes, numbers, columns)
+    # No step that is left out changes anything.
+    return _Part(numbers, [int(listed.sum()), *after.sum(dim=-1).tolist()], counts, row_starts)
+
+
+class _Ways:
+    """How sequences of each size go through the steps of a block: the same in all blocks, found once."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+        self._changes: dict[tuple[int, int], Changes] = {}
+        self._commits: dict[tuple[int, int], Tensor] = {}
+        self._ratios = None
+        if pace.commits is None and not pace.by_rule:
+            self._ratios = pace.formulas.step_ratios(pace.schedule, pace.steps)
+            if not pace.may_remask:  # what is committed stays committed
+                self._ratios = self._ratios.nan_to_num(0.0).cummin(dim=0).values
+
+    def changes(self, sizes: Tensor) -> tuple[list[Changes], Tensor]:
+        """The changes of sequences of these sizes [B], and which of them are each one's, [B]."""
+        kinds = self._kinds(sizes)
+        different = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+        for kind in different:
+            if kind not in self._changes:
+                self._changes[kind] = _changes(self._counts(kind), kind[0], self.pace.steps, self.pace.falls)
+        columns = torch.tensor([different[kind] for kind in kinds], dtype=torch.int64, device="cpu")
+        return [self._changes[kind] for kind in different], columns
+
+    def commits(self, sizes: Tensor, numbers: Tensor) -> Tensor:
+        """How many the steps of these numbers [R] commit at least, [R, B]; the last of all commits everything."""
+        if not len(sizes):
+            return torch.zeros(len(numbers), 0, dtype=torch.int64, device="cpu")
+        each = torch.stack([self._committed(kind)[numbers] for kind in self._kinds(sizes)], dim=-1)
+        return each.where(numbers[:, None] < self.pace.steps - 1, sizes)
+
+    def _kinds(self, sizes: Tensor) -> list[tuple[int, int]]:
+        """What decides each sequence's way: its size, and which it is where that matters."""
+        return [(size, column if self.pace.is_by_sequence else 0) for column, size in enumerate(sizes.tolist())]
+
+    def _committed(self, kind: tuple[int, int]) -> Tensor:
+        assert self.pace.commits is not None
+        if kind not in self._commits:  # a function may draw numbers
+            self._commits[kind] = self.pace.commits.of(*kind)
+        return self._commits[kind]
+
+    def _counts(self, kind: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        """How many stay masked at most, after the steps of some numbers."""
+        pace, (size, _) = self.pace, kind
+        last = pace.steps - 1
+        if pace.commits is not None:
+            commits = self._committed(kind)
+            left = size - (commits.clamp(min=1) if pace.by_rule else commits).cumsum(dim=0)
+            return lambda numbers: left[numbers].clamp(min=0).where(numbers < last, 0)
+        ratios = self._ratios
+        if ratios is None:
+            return lambda numbers: (size - 1 - numbers).clamp(min=0).where(numbers < last, 0)
+        return lambda numbers: pace.formulas.num_remaining(ratios[numbers], size).where(numbers < last, 0)
+
+
+# So many steps are passed over at once where nothing changes: of a million with 1024 changes least is computed.
+_STRIDE = 64
+
+
+class Changes(NamedTuple):
+    """When the number of masked positions of a sequence changes, in few words even of a million steps.
+
+    numbers: [K] int64, of the steps that change it. values: [K + 1] int64, the number before them and after each.
+    """
+
+    numbers: Tensor
+    values: Tensor
+
+    def after(self, numbers: Tensor) -> Tensor:
+        """How many are masked after the steps of these numbers."""
+        return self.values[torch.searchsorted(self.numbers, numbers, right=True)]
+
+
+def _changes(counts: Callable[[Tensor], Tensor], size: int, steps: int, falls: bool) -> Changes:
+    """Of counts after steps, from a size on; those that fall are computed only near where they do."""
+    numbers = torch.arange(0, steps, _STRIDE if falls else 1, device="cpu")
+    if falls:
+        ends = torch.cat([numbers, numbers.new_tensor([steps - 1])])
+        differ = counts(ends).diff() != 0
+        near = numbers[differ][:, None] + torch.arange(1, _STRIDE + 1, device="cpu")
+        numbers = torch.cat([numbers[:1], near.flatten().clamp(max=steps - 1)])
+    after = counts(numbers)
+    changed = after != torch.cat([after.new_tensor([size]), after[:-1]])
+    return Changes(numbers[changed], torch.cat([after.new_tensor([size]), after[changed]]))
+
+
+def _running(changes: list[Changes], always_runs: bool) -> Tensor:
+    """Numbers of the steps that can change anything, [R] int64, in order."""
+    numbers = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *(each.numbers for each in changes)])
+    if not always_runs:  # a step that commits nothing changes nothing, unless the next one is conditioned on it
+        return numbers.unique()
+    return torch.arange(int(numbers.max()) + 1 if len(numbers) else 0, device="cpu")  # the last change is to 0
+
+
+def _table(changes: list[Changes], numbers: Tensor, columns: Tensor) -> Tensor:
+    """Masked positions after steps, [R, B], of sequences with the changes in these columns [B]."""
+    if not changes:
+        return torch.zeros(len(numbers), 0, dtype=torch.int64, device="cpu")
+    return torch.stack([each.after(numbers) for each in changes], dim=-1)[:, columns]

@@ -1,0 +1,119 @@
+"""Public decoders of masked-token models, each written from its formula, in float64, one sequence at a time.
+
+A network is called with one sequence [N] and gives logits [N, V] as NumPy; ids hold MASK where they are open. Each
+returns the ids, the pass in which each position was committed (-1 where it was given), and the number of passes that
+committed something.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from generating import MASK
+from scipy.special import softmax
+
+
+class Canvas:
+    """One sequence that is being filled in."""
+
+    def __init__(self, net, ids):
+        self.net, self.ids = net, np.array(ids)
+        self.is_open = self.ids == MASK
+        self.committed_at = np.full(len(self.ids), -1)
+        self.passes = 0
+
+    def open_in(self, begin, end):
+        return [i for i in range(begin, min(end, len(self.ids))) if self.is_open[i]]
+
+    def probabilities(self):
+        z = np.array(self.net(np.where(self.is_open, MASK, self.ids)), dtype=np.float64)
+        z[:, MASK] = -np.inf
+        return softmax(z, axis=-1)
+
+    def commit(self, positions, ids):
+        for i in positions:
+            self.ids[i], self.is_open[i], self.committed_at[i] = ids[i], False, self.passes
+        self.passes += 1
+
+    @property
+    def result(self):
+        return self.ids.tolist(), self.committed_at.tolist(), self.passes
+
+
+def first_open(canvas):
+    return int(np.argmax(canvas.is_open)) if canvas.is_open.any() else len(canvas.ids)
+
+
+def surest(positions, score):
+    """The positions by falling score, of equal ones the lower first."""
+    return sorted(positions, key=lambda i: (-score[i], i))
+
+
+def llada(net, ids, length, steps):
+    """ML-GSAI/LLaDA's generate.py, low_confidence at temperature 0: blocks from the prompt's end, even split."""
+    canvas = Canvas(net, ids)
+    for begin in range(first_open(canvas), len(ids), length):
+        num_open = len(canvas.open_in(begin, begin + length))
+        for step in range(steps):
+            each = num_open // steps + (step < num_open % steps)
+            if each:
+                p = canvas.probabilities()
+                canvas.commit(surest(canvas.open_in(begin, begin + length), p.max(-1))[:each], p.argmax(-1))
+    return canvas.result
+
+
+def fast_dllm(net, ids, length, *, threshold=None, factor=None):
+    """NVlabs/Fast-dLLM's llada/generate.py: as many passes as it takes."""
+    canvas = Canvas(net, ids)
+    for begin in range(first_open(canvas), len(ids), length):
+        while positions := canvas.open_in(begin, begin + length):
+            p = canvas.probabilities()
+            order = surest(positions, p.max(-1))
+            confidence = [p[i].max() for i in order]
+            if threshold is not None:
+                count = sum(c > threshold for c in confidence)
+            else:
+                count = max([n for n in range(1, len(order) + 1) if confidence[n - 1] >= 1 - factor / (n + 1)] or [0])
+            canvas.commit(order[: max(1, count)], p.argmax(-1))
+    return canvas.result
+
+
+def sdar_dynamic(net, ids, length, steps, threshold):
+    """JetAstra/SDAR's dynamic remasking, as in LLaDA2.0: blocks at multiples of their length."""
+    canvas = Canvas(net, ids)
+    for begin in range(0, len(ids), length):
+        num_open = len(canvas.open_in(begin, begin + length))
+        for step in range(steps):
+            positions = canvas.open_in(begin, begin + length)
+            if not positions:
+                break
+            p = canvas.probabilities()
+            order = surest(positions, p.max(-1))
+            each = num_open // steps + (step < num_open % steps)
+            above = sum(p[i].max() > threshold for i in order)
+            count = len(order) if step == steps - 1 else max(above, each, 1)
+            canvas.commit(order[:count], p.argmax(-1))
+    return canvas.result
+
+
+def eb_sampler(net, ids, bound):
+    """EB-Sampler: by rising entropy, the n-th while those before it sum to at most the bound."""
+    canvas = Canvas(net, ids)
+    while positions := canvas.open_in(0, len(ids)):
+        p = canvas.probabilities()
+        entropy = -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0), axis=-1)
+        order = surest(positions, -entropy)
+        before = np.concatenate([[0.0], np.cumsum(entropy[order])[:-1]])
+        canvas.commit(order[: int(np.sum(before <= bound))], p.argmax(-1))
+    return canvas.result
+
+
+def in_order(net, ids, order, steps):
+    """A fixed order (Halton's, left to right), so many positions a step that a linear schedule keeps the rest."""
+    canvas = Canvas(net, ids)
+    places = [i for i in order if canvas.is_open[i]]
+    for step in range(steps):
+        left = int(len(places) * (steps - 1 - step) / steps + 1e-4)
+        positions = [i for i in places[: len(places) - left] if canvas.is_open[i]]
+        if positions:
+            canvas.commit(positions, canvas.probabilities().argmax(-1))
+    return canvas.result
