@@ -2,10 +2,20 @@
 
 from fastmask import data, functional
 from fastmask.heads import Head
-from fastmask.records import Losses, Metrics, Trajectory
+from fastmask.records import GenerationStep, Losses, Metrics, Trajectory
 from fastmask.schedules import Schedule
 from fastmask.wrapper import NonAutoregressiveWrapper
 
 __version__ = "0.1.0"
 
-__all__ = ["Head", "Losses", "Metrics", "NonAutoregressiveWrapper", "Schedule", "Trajectory", "data", "functional"]
+__all__ = [
+    "GenerationStep",
+    "Head",
+    "Losses",
+    "Metrics",
+    "NonAutoregressiveWrapper",
+    "Schedule",
+    "Trajectory",
+    "data",
+    "functional",
+]

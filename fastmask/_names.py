@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "cfg_scale": ("cfg", "cond_scale", "guidance", "guidance_scale", "w"),
     "unconditional": ("negative_prompt", "negative_prompt_ids", "uncond", "unconditional_input_ids"),
     "block_length": ("block_len", "block_size"),
+    "eos_id": ("eos", "eos_token", "eos_token_id", "stop_token_id", "stop_token_ids"),
     "commits": ("num_transfer_tokens", "tokens_per_step", "transfer_schedule"),
     "steps": (
         "denoising_steps", "diffusion_steps", "max_iter", "num_inference_steps", "num_iter", "num_sampling_steps",
@@ -76,7 +77,6 @@ _REMEDIES = {
 # What nobody here knows by another name.
 _ABSENT = {
     "attention_mask": "x-transformers' networks take mask= [B, N] bool; name what yours takes in its forward",
-    **dict.fromkeys(("eos_token", "eos_token_id"), "all positions are generated; cut off what follows the first end"),
     **dict.fromkeys(("num_beams", "repetition_penalty"), "there is no such search; leave it out"),
 }
 

@@ -19,7 +19,7 @@ from fastmask._progress import Progress, track
 from fastmask.critic import critic_logits
 from fastmask.ops.judging import Judge, remask_key_of_threshold
 from fastmask.planning import Plan, Start, Step
-from fastmask.records import Draws, Sampled, Sampling, Trajectory
+from fastmask.records import Draws, GenerationStep, Sampled, Sampling, Trajectory
 from fastmask.upstream import Formulas, Proposal
 
 # What is handed in
@@ -76,6 +76,7 @@ class Options(NamedTuple):
     factor: float | None
     entropy_bound: float | None
     cfg_scale: float | None
+    has_end: bool
     sample_offset: int
 
     def checked(self) -> Options:
@@ -175,7 +176,8 @@ class State(NamedTuple):
 
     Read:
         maskable: [B, N] bool; maskable_rows: its flat positions. order: [B, N] float32, the score; None for another.
-        counts, commits, row_starts, windows: the plan's. seed: [] int64. forbidden: [V] bool or None.
+        counts, commits, row_starts, windows: the plan's. seed: [] int64. forbidden: [V] bool or None. ends: [E]
+        int64, ids that end a sequence; None for none.
     """
 
     ids: Tensor
@@ -191,10 +193,16 @@ class State(NamedTuple):
     seed: Tensor
     forbidden: Tensor | None
     order: Tensor | None
+    ends: Tensor | None
 
 
 def first_state(
-    start: Start, plan: Plan, seed: Tensor, forbidden: Tensor | None, order: Tensor | None = None
+    start: Start,
+    plan: Plan,
+    seed: Tensor,
+    forbidden: Tensor | None,
+    order: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> State:
     """The state before the first step."""
     ids, maskable = start.ids.contiguous(), (~start.is_given).contiguous()
@@ -213,6 +221,7 @@ def first_state(
         seed=seed,
         forbidden=forbidden,
         order=order,
+        ends=ends,
     )
 
 
@@ -242,33 +251,90 @@ def run(
     generator: torch.Generator | None = None,
     *,
     may_stop: bool = True,
-) -> Iterator[int]:
-    """Runs the steps on the state, and yields after each how many of all are through.
+) -> Iterator[Done]:
+    """Runs the steps on the state, and yields after each.
 
-    By a rule a block ends when nothing in it is masked, where it ``may_stop``. A GPU is asked a step later, so that
-    the host waits for no work that it queued since.
+    By a rule a block ends when nothing in it is masked, where it ``may_stop``, and all of them once each sequence has
+    an end. A GPU is asked a step later, so that the host waits for no work that it queued since.
     """
     running = {(step.block, step.number): step for step in plan.steps}
-    stops = may_stop and options.has_rule and not model.may_remask
+    stops = may_stop and not model.may_remask and (options.has_rule or options.has_end)
     for block in range(plan.num_blocks):
         asked, condition = None, model.null_embed  # a block knows nothing of how long others took
         for number in range(plan.num_steps):
             through = block * plan.num_steps + number + 1
-            if stops and number > 0 and (block, number) not in running:
-                break  # as many steps as there are positions have run
-            if (block, number) in running:
-                step = running[block, number]
-                sampled, next_condition = _propose(state, step, model, options, condition, inputs, generator)
-                _remask(state, sampled, step, model, options, inputs)
-                if asked is not None and asked.wait() == 0:
-                    break  # the step before left nothing to do: this one did nothing
-                condition = next_condition
-                if stops:
-                    asked = HostCount((_rows(state, step, step.num_rows_after) >= 0).sum())
-                    if not state.ids.is_cuda and asked.wait() == 0:
-                        yield (block + 1) * plan.num_steps
+            step = running.get((block, number))
+            if step is None:
+                if stops and options.has_rule and number > 0:
+                    break  # as many steps as there are positions have run
+                yield Done(through, False)
+                continue
+            sampled, next_condition = _propose(state, step, model, options, condition, inputs, generator)
+            _remask(state, sampled, step, model, options, inputs)
+            if state.ends is not None:
+                _end(state, state.ends)
+            left = None if asked is None else asked.answer()
+            if left == 0:
+                break  # nothing was masked before this step: it changed nothing
+            if left == _NOWHERE:
+                return
+            condition = next_condition
+            if stops:
+                asked = _Question(state, step)
+                left = None if state.ids.is_cuda else asked.answer()
+                if left is not None and left <= 0:
+                    yield Done((block + 1) * plan.num_steps if left == 0 else plan.total, True)
+                    if left == 0:
                         break
-            yield through
+                    return
+            yield Done(through, True)
+
+
+class Done(NamedTuple):
+    """What a step leaves: how many of all are through, and whether it ran, or could not have changed anything."""
+
+    through: int
+    ran: bool
+
+
+_NOWHERE = -1
+
+
+class _Question:
+    """How many positions of a step's block are masked; _NOWHERE if none of any is, since all sequences have ended."""
+
+    def __init__(self, state: State, step: Step) -> None:
+        left = (_rows(state, step, step.num_rows_after) >= 0).sum()
+        if state.ends is not None:
+            left = torch.where(state.is_masked.any(), left, _NOWHERE)
+        self._count = HostCount(left)
+
+    def answer(self) -> int | None:
+        """The number, once the device has it."""
+        return self._count.wait()
+
+
+def past_end(state: State, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Which positions lie past the first end of their sequence, [B, N] bool, and that end's id, [B, 1].
+
+    An end is one of these ids where nothing was given and nothing before is masked.
+    """
+    is_end = (state.ids[..., None] == ends).any(dim=-1) & state.maskable
+    is_end &= state.is_masked.cumsum(dim=-1) == 0
+    is_past = is_end.cumsum(dim=-1) > is_end.long()
+    return is_past & state.maskable, state.ids.gather(1, is_end.byte().argmax(dim=-1, keepdim=True))
+
+
+def _end(state: State, ends: Tensor) -> None:
+    """Fills in what lies past the first end of a sequence with that end, and lists it no more."""
+    if not state.ids.shape[1]:
+        return
+    is_past, end = past_end(state, ends)
+    state.ids.copy_(end.where(is_past, state.ids))
+    state.is_masked.logical_and_(~is_past)
+    state.log_probs.masked_fill_(is_past, 0.0)
+    is_over = is_past.flatten()[state.row_indices.clamp(min=0)] if len(state.row_indices) else state.row_indices < 0
+    state.row_indices.masked_fill_(is_over, -1)
 
 
 def _rows(state: State, step: Step, size: int) -> Tensor:
@@ -383,22 +449,41 @@ def _draws(state: State, step: Step, options: Options) -> Draws:
 # Ways to run it
 
 
-def watched(steps: Iterator[int], total: int, progress: Progress) -> Iterator[None]:
-    """Runs the steps, reports each of all, and yields after each that ran."""
+def watched(steps: Iterator[Done], total: int, progress: Progress) -> Iterator[Done]:
+    """The same, each step reported of all."""
     through: int | None = 0
     for number in track(total, progress, "demasking"):
         if number == through:
-            through = next(steps, None)
-            if through is not None:
-                yield
+            done = next(steps, None)
+            through = None if done is None else done.through
+            if done is not None:
+                yield done
 
 
-def recorded(steps: Iterator[None], state: State) -> Trajectory:
+def recorded(steps: Iterator[Done], state: State) -> Trajectory:
     """Runs the steps, and keeps the state after each."""
     states = []
     for _ in steps:
         states.append(Trajectory(state.ids.clone(), state.is_masked.clone(), state.log_probs.clone()))
     return Trajectory(*(torch.stack(values) for values in zip(*states, strict=True)))
+
+
+def followed(steps: Iterator[Done], state: State) -> Iterator[GenerationStep]:
+    """The state after each step that ran, and when what was committed."""
+    committed_at = torch.full_like(state.ids, -1, dtype=torch.int32)
+    passes = torch.zeros(len(state.ids), dtype=torch.int64, device=state.ids.device)
+    was_masked, number = state.is_masked.clone(), 0
+    for done in steps:
+        if not done.ran:
+            continue
+        committed_at.masked_fill_(was_masked & ~state.is_masked, number)
+        committed_at.masked_fill_(state.is_masked, -1)  # it may be masked again
+        if state.ends is not None:
+            committed_at.masked_fill_(past_end(state, state.ends)[0], -1)
+        passes += was_masked.any(dim=-1)
+        yield GenerationStep(state.ids, state.is_masked, state.log_probs, committed_at, passes)
+        was_masked.copy_(state.is_masked)
+        number += 1
 
 
 def replayed(owner: nn.Module, model: Model, state: State, plan: Plan, options: Options, inputs: Inputs) -> Tensor:

@@ -337,6 +337,22 @@ class Metrics(NamedTuple):
     num_masked: Tensor
 
 
+class GenerationStep(NamedTuple):
+    """A generation after one of its steps.
+
+    ids: [B, N] int64, mask_id where masked. is_masked: [B, N] bool. log_probs: [B, N] float32, nats, of the id last
+    proposed at each position (0 where it was given). committed_at: [B, N] int32, the step that committed it, of those
+    that ran, from 0; -1 where it was given, is masked or lies past an end. passes: [B] int64, how many of these
+    steps found something masked.
+    """
+
+    ids: Tensor
+    is_masked: Tensor
+    log_probs: Tensor
+    committed_at: Tensor
+    passes: Tensor
+
+
 class Trajectory(NamedTuple):
     """A generation, step by step; a step that was not run repeats the one before.
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -18,9 +17,7 @@ from fastmask import (
     backbone,
     evaluation,
     functional,
-    generation,
     own_masks,
-    planning,
     upstream,
 )
 from fastmask._devices import device_of
@@ -29,17 +26,17 @@ from fastmask._modes import evaluating
 from fastmask._progress import Progress
 from fastmask.critic import SelfCritic, critic_logits, critic_loss
 from fastmask.first_look import FirstLook
+from fastmask.generation_mixin import GenerationMixin
 from fastmask.heads import Heads
 from fastmask.ops.mask_sampling import check_gate
-from fastmask.ops.sample_tokens import as_forbidden
 from fastmask.ops.seeds import as_seed
-from fastmask.records import CrossEntropy, Draws, Losses, MaskedTokens, Metrics, Sampling, Trajectory
+from fastmask.records import CrossEntropy, Draws, Losses, MaskedTokens, Metrics, Sampling
 from fastmask.schedules import Schedule, TensorFn, as_schedule
 
 _FLAGS = ("self_cond", "can_mask_prev_unmasked", "use_simple_mdlm_loss_weight", "stratified_times", "compat")
 
 
-class NonAutoregressiveWrapper(nn.Module):
+class NonAutoregressiveWrapper(GenerationMixin):
     r"""Trains and samples a masked-token model; a drop-in for x-transformers' class of that name.
 
     The loss is, with :math:`w_b = |\mathrm{schedule}'(t_b)| \, n_b / k_b`,
@@ -220,10 +217,6 @@ class NonAutoregressiveWrapper(nn.Module):
         return use_simple_mdlm_loss_weight
 
     @property
-    def _schedule(self) -> Schedule:
-        return as_schedule(self.schedule_fn)
-
-    @property
     def _formulas(self) -> upstream.Formulas:
         return upstream.X_TRANSFORMERS if self.compat else upstream.FASTMASK
 
@@ -248,11 +241,6 @@ class NonAutoregressiveWrapper(nn.Module):
         way = self._heads.way(self.net)
         head = f"linear_head={way.head is not None} ({way.reason})"
         return ", ".join([*numbers, *words, *gate, *flags, head])
-
-    def _run(self, formulas: upstream.Formulas, ids: Tensor, **arguments: Any) -> backbone.Output:
-        """The network on ids [B, N], for the ids there are."""
-        out = backbone.run(self.net, self._heads, ids, **arguments)
-        return formulas.of_tokens(out, self.net, self.num_tokens, self.mask_id)
 
     # Training
 
@@ -441,10 +429,6 @@ class NonAutoregressiveWrapper(nn.Module):
             embeddings = earlier.detach() + 0.0 * self.null_embed
         return self._condition(embeddings)
 
-    def _condition(self, embeddings: Tensor | None) -> dict[str, Any]:
-        """The network's argument that conditions it on embeddings [B, N, D] or [D]."""
-        return {} if embeddings is None else {"sum_embeds": self.to_self_cond(embeddings)}
-
     def _denominator(
         self,
         masked: MaskedTokens,
@@ -557,270 +541,6 @@ class NonAutoregressiveWrapper(nn.Module):
             return out.loss(tokens, masked, masked.loss_weights, 1.0, counted.at_most(tokens.numel()))
 
         return evaluation.Model(self.net, mask, cost)
-
-    # Generation
-
-    @overload
-    def generate(
-        self, batch_size: int | None = None, start_temperature: float = 1.0, filter_thres: float | None = 0.7,
-        noise_level_scale: float = 1.0, *, return_trajectory: Literal[False] = False, **options: Any,
-    ) -> Tensor: ...  # fmt: skip
-
-    @overload
-    def generate(
-        self, batch_size: int | None = None, start_temperature: float = 1.0, filter_thres: float | None = 0.7,
-        noise_level_scale: float = 1.0, *, return_trajectory: Literal[True], **options: Any,
-    ) -> tuple[Tensor, Trajectory]: ...  # fmt: skip
-
-    @overload
-    def generate(
-        self, batch_size: int | None = None, start_temperature: float = 1.0, filter_thres: float | None = 0.7,
-        noise_level_scale: float = 1.0, *, return_trajectory: bool, **options: Any,
-    ) -> Tensor | tuple[Tensor, Trajectory]: ...  # fmt: skip
-
-    @torch.no_grad()
-    def generate(
-        self,
-        batch_size: int | None = None,
-        start_temperature: float = 1.0,
-        filter_thres: float | None = 0.7,
-        noise_level_scale: float = 1.0,
-        *,
-        end_temperature: float | None = None,
-        min_p: float | None = None,
-        top_p: float | None = None,
-        processed: bool = False,
-        forbidden: Tensor | Sequence[int] | None = None,
-        score: str | Tensor | None = None,
-        choice_temperature: float | None = None,
-        commits: int | Sequence[int] | Tensor | Callable[[int, int], Sequence[int]] | None = None,
-        threshold: float | None = None,
-        factor: float | None = None,
-        entropy_bound: float | None = None,
-        cfg_scale: float | None = None,
-        unconditional: dict[str, Any] | None = None,
-        seq_len: int | None = None,
-        prompt: Tensor | None = None,
-        prompt_mask: Tensor | None = None,
-        block_length: int | None = None,
-        block_origin: str = "prompt",
-        steps: int | None = None,
-        generator: torch.Generator | None = None,
-        sample_offset: int = 0,
-        progress: Progress = None,
-        return_trajectory: bool = False,
-        cuda_graph: bool = False,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Trajectory]:
-        """Generates sequences, or fills in the positions that a prompt leaves open.
-
-        ========= =================================== ==============================================
-        For       give                                other libraries call it
-        ========= =================================== ==============================================
-        diversity higher choice_temperature,          alg_temp, r_temp; temperature
-                  start_temperature
-        quality   more steps; lower                   num_steps, num_inference_steps, timesteps;
-                  start_temperature, top_p,           temperature, top_p, top_k
-                  higher filter_thres, min_p
-        order     score                               alg, remasking, remasking_strategy
-        speed     fewer steps, threshold, factor,     num_steps; confidence_threshold, gamma
-                  entropy_bound; cuda_graph
-        blocks    block_length, block_origin, commits block_size; num_transfer_tokens
-        guidance  cfg_scale, unconditional            guidance_scale; negative_prompt
-        ========= =================================== ==============================================
-
-        Args:
-            batch_size: B; None for one sequence without batch dimension (or the prompt's own).
-            start_temperature: annealed linearly to 0 (floor 1e-3); 0 takes the likeliest id in every step.
-            end_temperature: what it is annealed to, linearly; given the same, it stays.
-            filter_thres: keeps the ceil((1 - filter_thres) V) largest logits; None keeps all.
-            noise_level_scale: scale of the annealed Gumbel noise on the critic's scores.
-            min_p: of those, keeps the ids at least so many times as likely as the likeliest; None keeps all.
-            top_p: of those, keeps the nucleus of this probability; None keeps all.
-            processed: whether min_p, top_p and the figures that are scored are of softmax(z / T), rather than of
-                softmax(z). With end_temperature, since all would be 1 as T falls to 0.
-            forbidden: [V] bool, True at more ids that are never sampled beside mask_id; or a sequence of those ids.
-            score: what is committed first: "confidence", the highest log p, the default without a critic (with one
-                it is the critic's, and no other may be given); "margin", the likeliest id the furthest ahead of the
-                next; "entropy", the lowest; "random"; or [B, N] or [N] floating point, the highest of it, as of an
-                order its negative (``-torch.arange(N).float()`` for left to right).
-            choice_temperature: scale of the annealed Gumbel noise on the score, without a critic; 0 commits the
-                surest first and tends to one mode. None is 4.5, MaskGIT's, where counts alone decide how many are
-                committed, by the confidence, and start_temperature is above 0; else, and with compat, 0.
-            commits: how many positions of a sequence each step commits at least, in place of the schedule's counts:
-                one number; [steps], or [steps, B] for each sequence by itself; or a function of how many positions
-                of the block are open and the number of steps, that returns [steps] (``schedules.even_split``). The
-                last step commits everything.
-            threshold: a rule, in [0, 1]: in place of the schedule's counts every step commits all tokens whose
-                confidence (their probability; with a critic, that of being right), or margin, is above it, or whose
-                entropy in nats is below it, and one of each sequence, or ``commits``, at least; the last step commits
-                everything. The noise has no part in it. Generation ends when nothing is masked. With
-                can_mask_prev_unmasked a step masks again what is not above it (a token that the filter leaves out
-                has probability 0), and all steps run.
-            factor: f >= 0, a rule likewise, of the confidence: the surest n are committed, for the largest n whose
-                least sure one has a probability of at least 1 - f / (n + 1).
-            entropy_bound: nats, a rule likewise, of the entropy: the surest are committed, as many as have entropies
-                that sum to at most this without the last.
-            cfg_scale: w of classifier-free guidance, two passes a step: logits (1 + w) z - w z_u; None for none.
-            unconditional: the network's arguments of the second pass, all of them; by default the same, and the
-                prompt is masked there.
-            seq_len: N, from 1 to max_seq_len; default max_seq_len.
-            prompt: [P] or [B, P] int32|int64, the first P positions. Alone it is a prefix, all of it given, of
-                P < N; with
-            prompt_mask: likewise bool, P up to N, True where the prompt's id is given. What follows is open. A
-                given id is never changed, even if it equals mask_id.
-            block_length: decodes so many positions after the other, each block by itself: steps, commits and the
-                schedule's counts are of a block, and temperature and noise are annealed anew. None for one block.
-            block_origin: where blocks begin: "prompt", at the first position of a sequence that is open; "zero", at
-                multiples of block_length.
-            steps: of a block; default the wrapper's own or, with a rule that masks nothing again, as many as it is
-                long.
-            generator: default torch's own of the network's device.
-            sample_offset: global index of the first sequence: a batch may be split without changing it.
-            progress: True for a tqdm bar (nothing without tqdm), or a callable ``progress(done, total)``.
-            return_trajectory: also return every step, of all blocks; by a rule those that ran.
-            cuda_graph: capture the whole loop once for each batch, number of steps and set of options (and, to an
-                eighth of N, the most positions that a prompt leaves open), then replay it, with fresh randomness and
-                new prompts; all steps run, by a rule too. The network then sees no Python: it must not branch on
-                values. Where it cannot be captured a warning says why and the loop runs as usual. Each
-                ``sample_offset`` is a graph of its own, and each number of blocks.
-            kwargs: passed to the network and to the critic.
-
-        Returns:
-            ids [B, N] int64 ([N] for one sequence); with ``return_trajectory`` (ids, Trajectory).
-
-        Raises:
-            TypeError, ValueError: arguments that do not fit; names near to one of these, or other libraries' for
-                them, that the network does not have in its forward.
-
-        Randomness: one seed of the generator.
-
-        Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); threshold and factor: Fast-dLLM
-        (https://arxiv.org/abs/2505.22618, section 3.3); margin and entropy: Dream
-        (https://arxiv.org/abs/2508.15487); entropy_bound: EB-Sampler (https://arxiv.org/abs/2505.24857, algorithm 1);
-        blocks and guidance: LLaDA (https://arxiv.org/abs/2502.09992).
-        """
-        _names.refuse(kwargs, self.net, NonAutoregressiveWrapper.generate)
-        options = generation.Options(
-            start_temperature=start_temperature,
-            end_temperature=end_temperature,
-            filter_thres=filter_thres,
-            min_p=min_p,
-            top_p=top_p,
-            processed=processed,
-            noise_level_scale=noise_level_scale,
-            score="order" if isinstance(score, Tensor) else score,
-            choice_temperature=choice_temperature,
-            threshold=threshold,
-            factor=factor,
-            entropy_bound=entropy_bound,
-            cfg_scale=cfg_scale,
-            sample_offset=sample_offset,
-        )
-        options = options.checked()
-        order = score if isinstance(score, Tensor) else None
-        options.check_with(
-            has_critic=self.token_critic is not None, may_remask=self.can_mask_prev_unmasked, order=order
-        )
-        for name, flag in (("return_trajectory", return_trajectory), ("cuda_graph", cuda_graph)):
-            _check.flag(name, flag)
-        _progress.check(progress)
-        length = _check.integer("seq_len", self.max_seq_len if seq_len is None else seq_len, 1, self.max_seq_len + 1)
-        self._formulas.check_options(
-            end_temperature=end_temperature,
-            min_p=min_p,
-            top_p=top_p,
-            processed=processed or None,
-            forbidden=forbidden,
-            score=score,
-            commits=commits,
-            threshold=threshold,
-            factor=factor,
-            entropy_bound=entropy_bound,
-            cfg_scale=cfg_scale,
-            block_length=block_length,
-            cuda_graph=cuda_graph or None,
-        )
-        if cuda_graph and (progress or return_trajectory):
-            raise ValueError(
-                "expected cuda_graph=True without progress= and return_trajectory=: a graph runs all steps at once; "
-                "leave one out"
-            )
-        self._check_guidance(cfg_scale, unconditional, prompt)
-        device = backbone.device_of(self.net)
-        forbidden = as_forbidden(forbidden, self.num_tokens, device, self.mask_id)
-        start = planning.start(batch_size, prompt, prompt_mask, length, self.mask_id, device)
-        blocks = planning.blocks(start, block_length, block_origin)
-        pace = self._pace(steps, commits, options.has_rule, len(start.ids), length, block_length)
-        places = None
-        if cuda_graph and prompt is not None:
-            places = planning.places_for_any_prompt(blocks, length)
-        planned = planning.plan(pace, blocks, device, places)
-        order = None if order is None else planning.as_order(order, start.ids)
-        state = generation.first_state(start, planned, functional.draw_seed(device, generator), forbidden, order)
-        inputs = generation.Inputs(kwargs, unconditional)
-        ids, trajectory = state.ids, None
-        with evaluating(self):
-            if cuda_graph and planned.steps:
-                ids = generation.replayed(self, self._model(), state, planned, options, inputs)
-            else:
-                run = generation.run(self._model(), state, planned, options, inputs, generator)
-                watched = generation.watched(run, planned.total, progress)
-                if return_trajectory:
-                    trajectory = generation.recorded(watched, state)
-                else:
-                    for _ in watched:
-                        pass
-        ids = ids[0] if batch_size is None and (prompt is None or prompt.ndim == 1) else ids
-        return ids if trajectory is None else (ids, trajectory)
-
-    def _check_guidance(
-        self, cfg_scale: float | None, unconditional: dict[str, Any] | None, prompt: Tensor | None
-    ) -> None:
-        if cfg_scale is None and unconditional is not None:
-            raise ValueError("expected cfg_scale= with unconditional=, received None; say how much guidance")
-        if unconditional is not None:
-            if not isinstance(unconditional, dict):
-                raise TypeError(
-                    "expected unconditional to be a dict of the network's arguments, received "
-                    f"{type(unconditional).__name__}"
-                )
-            _names.refuse(unconditional, self.net, NonAutoregressiveWrapper.generate)
-        elif cfg_scale and prompt is None:
-            raise ValueError(
-                "expected unconditional= or a prompt with cfg_scale=, received neither; give the network's arguments "
-                "of the unconditional pass, whose prompt is masked by default"
-            )
-
-    def _pace(
-        self, steps: int | None, commits: Any, by_rule: bool, batch: int, length: int, block_length: int | None
-    ) -> planning.Pace:
-        may_remask = self.can_mask_prev_unmasked
-        if steps is None:  # by a rule as many as a block could need, whatever is open
-            steps = min(length, block_length or length) if by_rule and not may_remask else self.steps
-        steps = _check.integer("steps", steps, 1, 2**24)
-        if commits is not None and may_remask:
-            raise ValueError("expected no commits= with can_mask_prev_unmasked=True, received both; leave one out")
-        return planning.Pace(
-            self._schedule,
-            self._formulas,
-            steps,
-            planning.Commits.checked(commits, steps, batch),
-            may_remask=may_remask,
-            by_rule=by_rule,
-            always_runs=self.self_cond or may_remask,
-        )
-
-    def _model(self) -> generation.Model:
-        return generation.Model(
-            run=partial(self._run, self._formulas),
-            critic=self.token_critic,
-            condition=self._condition,
-            null_embed=self.null_embed if self.self_cond else None,
-            mask_id=self.mask_id,
-            may_remask=self.can_mask_prev_unmasked,
-            formulas=self._formulas,
-        )
 
     def _check_tokens(self, name: str, tokens: Tensor) -> None:
         _check.tensor(name, tokens, _check.INTEGER, ndim=2)

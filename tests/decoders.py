@@ -15,8 +15,9 @@ from scipy.special import softmax
 class Canvas:
     """One sequence that is being filled in."""
 
-    def __init__(self, net, ids):
-        self.net, self.ids = net, np.array(ids)
+    def __init__(self, net, ids, ends=()):
+        self.net, self.ids, self.ends = net, np.array(ids), ends
+        self.is_given = self.ids != MASK
         self.is_open = self.ids == MASK
         self.committed_at = np.full(len(self.ids), -1)
         self.passes = 0
@@ -33,6 +34,13 @@ class Canvas:
         for i in positions:
             self.ids[i], self.is_open[i], self.committed_at[i] = ids[i], False, self.passes
         self.passes += 1
+        for i, given in enumerate(self.is_given):
+            if self.is_open[i]:
+                break
+            if not given and self.ids[i] in self.ends:
+                rest = [j for j in range(i + 1, len(self.ids)) if not self.is_given[j]]
+                self.ids[rest], self.is_open[rest], self.committed_at[rest] = self.ids[i], False, -1
+                break
 
     @property
     def result(self):
@@ -48,22 +56,26 @@ def surest(positions, score):
     return sorted(positions, key=lambda i: (-score[i], i))
 
 
-def llada(net, ids, length, steps):
-    """ML-GSAI/LLaDA's generate.py, low_confidence at temperature 0: blocks from the prompt's end, even split."""
-    canvas = Canvas(net, ids)
+def llada(net, ids, length, steps, ends=()):
+    """ML-GSAI/LLaDA's generate.py, low_confidence at temperature 0: blocks from the prompt's end, even split.
+
+    With ends a sequence stops at the first of them before which nothing is open; what follows is that end.
+    """
+    canvas = Canvas(net, ids, ends)
     for begin in range(first_open(canvas), len(ids), length):
         num_open = len(canvas.open_in(begin, begin + length))
         for step in range(steps):
             each = num_open // steps + (step < num_open % steps)
-            if each:
+            positions = canvas.open_in(begin, begin + length)
+            if each and positions:
                 p = canvas.probabilities()
-                canvas.commit(surest(canvas.open_in(begin, begin + length), p.max(-1))[:each], p.argmax(-1))
+                canvas.commit(surest(positions, p.max(-1))[:each], p.argmax(-1))
     return canvas.result
 
 
-def fast_dllm(net, ids, length, *, threshold=None, factor=None):
+def fast_dllm(net, ids, length, *, threshold=None, factor=None, ends=()):
     """NVlabs/Fast-dLLM's llada/generate.py: as many passes as it takes."""
-    canvas = Canvas(net, ids)
+    canvas = Canvas(net, ids, ends)
     for begin in range(first_open(canvas), len(ids), length):
         while positions := canvas.open_in(begin, begin + length):
             p = canvas.probabilities()

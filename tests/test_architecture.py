@@ -16,6 +16,7 @@ FLOORS = [
     ("__main__",),
     ("demo",),
     ("wrapper",),
+    ("generation_mixin",),
     ("evaluation", "generation"),
     ("planning",),
     ("upstream",),

@@ -181,6 +181,7 @@ OPTIONS = {
     "remask": ({"can_mask_prev_unmasked": True, "self_cond": True}, {}),
     "blocks": ({}, {"block_length": 7, "choice_temperature": 1.0}),
     "blocks_by_rule": ({}, {"block_length": 5, "steps": 3, "threshold": 0.4, "commits": 1}),
+    "end": ({}, {"eos_id": [2, 3]}),
     "guidance": ({}, {"cfg_scale": 1.5, "unconditional": {"scale": 0.5}}),
     "remask_critic": ({"can_mask_prev_unmasked": True, "token_critic": "own"}, {"sample_offset": 5}),
     "many_steps": ({"steps": 18}, {"choice_temperature": 4.5}),

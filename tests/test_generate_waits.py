@@ -67,6 +67,7 @@ WAYS = {
     "threshold_critic": ({"token_critic": "own"}, {"threshold": 0.3}),
     "blocks": ({}, {"block_length": 8}),
     "blocks_threshold": ({"self_cond": True}, {"block_length": 8, "threshold": 0.3, "commits": 1}),
+    "end": ({}, {"block_length": 8, "eos_id": 2}),
     "guidance": ({}, {"cfg_scale": 1.0, "unconditional": {}}),
     "threshold_remask": ({"can_mask_prev_unmasked": True}, {"threshold": 0.3}),
 }
@@ -75,7 +76,7 @@ WAYS = {
 def is_asked(way: str) -> bool:
     """Whether the steps are told when nothing is left."""
     of_wrapper, options = WAYS[way]
-    return "threshold" in options and not of_wrapper.get("can_mask_prev_unmasked")
+    return ("threshold" in options or "eos_id" in options) and not of_wrapper.get("can_mask_prev_unmasked")
 
 
 _ANSWERING: list[bool] = []

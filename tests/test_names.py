@@ -34,7 +34,7 @@ def tokens() -> torch.Tensor:
         ("temperature", "start_temperature="), ("num_steps", "steps="), ("num_inference_steps", "steps="),
         ("timesteps", "steps="), ("seed", r"generator=torch.Generator\(\).manual_seed\(seed\)"),
         ("cfg", "cfg_scale="), ("guidance_scale", "cfg_scale="), ("block_size", "block_length="),
-        ("uncond", "unconditional="), ("num_transfer_tokens", "commits="),
+        ("eos_token_id", "eos_id="), ("uncond", "unconditional="), ("num_transfer_tokens", "commits="),
         ("top_k", "filter_thres=1 - k / num_tokens"),
         ("max_length", "seq_len="), ("max_new_tokens", "seq_len="), ("gen_length", "seq_len="),
         ("length", "seq_len="), ("num_samples", "batch_size="), ("num_return_sequences", "batch_size="),
