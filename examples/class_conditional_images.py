@@ -25,11 +25,7 @@ MASK, NO_CLASS = LEVELS, CLASSES
 
 
 class ClassConditional(nn.Module):
-    """A network on pixels and a class; at sampling it may lean away from what it says without one.
-
-    Ho and Salimans, "Classifier-free diffusion guidance" (https://arxiv.org/abs/2207.12598): (1 + w) z_c - w z_u. The
-    head is linear, so that its input is combined in place of the logits: one head and not two.
-    """
+    """A network on pixels and a class. Its head is linear: under guidance its input is combined, and it runs once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,17 +38,8 @@ class ClassConditional(nn.Module):
     def linear_head(self) -> Head:
         return Head(self.trunk.to_logits.weight, self.trunk.to_logits.bias)
 
-    def embeddings(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return self.trunk(ids, sum_embeds=self.classes(labels)[:, None], return_embeddings=True)
-
-    def forward(self, ids: Tensor, labels: Tensor, guidance: float = 0.0, return_embeddings: bool = False) -> Tensor:
-        if guidance:
-            both = torch.cat([labels, torch.full_like(labels, NO_CLASS)])
-            with_class, without = self.embeddings(ids.repeat(2, 1), both).chunk(2)
-            x = (1 + guidance) * with_class - guidance * without
-        else:
-            x = self.embeddings(ids, labels)
-        return x if return_embeddings else self.trunk.to_logits(x)
+    def forward(self, ids: Tensor, labels: Tensor, return_embeddings: bool = False) -> Tensor:
+        return self.trunk(ids, sum_embeds=self.classes(labels)[:, None], return_embeddings=return_embeddings)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -81,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"training    {loss.item():.2f} nats a pixel after step {step}")
 
     digits = torch.full((8,), options.digit)
-    ids = model.generate(batch_size=8, steps=32, labels=digits, guidance=options.guidance)
+    without = {"labels": torch.full_like(digits, NO_CLASS)}
+    ids = model.generate(8, steps=32, labels=digits, cfg_scale=options.guidance, unconditional=without)
     for row in ids.view(8, SIDE, SIDE).transpose(0, 1):
         print("  ".join("".join(" .:*#"[level] for level in line) for line in row.tolist()))
 

@@ -60,6 +60,15 @@ def test_own_network(capsys):
     assert number(r"from (\d+) first ones", printed) > 8
 
 
+@pytest.mark.slow
+def test_blocks(capsys):
+    printed = run("blocks", capsys)
+    *states, last = [line for line in printed.splitlines() if not line.startswith("loss")]
+    assert states[-1].startswith("abcdefghijklmno")
+    assert "_" not in states[-1]
+    assert int(last.split()[0]) == len(states) < 21
+
+
 @pytest.mark.parametrize("masks", [[], ["--whole-words"]], ids=["tokens", "words"])
 def test_bert_hugging_face(text, capsys, masks):
     pytest.importorskip("transformers", reason="needs the extra hf")
