@@ -300,10 +300,28 @@ def _remasking() -> dict[str, Program]:
     return programs | {"noise": Program(functools.partial(_remask_keys, 1023), "_noise_kernel")}
 
 
+# What is selected at random
+
+
+def _select_at_random(of_positions: bool) -> object:
+    """With one probability, or one of each position."""
+    probability = _empty(4, 1023) if of_positions else 0.5
+    eligible = _empty(4, 1023, dtype=torch.bool)
+    return F.select_at_random(eligible, probability, step=_STEP, backend="triton", **_DRAWS)
+
+
+def _selecting_at_random() -> dict[str, Program]:
+    return {
+        name: Program(functools.partial(_select_at_random, of_positions), "_selection_kernel")
+        for name, of_positions in (("one probability", False), ("of each position", True))
+    }
+
+
 PROGRAMS: dict[str, dict[str, Program]] = {
     "mask_sampling": _mask_sampling(),
     "masked_cross_entropy": _masked_cross_entropy(),
     "sample_tokens": _sample_tokens(),
     "vocabulary_filter": _vocabulary_filter(),
     "remask": _remasking(),
+    "select_at_random": _selecting_at_random(),
 }
