@@ -393,7 +393,7 @@ def remaskers(mask_id: int) -> list[Contender]:
 
 
 def _float32_uniforms(eligible: Tensor, probability: Tensor) -> Tensor:
-    """What most public decoding loops have: 24 bits, so that a rarer position than one of 2^24 is never taken."""
+    """What public decoding loops have: 24 bits, so that nothing is rarer than one in 2^24."""
     return eligible & (torch.rand(eligible.shape, device=eligible.device) < probability[:, None])
 
 

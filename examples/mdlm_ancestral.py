@@ -2,12 +2,15 @@
 
     python examples/mdlm_ancestral.py
 
-    the law itself   0.93 nats a letter
-      2 steps        ...
+    the law itself   0.83 nats a letter
+      2 steps        2.25
+      8 steps        1.22
+     32 steps        0.96
+    128 steps        0.84
     ...
 
-In place of a trained network stands one that is exact, of letters that mostly count on: 3 4 5 6 ... Committing many at
-once is then the only error, and it goes as the steps become many. Takes a few seconds on one core of a CPU.
+In place of a trained network stands one that is exact, of letters that mostly count on: 3 4 5 6 ... Committing many
+at once is then the only error, and it goes as the steps become many. Takes a few seconds on one core of a CPU.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from fastmask import functional as F
 
 LETTERS, LENGTH = 8, 32
 MASK = LETTERS
+Network = Callable[[Tensor], Tensor | F.LinearLogits]
 
 
 def ancestral_step(
-    net: Callable[[Tensor], Tensor | F.LinearLogits],
+    net: Network,
     ids: Tensor,
     is_masked: Tensor,
     log_probs: Tensor,
@@ -54,7 +58,7 @@ def ancestral_step(
     is_masked &= ~committed
 
 
-def sample(net: Callable[[Tensor], Tensor | F.LinearLogits], batch: int, steps: int, seed: Tensor | int) -> Tensor:
+def sample(net: Network, batch: int, steps: int, seed: Tensor | int) -> Tensor:
     """Sequences [B, N], from all masked to none."""
     ids = torch.full((batch, LENGTH), MASK)
     is_masked, log_probs = torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape)

@@ -3,23 +3,22 @@
     python examples/remdm.py
 
     the law itself                 0.83 nats a letter
-    8 steps, none masked again     ...
-    8 steps and 8 at one ratio     ...
-    8 steps and 32 at one ratio    ...
+    8 steps, none masked again     1.35
+    8 steps and 8 at one ratio     1.10
+    8 steps and 32 at one ratio    0.98
 
-The letters, and the exact network, are those of ``mdlm_ancestral.py`` beside this file. Takes a few seconds on one core
-of a CPU.
+The letters, and the exact network, are those of ``mdlm_ancestral.py`` beside this file. With a network that is exact,
+plain steps, as many, are no worse: 0.96 of 32. Takes a few seconds on one core of a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from mdlm_ancestral import LENGTH, MASK, Chain
+from mdlm_ancestral import LENGTH, MASK, Chain, Network
 from torch import Tensor
 
 from fastmask import functional as F
@@ -36,7 +35,7 @@ def remask_probability(ratio: float, next_ratio: float, eta: float, rule: str) -
 
 @torch.no_grad()
 def remdm_step(
-    net: Callable[[Tensor], Tensor | F.LinearLogits],
+    net: Network,
     ids: Tensor,
     is_masked: Tensor,
     log_probs: Tensor,
@@ -69,15 +68,17 @@ def remdm_step(
 
 
 def sample(
-    net: Callable[[Tensor], Tensor | F.LinearLogits], batch: int, ratios: list[float], seed: Tensor | int, **options: Any
+    net: Network,
+    batch: int,
+    ratios: list[float],
+    seed: Tensor | int,
+    **options: Any,
 ) -> Tensor:
     """Sequences [B, N], from all masked to none, by mask ratios from 1 to 0."""
     ids = torch.full((batch, LENGTH), MASK)
     is_masked, log_probs = torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape)
     for step, (ratio, next_ratio) in enumerate(itertools.pairwise(ratios)):
-        remdm_step(
-            net, ids, is_masked, log_probs, ratio, next_ratio, mask_id=MASK, seed=seed, step=step, **options
-        )
+        remdm_step(net, ids, is_masked, log_probs, ratio, next_ratio, mask_id=MASK, seed=seed, step=step, **options)
     return ids
 
 

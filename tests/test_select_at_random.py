@@ -236,15 +236,16 @@ def test_a_probability_with_gradient_is_used_without(door):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_the_default_dtype_does_not_reach_it(door, dtype):
-    select = partial(door.select_at_random, EVERYWHERE, seed=1)
-    expected = [select(p) for p in (0.3001, random(6))]
-    given = random(6)
+    select = partial(door.select_at_random, torch.ones(60, 300).bool(), seed=1)
+    given = 0.75024, random(60)  # the first is .75 in float16
+    expected = [select(p) for p in given]
     torch.set_default_dtype(dtype)
     try:
-        found = [select(p) for p in (0.3001, given)]
+        found = [select(p) for p in given]
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not torch.equal(expected[0], select(0.75))
 
 
 # ---- the door ----
