@@ -53,6 +53,7 @@ def remdm_step(
     coin of its own, and that many more are committed. With eta = 0 it is ``ancestral_step``.
 
     Args:
+        ratio: above 0.
         given: [B, N] bool, a prompt's positions, which stay; None for none.
     """
     sigma = remask_probability(ratio, next_ratio, eta, rule)

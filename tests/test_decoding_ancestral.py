@@ -109,7 +109,7 @@ def assert_paths(net: Tables, codes: np.ndarray, law: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("ratios", [RATIOS, COSINE], ids=["linear", "cosine"])
-@pytest.mark.parametrize(("length", "batch"), [(2, 40_000), pytest.param(3, 200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("length", "batch"), [(2, 40_000), pytest.param(3, 100_000, marks=pytest.mark.slow)])
 def test_ancestral_steps_have_the_law_of_their_chain(mdlm, length, batch, ratios):
     """When each position is committed, to what, and what follows from it for the others."""
     net = Tables(length)
@@ -190,8 +190,8 @@ def chances(before: float, after: float, eta: float, rule: str) -> tuple[float, 
     [
         (2, 40_000, RATIOS),
         (2, 40_000, [1.0, 0.4, 0.4, 0.0]),  # as many are masked again as are committed
-        pytest.param(3, 200_000, RATIOS, marks=pytest.mark.slow),
-        pytest.param(2, 200_000, [1.0, 0.6, 0.4, 0.4, 0.0], marks=pytest.mark.slow),
+        pytest.param(3, 100_000, RATIOS, marks=pytest.mark.slow),
+        pytest.param(2, 100_000, [1.0, 0.6, 0.4, 0.4, 0.0], marks=pytest.mark.slow),
     ],
     ids=["2", "2 at one ratio", "3", "2 for long"],
 )
