@@ -303,17 +303,19 @@ def _remasking() -> dict[str, Program]:
 # What is selected at random
 
 
-def _select_at_random(of_positions: bool) -> object:
-    """With one probability, or one of each position."""
-    probability = _empty(4, 1023) if of_positions else 0.5
+def _select_at_random(dtype: str | None = None) -> object:
+    """With one probability, or one of each position in a dtype."""
+    probability = 0.5 if dtype is None else _empty(4, 1023, dtype=DTYPES[dtype])
     eligible = _empty(4, 1023, dtype=torch.bool)
     return F.select_at_random(eligible, probability, step=_STEP, backend="triton", **_DRAWS)
 
 
 def _selecting_at_random() -> dict[str, Program]:
+    dtypes = {"one probability": None, "of each position": "fp32"}
+    dtypes |= {f"of each position {dtype}": dtype for dtype in ("bf16", "fp64")}
     return {
-        name: Program(functools.partial(_select_at_random, of_positions), "_selection_kernel")
-        for name, of_positions in (("one probability", False), ("of each position", True))
+        name: Program(functools.partial(_select_at_random, dtype), "_selection_kernel")
+        for name, dtype in dtypes.items()
     }
 
 
