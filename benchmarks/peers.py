@@ -1,5 +1,5 @@
 """The peers, each with its exact call: of the two losses, on all rows (labels -100) and on compacted rows; of the
-sampler; of the masking; of the choice of what is masked again.
+sampler; of the masking; of the choice of what is masked again, or at random.
 
 Nothing is imported before a contender is loaded. Signatures were read in liger-kernel 0.8.5, cut-cross-entropy
 25.1.1, fla-core 0.6.0, quack-kernels 0.6.5, flash-attention's and FlashInfer's repositories and torch 2.13.
@@ -21,6 +21,7 @@ from benchmarks.records import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Publis
 Function = Callable[..., Any]
 Sampler = Callable[[Tensor, float, int | None], tuple[Tensor, Tensor]]
 Remasker = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Selector = Callable[[Tensor, Tensor], Tensor]
 
 QUACK_DENSE = Published(
     "QuACK's cross-entropy on an H100",
@@ -384,4 +385,26 @@ def remaskers(mask_id: int) -> list[Contender]:
         Contender("x-transformers, torch.compile", "", _compiled(upstream), needs_cuda=True),
         Contender("PyTorch, ranks", "", ranks),
         Contender("PyTorch, kthvalue", "", kth_value),
+    ]
+
+
+# --- selecting at random ----------------------------------------------------------------------------------------
+# From what is eligible [B, N] and the probability of each sequence [B]: what is selected.
+
+
+def _float32_uniforms(eligible: Tensor, probability: Tensor) -> Tensor:
+    """What public decoding loops have: 24 bits, so that nothing is rarer than one in 2^24."""
+    return eligible & (torch.rand(eligible.shape, device=eligible.device) < probability[:, None])
+
+
+def _bernoulli(eligible: Tensor, probability: Tensor) -> Tensor:
+    return eligible & torch.bernoulli(probability[:, None].expand(eligible.shape)).bool()
+
+
+def selectors() -> list[Contender]:
+    """The peers of ``select_at_random``."""
+    return [
+        Contender("torch.rand", "", _plain(_float32_uniforms), is_baseline=True),
+        Contender("torch.bernoulli", "", _plain(_bernoulli)),
+        Contender("torch.rand, torch.compile", "", _compiled(_plain(_float32_uniforms)), needs_cuda=True),
     ]

@@ -300,10 +300,30 @@ def _remasking() -> dict[str, Program]:
     return programs | {"noise": Program(functools.partial(_remask_keys, 1023), "_noise_kernel")}
 
 
+# What is selected at random
+
+
+def _select_at_random(dtype: str | None = None) -> object:
+    """With one probability, or one of each position in a dtype."""
+    probability = 0.5 if dtype is None else _empty(4, 1023, dtype=DTYPES[dtype])
+    eligible = _empty(4, 1023, dtype=torch.bool)
+    return F.select_at_random(eligible, probability, step=_STEP, backend="triton", **_DRAWS)
+
+
+def _selecting_at_random() -> dict[str, Program]:
+    dtypes = {"one probability": None, "of each position": "fp32"}
+    dtypes |= {f"of each position {dtype}": dtype for dtype in ("bf16", "fp64")}
+    return {
+        name: Program(functools.partial(_select_at_random, dtype), "_selection_kernel")
+        for name, dtype in dtypes.items()
+    }
+
+
 PROGRAMS: dict[str, dict[str, Program]] = {
     "mask_sampling": _mask_sampling(),
     "masked_cross_entropy": _masked_cross_entropy(),
     "sample_tokens": _sample_tokens(),
     "vocabulary_filter": _vocabulary_filter(),
     "remask": _remasking(),
+    "select_at_random": _selecting_at_random(),
 }

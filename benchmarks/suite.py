@@ -14,6 +14,7 @@ from benchmarks import (
     bench_masked_cross_entropy,
     bench_remask,
     bench_sample_tokens,
+    bench_select_at_random,
     bench_training,
     end_to_end,
     machine,
@@ -33,6 +34,7 @@ BENCHMARKS = (
     bench_linear_masked_cross_entropy.BENCHMARK,
     bench_sample_tokens.BENCHMARK,
     bench_remask.BENCHMARK,
+    bench_select_at_random.BENCHMARK,
     bench_training.BENCHMARK,
     bench_generate.BENCHMARK,
 )

@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-OPERATIONS = ("mask_sampling", "masked_cross_entropy", "linear_masked_cross_entropy", "sample_tokens", "remask")
+OPERATIONS = (
+    "mask_sampling",
+    "masked_cross_entropy",
+    "linear_masked_cross_entropy",
+    "sample_tokens",
+    "remask",
+    "select_at_random",
+)
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT_VARIABLE = "FASTMASK_BACKEND"
 

@@ -21,6 +21,7 @@ TILE_RACE = 5  # words 0 and 1: one 64-bit uniform, as in the two races below
 SUB_TILE_RACE = 6
 ELEMENT_RACE = 7
 SCORE_NOISE = 8  # words 0 and 1: one 64-bit uniform
+SELECTION = 9  # words 0 and 1: one 64-bit uniform
 
 # The vocabulary's hierarchy is part of what a seed means, not a tuning knob.
 TILE = 4096

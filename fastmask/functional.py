@@ -17,6 +17,7 @@ from fastmask.ops.masked_cross_entropy import masked_cross_entropy
 from fastmask.ops.remask import confidence_remask_keys, critic_remask_keys, remask_, select_to_remask
 from fastmask.ops.sample_tokens import sample_tokens
 from fastmask.ops.seeds import draw_seed
+from fastmask.ops.select_at_random import select_at_random
 from fastmask.records import CrossEntropy, Demasked, LinearLogits, MaskedTokens, Sampled
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "masked_cross_entropy",
     "remask_",
     "sample_tokens",
+    "select_at_random",
     "select_to_remask",
 ]

@@ -46,6 +46,10 @@ def select(remask_keys=LOGITS[0], eligible=LOGITS[0] == 0, counts=TOKENS[0], **o
     return functional.select_to_remask(remask_keys, eligible, counts, **options)
 
 
+def select_at_random(eligible=MASKED, probability=0.5, **options):
+    return functional.select_at_random(eligible, probability, **options)
+
+
 def remask(values=FIGURES, counts=1, **options):
     batch, length = values.shape[:2]
     options = {

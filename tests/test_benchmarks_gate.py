@@ -15,6 +15,7 @@ from benchmarks import bench_mask_sampling as masking
 from benchmarks import bench_masked_cross_entropy as dense
 from benchmarks import bench_remask as remasking
 from benchmarks import bench_sample_tokens as sampling
+from benchmarks import bench_select_at_random as selecting
 from benchmarks import comparison, gate, losses, peers, tables
 from benchmarks.records import ALL_ROWS, COMPACTED, WITH_MASK, Ceilings
 
@@ -387,3 +388,50 @@ def test_remask_is_given_back_what_it_overwrites(remask_problem):
 def test_floor_of_remask_is_what_must_be_read_and_written():
     floor = remasking.floors(remasking.Case(2, 1024, CPU), Ceilings(copy=1.0, product=1.0))[""]
     assert floor.amount == 2 * (1024 * (4 + 1 + 1) + 256 * 8)
+
+
+# ---- selecting at random ----
+
+
+@pytest.fixture(scope="module")
+def selection_problem() -> selecting.SelectionProblem:
+    return selecting.problem(selecting.Case(8, 100, CPU))
+
+
+def right_coins(eligible, probability):
+    return eligible & (torch.rand(eligible.shape) < probability[:, None])
+
+
+def eligible_or_not(eligible, probability):
+    return right_coins(torch.ones_like(eligible), probability)
+
+
+def a_tenth_too_often(eligible, probability):
+    return right_coins(eligible, 1.1 * probability)
+
+
+def the_first_ones(eligible, probability):
+    return eligible & (torch.linspace(0, 1, eligible.shape[1]) < probability[:, None])
+
+
+@pytest.mark.parametrize(
+    ("selector", "error"),
+    [
+        (eligible_or_not, "selected where it may not be"),
+        (a_tenth_too_often, "standard errors of the number"),
+        (the_first_ones, "standard errors of the mean position"),
+    ],
+)
+def test_gate_refuses_wrong_coins(selection_problem, selector, error):
+    (row,) = compare([contender(selector, "")], selection_problem, effort=ONCE)
+    assert row["status"] == "wrong"
+    assert not row["errors"][error] <= selection_problem.limits[error]
+
+
+def test_gate_admits_every_coin_that_runs_here(selection_problem):
+    rows = compare(selecting.contenders(), selection_problem, effort=ONCE)
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "needs CUDA"]
+
+
+def test_floor_of_coins_is_a_byte_in_and_one_out():
+    assert selecting.floors(selecting.Case(2, 1024, CPU), Ceilings(copy=1.0, product=1.0))[""].amount == 2 * 1024 * 2

@@ -35,4 +35,4 @@ def test_the_static_table_takes_programs_that_the_tests_keep():
     assert {*chosen} == {*PROGRAMS}
     for operation, names in chosen.items():
         assert {*names} <= {*PROGRAMS[operation]}
-        assert len({*names}) == len(names) > 3
+        assert len({*names}) == len(names) > 1

@@ -69,6 +69,25 @@ def test_blocks(capsys):
     assert int(last.split()[0]) == len(states) < 21
 
 
+def test_mdlm_ancestral(capsys):
+    printed = run("mdlm_ancestral", capsys, "--batch", "64")
+    law = number(r"the law itself +([\d.]+)", printed)
+    nats = {int(steps): float(figure) for steps, figure in re.findall(r"(\d+) steps +([\d.]+)", printed)}
+    assert nats[2] > nats[8] + 0.5 > nats[32] + 0.5  # letters committed together do not know of each other
+    assert nats[128] == pytest.approx(law, abs=0.08)
+
+
+def test_remdm(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as where it is run
+    for options in ([], ["--rule", "rescale", "--eta", "0.5"]):
+        printed = run("remdm", capsys, "--batch", "64", *options)
+        law = number(r"the law itself +([\d.]+)", printed)
+        first, second, third = (
+            float(figure) for figure in re.findall(r"^8 steps.* ([\d.]+)$", printed, re.MULTILINE)
+        )
+        assert first > second + 0.15 > third + 0.15 > law + 0.15
+
+
 @pytest.mark.parametrize("masks", [[], ["--whole-words"]], ids=["tokens", "words"])
 def test_bert_hugging_face(text, capsys, masks):
     pytest.importorskip("transformers", reason="needs the extra hf")

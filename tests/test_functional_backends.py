@@ -22,6 +22,7 @@ from calls import (
     remask,
     sample,
     select,
+    select_at_random,
 )
 
 import fastmask
@@ -165,6 +166,7 @@ def test_the_door_hands_backend_on(monkeypatch):
     monkeypatch.setattr(_dispatch, "implementation", spy)
     calls = [(mask, "mask_sampling"), (dense, "masked_cross_entropy"), (linear, "linear_masked_cross_entropy")]
     calls += [(sample, "sample_tokens"), (linear_sample, "sample_tokens"), (select, "remask"), (remask, "remask")]
+    calls += [(select_at_random, "select_at_random")]
     for function, operation in calls:
         function(backend="triton")
         assert asked.pop() == (f"fastmask.reference.{operation}", "triton")

@@ -26,7 +26,11 @@ def confidences(**options):
     return functional.confidence_remask_keys(torch.zeros(4, 30), choice_temperature=1.0, **options)
 
 
-DRAWS = [ids, masks, critics, confidences]
+def selections(**options):
+    return functional.select_at_random(torch.ones(4, 30, dtype=torch.bool), 0.5, **options)
+
+
+DRAWS = [ids, masks, critics, confidences, selections]
 
 
 @pytest.mark.parametrize("random", DRAWS)
