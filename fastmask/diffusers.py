@@ -3,8 +3,8 @@
 Subclasses of diffusers' own, of the same names: configuration, signatures, outputs and errors are theirs, so that
 ``from_config``, ``save_pretrained``, ``isinstance`` and their pipelines work. Needs the extra ``diffusers``.
 
-At temperature 0 ids, probabilities and commits are diffusers'; else they are equal in law, and a seeded generator gives
-other draws than theirs. No ``step`` waits for the device where the timestep is a Python int. What differs:
+At temperature 0 ids, probabilities and commits are diffusers'; else they are equal in law, and a seeded generator
+gives other draws than theirs. No ``step`` waits for the device where the timestep is a Python int. What differs:
 
 - figures are float32, where diffusers works in the logits' dtype (nucleus, Amused's softmax, entropies of bfloat16);
 - ids that tie with the last of the nucleus stay in it, and of equally sure positions the first is committed first;
@@ -14,7 +14,6 @@ other draws than theirs. No ``step`` waits for the device where the timestep is 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +40,13 @@ class BlockRefinementScheduler(scheduling_block_refinement.BlockRefinementSchedu
     Used by diffusers' LLaDA2Pipeline (with a mask) and DiffusionGemmaPipeline (without one: uniform corruption).
     Arguments as of diffusers' class.
 
-    Source: LLaDA2.0 (https://arxiv.org/abs/2512.15745); diffusers 0.42.1, scheduling_block_refinement.py.
+    Source: LLaDA2.1 (https://arxiv.org/abs/2602.08676); diffusers 0.42.1, scheduling_block_refinement.py.
 
     Example:
         >>> scheduler = BlockRefinementScheduler(block_length=4)
         >>> scheduler.set_timesteps(2)
-        >>> logits, sample = torch.eye(6)[None, :4] * torch.tensor([[1.0], [4.0], [2.0], [3.0]]), torch.full((1, 4), 5)
-        >>> scheduler.step(logits, 0, sample, mask_token_id=5).prev_sample
+        >>> logits = torch.eye(6)[None, :4] * torch.tensor([[1.0], [4.0], [2.0], [3.0]])
+        >>> scheduler.step(logits, 0, torch.full((1, 4), 5), mask_token_id=5).prev_sample
         tensor([[5, 1, 5, 3]])
     """
 
@@ -68,9 +67,7 @@ class BlockRefinementScheduler(scheduling_block_refinement.BlockRefinementSchedu
         if temperature < 0:
             raise ValueError(f"`temperature` must be >= 0, got {temperature}.")
         if temperature == 0.0 or not use_multinomial:
-            sampled = functional.sample_tokens(
-                logits, temperature=0.0, seed=0
-            )  # draws nothing, of the generator either
+            sampled = functional.sample_tokens(logits, temperature=0.0, seed=0)  # the generator is not drawn from
             return sampled.ids, sampled.log_probs.exp()
         if top_p is not None and not top_p > 0.0:
             raise ValueError(f"`top_p` must be in (0, 1], got {top_p}.")
@@ -102,7 +99,7 @@ class BlockRefinementScheduler(scheduling_block_refinement.BlockRefinementSchedu
         prompt_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> scheduling_block_refinement.BlockRefinementSchedulerOutput | tuple[Tensor, ...]:
         """One refinement step.
 
         Args:
@@ -196,7 +193,7 @@ class EntropyBoundScheduler(scheduling_entropy_bound.EntropyBoundScheduler):
         >>> scheduler = EntropyBoundScheduler(t_max=1.0, t_min=1.0)
         >>> logits = torch.tensor([[[9.0, 0.0], [0.0, 0.0], [0.0, 9.0]]])
         >>> scheduler.step(logits, 0, torch.zeros(1, 3, dtype=torch.int64)).accepted_index
-        tensor([[ True,  True,  True]])
+        tensor([[True, True, True]])
         >>> scheduler.step(logits, 0, torch.zeros(1, 3, dtype=torch.int64), entropy_bound=0.0).accepted_index
         tensor([[ True, False, False]])
     """
@@ -210,7 +207,7 @@ class EntropyBoundScheduler(scheduling_entropy_bound.EntropyBoundScheduler):
         entropy_bound: float | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> scheduling_entropy_bound.EntropyBoundSchedulerOutput | tuple[Tensor, ...]:
         """One denoising step.
 
         Args:
@@ -254,7 +251,8 @@ class EntropyBoundScheduler(scheduling_entropy_bound.EntropyBoundScheduler):
 class AmusedScheduler(scheduling_amused.AmusedScheduler):
     """Samples every masked token, and masks the least sure again, by their noised confidence.
 
-    Used by diffusers' AmusedPipeline, and those of image to image and of inpainting. Arguments as of diffusers' class.
+    Used by diffusers' AmusedPipeline, AmusedImg2ImgPipeline and AmusedInpaintPipeline. Arguments as of diffusers'
+    class.
 
     Source: MaskGIT (https://arxiv.org/abs/2202.04200), section 3.2; aMUSEd (https://arxiv.org/abs/2401.01808);
     diffusers 0.42.1, scheduling_amused.py.
@@ -280,7 +278,7 @@ class AmusedScheduler(scheduling_amused.AmusedScheduler):
         starting_mask_ratio: float = 1.0,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> scheduling_amused.AmusedSchedulerOutput | tuple[Tensor, ...]:
         """One demasking step, which does not wait for a timestep that is a tensor either.
 
         Args:
@@ -305,9 +303,8 @@ class AmusedScheduler(scheduling_amused.AmusedScheduler):
         is_masked = sample == self.config.mask_token_id
         seed = functional.draw_seed(sample.device, generator)
         position = torch.arange(sample.numel(), device=sample.device)
-        sampled = functional.sample_tokens(
-            model_output, row_indices=position.where(is_masked.flatten(), -1), seed=seed
-        )
+        rows = position.where(is_masked.flatten(), -1)
+        sampled = functional.sample_tokens(model_output, row_indices=rows, seed=seed)
         pred_original_sample = sampled.ids.view_as(sample).where(is_masked, sample)
         prev_sample = pred_original_sample
         if isinstance(timestep, Tensor) or timestep != 0:
@@ -352,8 +349,8 @@ def _random_ids(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 def halton_order(height: int, width: int) -> Tensor:
     """The place of each position of a grid in the order of the Halton sequence of bases 2 (rows) and 3 (columns).
 
-    Its minus is a ``score`` of :func:`fastmask.functional.demask_step` and of ``generate``, by which what is committed
-    in a step is spread over the whole image.
+    Its minus is a ``score`` of :func:`fastmask.functional.demask_step` and of ``generate``, by which what is
+    committed in a step is spread over the whole image.
 
     Args:
         height, width: H and W of the grid of tokens, at least 1.
@@ -366,8 +363,8 @@ def halton_order(height: int, width: int) -> Tensor:
 
     Example:
         >>> halton_order(2, 3).view(2, 3)
-        tensor([[3, 1, 4],
-                [2, 0, 5]])
+        tensor([[5, 3, 1],
+                [2, 0, 4]])
     """
     places: dict[int, int] = {}
     point = 0
