@@ -21,6 +21,7 @@ from torch import Tensor
 from fastmask import functional
 
 try:
+    from diffusers import SchedulerMixin  # noqa: F401 a pipeline that was saved with ours looks here how to load it
     from diffusers.schedulers import scheduling_amused, scheduling_block_refinement, scheduling_entropy_bound
 except ImportError as error:
     raise ImportError(
@@ -49,6 +50,8 @@ class BlockRefinementScheduler(scheduling_block_refinement.BlockRefinementSchedu
         >>> scheduler.step(logits, 0, torch.full((1, 4), 5), mask_token_id=5).prev_sample
         tensor([[5, 1, 5, 3]])
     """
+
+    _committed: Tensor | None  # [B, N] bool, of uniform corruption
 
     @staticmethod
     def _sample_from_logits(
@@ -135,11 +138,12 @@ class BlockRefinementScheduler(scheduling_block_refinement.BlockRefinementSchedu
         )
         step_index = int(timestep)
         if mask_token_id is None:
-            if step_index == 0 or self._committed is None or self._committed.shape != sample.shape:
-                self._committed = torch.zeros_like(sample, dtype=torch.bool)
-            is_open, is_editable = ~self._committed, self._committed
+            is_editable = self._committed
+            if step_index == 0 or is_editable is None or is_editable.shape != sample.shape:
+                is_editable = torch.zeros_like(sample, dtype=torch.bool)
             due = -(-(step_index + 1) * sample.shape[1] // self.num_inference_steps)  # so far, rounded up
-            is_committed = _surest(probs, is_open, due - self._committed.sum(dim=-1), threshold)
+            is_committed = _surest(probs, ~is_editable, due - is_editable.sum(dim=-1), threshold)
+            self._committed = committed = is_editable | is_committed
             edits = editing_threshold is not None  # of any threshold, in this mode
         else:
             is_open = sample == mask_token_id
@@ -156,8 +160,7 @@ class BlockRefinementScheduler(scheduling_block_refinement.BlockRefinementSchedu
             is_edited = torch.zeros_like(is_committed)
         prev_sample = torch.where(is_committed | is_edited, ids, sample)
         if mask_token_id is None:
-            self._committed = self._committed | is_committed
-            prev_sample = prev_sample.where(self._committed, _random_ids(model_output, generator))
+            prev_sample = prev_sample.where(committed, _random_ids(model_output, generator))
         output = (prev_sample, is_committed, is_edited, ids, probs, model_output)
         return scheduling_block_refinement.BlockRefinementSchedulerOutput(*output) if return_dict else output
 
@@ -231,6 +234,7 @@ class EntropyBoundScheduler(scheduling_entropy_bound.EntropyBoundScheduler):
         fraction = (self.num_inference_steps - int(timestep)) / self.num_inference_steps
         pred_logits = model_output / (self.config.t_min + (self.config.t_max - self.config.t_min) * fraction)
         sampled = functional.sample_tokens(pred_logits, with_entropy=True, generator=generator)
+        assert sampled.entropies is not None
         is_open = torch.ones_like(sample, dtype=torch.bool)
         functional.remask_(
             sampled.ids.clone(),  # gets a mask where nothing is accepted
