@@ -196,13 +196,13 @@ def test_finished_sequences_are_equal():
 @pytest.mark.parametrize("steps", [3, 11])
 @pytest.mark.parametrize("mask_token_id", [None, MASK])
 def test_block_refinement_with_given_candidates(mask_token_id, steps, editing_threshold, monkeypatch):
-    """Whatever temperature they were drawn at. Two blocks one after the other."""
+    """Whatever temperature they were drawn at. A step past the last, then two blocks one after the other."""
     pair = diffusers.BlockRefinementScheduler(), ours.BlockRefinementScheduler()
     for scheduler in pair:
         scheduler.set_timesteps(steps, block_length=8)
     generator = torch.Generator().manual_seed(1)
     samples = [torch.full((4, 8), MASK)] * 2
-    for step in [*range(steps), *range(2)]:
+    for step in [steps + 1, *range(steps), *range(2)]:
         candidates = torch.randint(0, V - 1, (4, 8), generator=generator)
         figures = torch.rand(4, 8, generator=generator)
         outputs = []
