@@ -189,6 +189,24 @@ def test_finished_sequences_are_equal():
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mask_token_id", [None, MASK])
+def test_steps_at_temperature_0_are_equal_in_each_dtype(mask_token_id, dtype):
+    """Of logits that tie the first is taken, in bfloat16 more often than not."""
+    logits = (random_logits(3, 8, V) * 2).round().div(2).to(dtype)
+    outputs = []
+    for module in (diffusers, ours):
+        scheduler = module.BlockRefinementScheduler(editing_threshold=0.4)
+        scheduler.set_timesteps(3, block_length=8)
+        sample = torch.full((3, 8), MASK)
+        sample[:, :2] = 1
+        generator = torch.Generator().manual_seed(0)
+        outputs.append(scheduler.step(logits, 1, sample, mask_token_id=mask_token_id, generator=generator))
+    assert (logits == logits.amax(dim=-1, keepdim=True)).sum(dim=-1).max() > 1
+    for name in ("sampled_tokens", "sampled_probs", "pred_logits"):
+        torch.testing.assert_close(outputs[1][name], outputs[0][name])
+
+
 # Steps with candidates and noise handed in
 
 
