@@ -482,6 +482,8 @@ def test_errors_are_theirs():
         scheduler.set_timesteps(2)
         with pytest.raises(ValueError, match="unknown masking schedule square"):
             scheduler.step(logits, 1, sample + 2)
+    with pytest.raises(ValueError, match="expected entropy_bound in"):  # theirs accepts nothing
+        ours.EntropyBoundScheduler().step(logits, 0, sample, entropy_bound=-1.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
