@@ -20,7 +20,7 @@ FLOORS = [
     ("evaluation", "generation"),
     ("planning",),
     ("upstream",),
-    ("backbone", "critic", "first_look", "own_masks", "_cuda_graph"),
+    ("backbone", "critic", "diffusers", "first_look", "own_masks", "_cuda_graph"),
     ("functional",),
     ("ops",),
     ("_check", "_dispatch", "data", "heads", "schedules"),

@@ -96,6 +96,15 @@ def test_bert_hugging_face(text, capsys, masks):
     assert last < first - 0.5
 
 
+def test_diffusers_scheduler(capsys):
+    pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    printed = run("diffusers_scheduler", capsys, "--steps", "300")
+    assert "the same ids: True" in printed
+    assert number(r"fastmask: (\d+)% of the letters", printed) > 30  # by chance: 10
+    assert number(r"after (\d+) passes", printed) > 2
+
+
 def test_all_are_run():
     """And each says on top how it is run."""
     tested = {name.removeprefix("test_") for name in globals()}

@@ -105,8 +105,22 @@ import fastmask
 print(*sorted(sys.modules))
 """
     loaded = run_python(code).split()
-    extras = ("triton", "x_transformers", "matplotlib", "sklearn", "fastmask.demo")
+    extras = ("triton", "x_transformers", "matplotlib", "sklearn", "diffusers", "transformers", "fastmask.demo")
     assert not [name for name in loaded if name in extras or name.startswith("fastmask.kernels.")]
+
+
+def test_a_missing_diffusers_is_told():
+    code = """
+import sys
+sys.modules["diffusers"] = None
+try:
+    import fastmask.diffusers
+except ImportError as error:
+    print(error)
+"""
+    told = run_python(code)
+    assert "expected diffusers of at least 0.39" in told
+    assert "pip install 'fastmask[diffusers]'" in told
 
 
 def test_doctor_names_versions_devices_and_a_reason_for_each_backend():
