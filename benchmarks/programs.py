@@ -175,6 +175,13 @@ def _sample(
 
 _ALL_FIGURES = {"with_margin": True, "with_entropy": True}
 _EVERYTHING = {"with_forbidden": True, "top_k": 5000, **_ALL_FIGURES}
+# Of each of two sequences its own.
+_OWN: dict[str, Any] = {
+    "temperature": torch.tensor([0.0, 0.7]),
+    "top_k": torch.tensor([1, 5000]),
+    "min_p": torch.tensor([0.0, 0.1]),
+    "top_p": torch.tensor([0.9, 1.0]),
+}
 _TILES: dict[str, dict[str, Any]] = {
     "tiles": {"num_tokens": 50257, "temperature": 1.0},
     "tiles T": {"num_tokens": 50257},
@@ -186,6 +193,8 @@ _TILES: dict[str, dict[str, Any]] = {
     "tiles T margin entropy": {"num_tokens": 50257, **_ALL_FIGURES},
     "tiles T forbidden": {"num_tokens": 50257, "with_forbidden": True},
     "tiles T everything": {"num_tokens": 50257, **_EVERYTHING},
+    "tiles own sub-tiles": {"num_tokens": 50264, "processed": True, **_OWN},
+    "tiles own everything": {"num_tokens": 50257, **_EVERYTHING, **_OWN},
 }
 _CHOICES: dict[str, dict[str, Any]] = {
     "choice plain": {"num_tokens": 50257, "width": 50264, "in_place": True},  # behind a head
@@ -194,6 +203,8 @@ _CHOICES: dict[str, dict[str, Any]] = {
     "choice T 0": {"num_tokens": 151944, "temperature": 0.0, "with_kept": True, **_EVERYTHING},
     "choice misaligned": {"num_tokens": 151943, "with_kept": True, **_EVERYTHING},
     "choice small": {"num_tokens": 50, "width": 56, "with_kept": True, **_EVERYTHING, "top_k": 5},
+    "choice own sub-tiles": {"num_tokens": 50264, "in_place": True, **_OWN},
+    "choice own": {"num_tokens": 151944, "with_kept": True, "processed": True, **_EVERYTHING, **_OWN},
 }
 # Of float32 the programs that hold most; of float64, which nobody samples for speed, that they compile.
 _OTHER_SAMPLES: dict[str, tuple[str, ...]] = {
@@ -263,6 +274,11 @@ def _vocabulary_filter() -> dict[str, Program]:
                     "_short_thresholds_kernel" if prefix else "_thresholds_kernel",
                     int(filter == "p forbidden"),
                 )
+    own: dict[str, Any] = {"processed": True, **_FILTER_SIZES[""], **_OWN}
+    for number, filter in enumerate(("k", "p")):
+        programs[f"thresholds own {filter}"] = Program(
+            functools.partial(_sample, **own), "_thresholds_kernel", number
+        )
     return programs
 
 

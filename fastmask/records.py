@@ -241,6 +241,22 @@ class Sampling(NamedTuple):
         return self.temperature if self.processed and self.temperature > 0.0 else 1.0
 
 
+class PerSequence(NamedTuple):
+    """Options of a sampler of which each sequence has its own, [B]; of the others, None here, ``Sampling`` says.
+
+    temperature, min_p, top_p: floating point. top_k: int32|int64. What changes nothing is 1, 0, 1 and V, then.
+    """
+
+    temperature: Tensor | None = None
+    top_k: Tensor | None = None
+    min_p: Tensor | None = None
+    top_p: Tensor | None = None
+
+    def given(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: values for name, values in self._asdict().items() if values is not None}
+
+
 class Sampled(NamedTuple):
     """One id for each row, int64, and figures of the filtered softmax, float32, None where not asked for.
 

@@ -63,9 +63,15 @@ def of_figures(figure_factor):
 
 
 @triton.jit
-def nats(gap, figure_factor):
+def inverse_temperature(figure_factor):
+    """1 / T of the figures; None for 1."""
+    return None if figure_factor is None else figure_factor * _LN2
+
+
+@triton.jit
+def nats(gap, over_temperature):
     """A difference of logits, divided by the figures' temperature."""
-    return gap if figure_factor is None else gap * (figure_factor * _LN2)
+    return gap if over_temperature is None else gap * over_temperature
 
 
 @triton.jit
@@ -91,10 +97,12 @@ def load_body(x_ptr, first, length, SIZE: tl.constexpr):
 
 
 @triton.jit
-def tile_sums(z, shift, figure_factor, factor, threshold, WITH_ENTROPY: tl.constexpr, sub_tiles_ptr=None):
+def tile_sums(z, shift, figure_factor, factor, threshold, WITH_ENTROPY: tl.constexpr, sub_tiles_ptr=None,
+              is_same=None):  # fmt: skip
     """Sums over a block of logits; the heated ones of its sub-tiles too, where there is a place to store them.
 
     figure_factor: log2(e) / T of the figures, None for 1. factor: of the samples, None where that is the same.
+    is_same: whether it turns out to be: then both are summed by sub-tiles, to round as if that were known.
     """
     unheated = weights(z, shift, of_figures(figure_factor), threshold)
     heated = unheated if factor is None else weights(z, shift, factor, threshold)
@@ -106,6 +114,8 @@ def tile_sums(z, shift, figure_factor, factor, threshold, WITH_ENTROPY: tl.const
         tl.store(sub_tiles_ptr + tl.arange(0, SUB_TILES), sub_tiles)
         heated_total = tl.sum(sub_tiles)
     total = heated_total if factor is None else tl.sum(unheated)
+    if is_same is not None:
+        total = tl.where(is_same, heated_total, tl.sum(unheated))
     energy = None
     if WITH_ENTROPY:
         energy = tl.sum(unheated * tl.maximum(z - shift, -1e30))  # 0 times infinity is NaN
@@ -148,6 +158,18 @@ def others(row, first, SIZE: tl.constexpr, largest, figure_factor, threshold, VE
         z = logits_at(row, start + tl.arange(0, LANES), start, start + LANES, VECTOR, [VECTOR])
         sums += tl.where(z < largest, weights(z, largest, of_figures(figure_factor), threshold), 0.0)
     return tl.sum(sums)
+
+
+@triton.jit
+def first_at(row, first, SIZE: tl.constexpr, value, VECTOR: tl.constexpr):
+    """The lowest id of that logit among SIZE columns from ``first`` on; one past all ids where there is none."""
+    LANES: tl.constexpr = min(SIZE, 256)
+    ids = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
+    for start in range(first, min(first + SIZE, row.V), LANES):
+        offs_v = start + tl.arange(0, LANES)
+        z = logits_at(row, offs_v, start, start + LANES, VECTOR, [VECTOR])
+        ids = tl.minimum(ids, tl.where(z == value, offs_v, 0x7FFFFFFF))
+    return tl.min(ids)
 
 
 @triton.jit

@@ -23,9 +23,11 @@ from torch import Tensor
 from fastmask import _streams as streams
 from fastmask.kernels import _launch, _math, vocabulary_filter
 from fastmask.kernels import _logit_rows as logit_rows
+from fastmask.kernels import _sequences as sequences
 from fastmask.kernels import _tile_race as race
 from fastmask.kernels._operator import operator
-from fastmask.records import Draws, LinearLogits, Sampled, SampledRows, Sampling
+from fastmask.kernels._sequences import OwnOptions
+from fastmask.records import Draws, LinearLogits, PerSequence, Sampled, SampledRows, Sampling
 
 _TILE = tl.constexpr(streams.TILE)
 _SUB_TILE = tl.constexpr(streams.SUB_TILE)
@@ -48,7 +50,7 @@ _LONG_RECORD = 5
 _SURE = tl.constexpr(1 / 16)
 
 
-@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "mask_id"])
+@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "mask_id", "seq_len"])
 def _tiles_kernel(
     x_ptr,
     offset_x,
@@ -63,6 +65,9 @@ def _tiles_kernel(
     mask_id,
     figure_factor,  # log2(e) / T of the figures; None for 1
     factor,  # likewise of the samples; None: no sums at another temperature are wanted
+    figure_factors_ptr,  # of each sequence its own; None: the number is for all
+    factors_ptr,
+    seq_len,
     IS_COMPACT: tl.constexpr,
     WITH_MARGIN: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
@@ -82,6 +87,14 @@ def _tiles_kernel(
     start = offset_x + (row.to(tl.int64) if IS_COMPACT else flat) * stride_x + first
     body = logit_rows.body(start, length, VECTOR)
     threshold = tl.load(thresholds_ptr + row) if thresholds_ptr is not None else None
+    figure_factor = sequences.own(figure_factors_ptr, figure_factor, flat, seq_len)
+    factor = sequences.own(factors_ptr, factor, flat, seq_len)
+    is_same = None
+    if factors_ptr is not None:
+        if sub_tiles_ptr is not None:
+            is_same = factor == race.of_figures(figure_factor)
+        if figure_factors_ptr is not None:  # which is the samples' too, where anything races
+            factor = None
 
     block = tl.arange(0, BLOCK)
     z = race.load_body(x_ptr, body.start, body.length, BLOCK)
@@ -101,7 +114,9 @@ def _tiles_kernel(
     shift = race.finite(largest)
     tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     sub_tiles = sub_tiles_ptr + tile * (BLOCK // _SUB_TILE) if sub_tiles_ptr is not None else None
-    total, heated, energy = race.tile_sums(z, shift, figure_factor, factor, threshold, WITH_ENTROPY, sub_tiles)
+    total, heated, energy = race.tile_sums(
+        z, shift, figure_factor, factor, threshold, WITH_ENTROPY, sub_tiles, is_same
+    )
     if has_edges:
         edge_sums = race.tile_sums(edges, shift, figure_factor, factor, threshold, WITH_ENTROPY)
         total += edge_sums.total
@@ -146,6 +161,11 @@ def _choose_kernel(
     step,
     figure_factor,
     factor,  # log2(e) / T; None: the largest logit is taken, nothing races
+    figure_factors_ptr,  # of each sequence its own; None: what is said for all is
+    factors_ptr,
+    is_greedy_ptr,  # whether the largest logit is taken
+    keeps_one_ptr,  # likewise KEEPS_ONE
+    is_lawful_ptr,  # whether the options are a law
     IS_COMPACT: tl.constexpr,
     IN_PLACE: tl.constexpr,  # whether results are stored at the row's own position, or as the rows are listed
     KEEPS_ONE: tl.constexpr,  # whether the largest logit alone stays, of those that tie the first
@@ -172,6 +192,11 @@ def _choose_kernel(
     out = flat if IN_PLACE else row
     counter = race.Counter(tl.load(seed_ptr), sample_offset + flat // seq_len, flat % seq_len, step)
     threshold = tl.load(thresholds_ptr + row) if thresholds_ptr is not None else None
+    figure_factor = sequences.own(figure_factors_ptr, figure_factor, flat, seq_len)
+    factor = sequences.own(factors_ptr, factor, flat, seq_len)
+    over_temperature = race.inverse_temperature(figure_factor)
+    if figure_factors_ptr is not None:
+        over_temperature = tl.where(figure_factor == race.LOG2E, 1.0, over_temperature)
 
     tile = tl.arange(0, TILE_LANES)
     records_ptr += row.to(tl.int64) * num_tiles * RECORD
@@ -184,6 +209,8 @@ def _choose_kernel(
     scale = _math.exp2((maxima - race.finite(top)) * race.of_figures(figure_factor))
     total = tl.sum(sums * scale)
     is_lawful = (tl.abs(top) < float("inf")) & (total > 0.0)  # NaN reaches the sum
+    if is_lawful_ptr is not None:
+        is_lawful &= sequences.holds(is_lawful_ptr, flat, seq_len)
 
     if factor is None:
         chosen = best
@@ -218,6 +245,9 @@ def _choose_kernel(
         z = race.logits_at(logits, first + element, first, first + _SUB_TILE, VECTOR, [VECTOR])
         weight = race.weights(z, shift, factor, threshold)
         id = first + race.winner(weight, element, _SUB_TILE, counter, _ELEMENT_RACE, first)
+        if is_greedy_ptr is not None:
+            if sequences.holds(is_greedy_ptr, flat, seq_len):
+                id = race.first_at(logits, best * _TILE, SUB_TILES * _SUB_TILE, top, VECTOR)
     if not is_lawful:
         id = race.lowest_allowed(V, excluded)
     id = id.to(tl.int64)
@@ -234,11 +264,15 @@ def _choose_kernel(
         others = tl.sum(tl.where(tile == best, 0.0, sums * scale))
         others += race.others(logits, best * _TILE, SUB_TILES * _SUB_TILE, top, figure_factor, threshold, VECTOR)
         log_total = _math.log1p(others)
-    log_prob = race.nats(z_chosen - top, figure_factor) - log_total
-    if KEEPS_ONE:
-        log_prob = tl.where(id == largest_id, 0.0, z_chosen - float("inf"))
+    log_prob = race.nats(z_chosen - top, over_temperature) - log_total
     if threshold is not None:  # a kept id may lie below it
         log_prob = tl.where(z_chosen < threshold, -float("inf"), log_prob)
+    log_prob_of_one = tl.where(id == largest_id, 0.0, z_chosen - float("inf"))
+    if KEEPS_ONE:
+        log_prob = log_prob_of_one
+    if keeps_one_ptr is not None:
+        keeps_one = sequences.holds(keeps_one_ptr, flat, seq_len)
+        log_prob = tl.where(keeps_one, log_prob_of_one, log_prob)
     tl.store(ids_ptr + out, id)
     tl.store(log_probs_ptr + out, tl.where(is_lawful, log_prob, float("nan")))
     if margins_ptr is not None:
@@ -250,8 +284,10 @@ def _choose_kernel(
             if threshold is not None:
                 second = tl.where(second < threshold, -float("inf"), second)
             # 1 - exp(-gap), to relative accuracy where the two are close.
-            half = _math.tanh(race.nats(0.5 * (top - second), figure_factor))
+            half = _math.tanh(race.nats(0.5 * (top - second), over_temperature))
             margin = tl.where(second == -float("inf"), 1.0, 2.0 * half / (1.0 + half)) / total
+            if keeps_one_ptr is not None:
+                margin = tl.where(keeps_one, 1.0, margin)
         tl.store(margins_ptr + out, tl.where(is_lawful, margin, float("nan")))
     if entropies_ptr is not None:
         if KEEPS_ONE:
@@ -259,7 +295,9 @@ def _choose_kernel(
         else:
             energies = tl.load(records_ptr + tile * RECORD + _ENERGY, mask=in_row, other=0.0)
             energy = tl.sum(scale * (energies + sums * tl.maximum(maxima - race.finite(top), -1e30)))
-            entropy = tl.maximum(log_total - race.nats(energy / total, figure_factor), 0.0)
+            entropy = tl.maximum(log_total - race.nats(energy / total, over_temperature), 0.0)
+            if keeps_one_ptr is not None:
+                entropy = tl.where(keeps_one, 0.0, entropy)
         tl.store(entropies_ptr + out, tl.where(is_lawful, entropy, float("nan")))
 
 
@@ -282,12 +320,28 @@ def sample_tokens(
     sampling: Sampling,
     kept_ids: Tensor | None,
     out: Sampled | None,
+    per_sequence: PerSequence | None = None,
 ) -> Sampled:
     """See the reference."""
     if isinstance(logits, LinearLogits):
-        return _sample_behind_head(logits, rows, draws, sampling, kept_ids, out)
+        own = sequences.own_options(per_sequence, sampling, len(logits.weight))
+        return _sample_behind_head(logits, rows, draws, sampling, own, kept_ids, out)
+    own = sequences.own_options(per_sequence, sampling, logits.shape[-1])
+    return _sample(logits, rows, draws, sampling, own, kept_ids, out)
+
+
+def _sample(
+    logits: Tensor,
+    rows: SampledRows,
+    draws: Draws,
+    sampling: Sampling,
+    own: OwnOptions,
+    kept_ids: Tensor | None,
+    out: Sampled | None,
+) -> Sampled:
+    """Samples of logits that are there."""
     sampled = _empty_samples(rows.row_indices, sampling) if out is None else out
-    _sample_tokens_(sampled, logits, rows, draws, sampling, kept_ids, out is not None)
+    _sample_tokens_(sampled, logits, rows, draws, sampling, own, kept_ids, out is not None)
     return sampled
 
 
@@ -310,6 +364,7 @@ def _sample_behind_head(
     rows: SampledRows,
     draws: Draws,
     sampling: Sampling,
+    own: OwnOptions,
     kept_ids: Tensor | None,
     out: Sampled | None,
 ) -> Sampled:
@@ -330,7 +385,7 @@ def _sample_behind_head(
         _head_product(x, weight, bias, out=logits)
         head.capped_(logits)
         kept = None if kept_ids is None else kept_ids[part]
-        parts.append(sample_tokens(logits, rows.part(part), draws, sampling, kept, out))
+        parts.append(_sample(logits, rows.part(part), draws, sampling, own, kept, out))
     if out is not None or len(parts) == 1:
         return parts[0]
     joined = (None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
@@ -355,6 +410,7 @@ def _sample_tokens_(
     rows: SampledRows,
     draws: Draws,
     sampling: Sampling,
+    own: OwnOptions,
     kept_ids: Tensor | None,
     in_place: bool,
 ) -> None:
@@ -378,7 +434,8 @@ def _sample_tokens_(
     lanes = max(_SUB_TILE.value, min(_TILE.value, triton.next_power_of_2(num_ids)))
     sub_tiles = lanes // _SUB_TILE.value
     loads_vectors = of_rows["offset_x"] == 0 and _holds_whole_vectors(listed)
-    leaves_sums = factor is not None and loads_vectors and num_ids % listed.vector == 0 and num_ids <= _SUMMED
+    is_raced = factor is not None or own.factors is not None
+    leaves_sums = is_raced and loads_vectors and num_ids % listed.vector == 0 and num_ids <= _SUMMED
     keeps_one = sampling.top_k == 1
     with_margin, with_entropy = (wanted and not keeps_one for wanted in (sampling.with_margin, sampling.with_entropy))
 
@@ -386,12 +443,15 @@ def _sample_tokens_(
         return logits.new_empty((num_rows, *shape), dtype=torch.float32)
 
     record = _LONG_RECORD if with_margin or with_entropy else _SHORT_RECORD
-    filters = (sampling.top_k, sampling.min_p, sampling.top_p, figures)
+    seq_len = rows.seq_len if any(values is not None for values in own) else None
+    filters = (sampling.top_k, sampling.min_p, sampling.top_p, figures, own, seq_len)
     of_tiles = {
         "thresholds_ptr": None if keeps_one else vocabulary_filter.thresholds(listed, *filters),
         "records_ptr": room(num_tiles, record),
         "sub_tiles_ptr": room(num_tiles, sub_tiles) if leaves_sums else None,
         "figure_factor": figure_factor,
+        "figure_factors_ptr": own.figure_factors,
+        "factors_ptr": own.factors,
         "RECORD": record,
     }
     _launch.launch(
@@ -401,6 +461,7 @@ def _sample_tokens_(
         **of_rows,
         **of_tiles,
         factor=None if sampling.temperature == figures else factor,
+        seq_len=seq_len,
         WITH_MARGIN=with_margin,
         WITH_ENTROPY=with_entropy,
         BLOCK=lanes,
@@ -414,7 +475,7 @@ def _sample_tokens_(
         logits,
         **of_rows,
         **of_tiles,
-        scratch_ptr=None if factor is None or leaves_sums else room(sub_tiles),
+        scratch_ptr=room(sub_tiles) if is_raced and not leaves_sums else None,
         seed_ptr=draws.seed,
         kept_ids_ptr=None if kept_ids is None else kept_ids.contiguous(),
         ids_ptr=out.ids,
@@ -426,6 +487,9 @@ def _sample_tokens_(
         sample_offset=draws.sample_offset,
         step=draws.step,
         factor=factor,
+        is_greedy_ptr=own.is_greedy,
+        keeps_one_ptr=own.keeps_one,
+        is_lawful_ptr=own.is_lawful,
         IN_PLACE=in_place,
         KEEPS_ONE=keeps_one,
         TILE_LANES=triton.next_power_of_2(num_tiles),

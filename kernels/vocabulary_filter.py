@@ -25,8 +25,10 @@ from torch import Tensor
 from fastmask.kernels import _float_order as float_order
 from fastmask.kernels import _launch, _math
 from fastmask.kernels import _logit_rows as logit_rows
+from fastmask.kernels import _sequences as sequences
 from fastmask.kernels import _threshold_search as threshold_search
 from fastmask.kernels._logit_rows import LogitRows
+from fastmask.kernels._sequences import OwnOptions
 
 # A lane lists its own candidates, so that a pass needs no communication between threads; where there are more than
 # places (a power of two) the last ones stay. Of a block a thread has 16 logits, in lanes of a 16-byte vector each.
@@ -330,7 +332,24 @@ def _search_of_mass(row, edges, z, V, top_p, factor, floor, SPACING: tl.constexp
     return Search(tl.maximum(total * top_p, 1e-30), law, least, most, low, high)
 
 
-@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "num_kept", "mask_id"])
+@triton.jit
+def _keeps_all(num_kept, top_p, V, num_kept_ptr, top_ps_ptr):
+    """Whether a sequence's own option, if it has one, keeps all that is not below the floor."""
+    if top_ps_ptr is not None:
+        return top_p >= 1.0
+    elif num_kept_ptr is not None:
+        return num_kept >= V
+    else:
+        return False
+
+
+@triton.jit
+def _floor(floors_ptr, row_index):
+    """What a row's logits must not be below already."""
+    return -float("inf") if floors_ptr is None else tl.load(floors_ptr + row_index)
+
+
+@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "num_kept", "mask_id", "seq_len"])
 def _short_thresholds_kernel(
     x_ptr,
     offset_x,
@@ -344,6 +363,10 @@ def _short_thresholds_kernel(
     num_kept,
     top_p,
     factor,
+    num_kept_ptr,
+    top_ps_ptr,
+    factors_ptr,
+    seq_len,
     mask_id,
     IS_COMPACT: tl.constexpr,
     SPACING: tl.constexpr,
@@ -354,6 +377,12 @@ def _short_thresholds_kernel(
     row_index = tl.program_id(0)
     flat = tl.load(row_indices_ptr + row_index)
     if logit_rows.is_stray(flat, num_places):
+        return
+    num_kept = sequences.own(num_kept_ptr, num_kept, flat, seq_len)
+    top_p = sequences.own(top_ps_ptr, top_p, flat, seq_len)
+    factor = sequences.own(factors_ptr, factor, flat, seq_len)
+    if _keeps_all(num_kept, top_p, V, num_kept_ptr, top_ps_ptr):
+        tl.store(thresholds_ptr + row_index, _floor(floors_ptr, row_index))
         return
     x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
     start = offset_x + (row_index.to(tl.int64) if IS_COMPACT else flat) * stride_x
@@ -378,7 +407,7 @@ def _short_thresholds_kernel(
     tl.store(thresholds_ptr + row_index, float_order.value(threshold))
 
 
-@triton.jit(do_not_specialize=["offset_x", "num_places", "num_rows", "V", "num_kept", "mask_id"])
+@triton.jit(do_not_specialize=["offset_x", "num_places", "num_rows", "V", "num_kept", "mask_id", "seq_len"])
 def _thresholds_kernel(
     x_ptr,
     offset_x,
@@ -394,6 +423,10 @@ def _thresholds_kernel(
     num_kept,  # the num_kept largest stay; or, where None,
     top_p,  # the nucleus does,
     factor,  # at log2(e) / T; None for T = 1
+    num_kept_ptr,  # of each sequence its own; None: the number is for all
+    top_ps_ptr,
+    factors_ptr,
+    seq_len,
     mask_id,
     IS_COMPACT: tl.constexpr,
     SPACING: tl.constexpr,  # least distance in order of two numbers of the logits' dtype
@@ -408,23 +441,29 @@ def _thresholds_kernel(
     for row_index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         flat = tl.load(row_indices_ptr + row_index)
         if not logit_rows.is_stray(flat, num_places):
-            x_row = flat * 0 + row_index if IS_COMPACT else flat  # row_index is an int in the interpreter
-            start = offset_x + x_row * stride_x
-            row = _row(x_ptr, start, V, excluded, VECTOR)
-            edges = _edges(x_ptr, start, V, row, VECTOR, BLOCK // VECTOR)
-            z = _sample(row, V, VECTOR, SAMPLE)
-            if top_p is None:
-                search = _search_of_count(z, V, num_kept, SPACING, SAMPLE)
+            k = sequences.own(num_kept_ptr, num_kept, flat, seq_len)
+            p = sequences.own(top_ps_ptr, top_p, flat, seq_len)
+            if _keeps_all(k, p, V, num_kept_ptr, top_ps_ptr):
+                tl.store(thresholds_ptr + row_index, _floor(floors_ptr, row_index))
             else:
-                floor = None
-                if floors_ptr is not None:
-                    floor = float_order.order(tl.load(floors_ptr + row_index))
-                search = _search_of_mass(row, edges, z, V, top_p, factor, floor, SPACING, VECTOR, BLOCK, SAMPLE)
-            threshold = _select(row, edges, search, candidates_ptr, SPACING, VECTOR, BLOCK)
-            tl.store(thresholds_ptr + row_index, float_order.value(threshold))
+                x_row = flat * 0 + row_index if IS_COMPACT else flat  # row_index is an int in the interpreter
+                start = offset_x + x_row * stride_x
+                row = _row(x_ptr, start, V, excluded, VECTOR)
+                edges = _edges(x_ptr, start, V, row, VECTOR, BLOCK // VECTOR)
+                z = _sample(row, V, VECTOR, SAMPLE)
+                if p is None:
+                    search = _search_of_count(z, V, k, SPACING, SAMPLE)
+                else:
+                    floor = None
+                    if floors_ptr is not None:
+                        floor = float_order.order(tl.load(floors_ptr + row_index))
+                    own_factor = sequences.own(factors_ptr, factor, flat, seq_len)
+                    search = _search_of_mass(row, edges, z, V, p, own_factor, floor, SPACING, VECTOR, BLOCK, SAMPLE)
+                threshold = _select(row, edges, search, candidates_ptr, SPACING, VECTOR, BLOCK)
+                tl.store(thresholds_ptr + row_index, float_order.value(threshold))
 
 
-@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "mask_id"])
+@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "mask_id", "seq_len"])
 def _min_p_thresholds_kernel(
     x_ptr,
     offset_x,
@@ -436,6 +475,8 @@ def _min_p_thresholds_kernel(
     floors_ptr,
     V,
     gap,  # T log(min_p)
+    gaps_ptr,  # of each sequence its own; None: the number is for all
+    seq_len,
     mask_id,
     IS_COMPACT: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -455,33 +496,66 @@ def _min_p_thresholds_kernel(
         z = _block(fetched, row, offset, VECTOR)
         fetched = _fetched(row, offset + BLOCK, VECTOR, BLOCK)
         largest = tl.maximum(largest, tl.max(z, 1))
-    threshold = tl.max(largest) + gap
+    threshold = tl.max(largest) + sequences.own(gaps_ptr, gap, flat, seq_len)
     if floors_ptr is not None:
         threshold = tl.maximum(threshold, tl.load(floors_ptr + row_index))
     tl.store(thresholds_ptr + row_index, threshold)
 
 
 def thresholds(
-    rows: LogitRows, top_k: int | None, min_p: float | None, top_p: float | None, temperature: float = 1.0
+    rows: LogitRows,
+    top_k: int | None,
+    min_p: float | None,
+    top_p: float | None,
+    temperature: float = 1.0,
+    own: OwnOptions | None = None,
+    seq_len: int | None = None,
 ) -> Tensor | None:
-    """What the logits of each row must not be below, [M] float32; None where all stay. See the reference."""
+    """What the logits of each row must not be below, [M] float32; None where all stay. See the reference.
+
+    own: of which options each sequence, of seq_len positions, has its own.
+    """
+    own = OwnOptions() if own is None else own
     out = rows.logits.new_empty(rows.num_rows, dtype=torch.float32)
     floors = None
     launch = _launch_short if rows.num_ids <= _SHORT else _launch_long
-    if top_k is not None and top_k < rows.num_ids:
-        launch(rows, out, num_kept=top_k)
+    if own.num_kept is not None or (top_k is not None and top_k < rows.num_ids):
+        launch(rows, out, _Filter(top_k, num_kept_ptr=own.num_kept, seq_len=seq_len))
         floors = out
-    if min_p is not None:
-        _launch_min_p(rows, out, floors, temperature * math.log(min_p))
+    if own.gaps is not None or min_p is not None:
+        gap = None if own.gaps is not None or min_p is None else temperature * math.log(min_p)
+        _launch_min_p(rows, out, floors, gap, own.gaps, seq_len)
         floors = out
-    if top_p is not None:
+    if own.top_ps is not None or top_p is not None:
         factor = None if temperature == 1.0 else _math.over_temperature(temperature)
-        launch(rows, out, floors=floors, top_p=float(top_p), factor=factor)
+        share = None if top_p is None else float(top_p)
+        launch(rows, out, _Filter(None, share, factor, floors, None, own.top_ps, own.figure_factors, seq_len))
         floors = out
     return floors
 
 
-def _launch_min_p(rows: LogitRows, out: Tensor, floors: Tensor | None, gap: float) -> None:
+class _Filter(NamedTuple):
+    """What a launch searches: the thresholds of the k largest, or of the nucleus of what is not below floors; by the
+    kernels' names."""
+
+    num_kept: int | None = None
+    top_p: float | None = None
+    factor: float | None = None
+    floors_ptr: Tensor | None = None
+    num_kept_ptr: Tensor | None = None
+    top_ps_ptr: Tensor | None = None
+    factors_ptr: Tensor | None = None
+    seq_len: int | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the k largest stay."""
+        return self.top_p is None and self.top_ps_ptr is None
+
+
+def _launch_min_p(
+    rows: LogitRows, out: Tensor, floors: Tensor | None, gap: float | None, gaps: Tensor | None, seq_len: int | None
+) -> None:
     num_warps = _num_warps(rows)
     _launch.launch(
         _min_p_thresholds_kernel,
@@ -491,6 +565,8 @@ def _launch_min_p(rows: LogitRows, out: Tensor, floors: Tensor | None, gap: floa
         thresholds_ptr=out,
         floors_ptr=floors,
         gap=gap,
+        gaps_ptr=gaps,
+        seq_len=seq_len,
         BLOCK=_WARP_BLOCK * num_warps,
         num_warps=num_warps,
     )
@@ -500,45 +576,26 @@ def _num_warps(rows: LogitRows) -> int:
     return next(warps for longest, warps in _WARPS if rows.num_ids <= longest)
 
 
-def _launch_short(
-    rows: LogitRows,
-    out: Tensor,
-    *,
-    num_kept: int | None = None,
-    floors: Tensor | None = None,
-    top_p: float | None = None,
-    factor: float | None = None,
-) -> None:
-    """The thresholds of the num_kept largest; or of the nucleus of what is not below floors."""
+def _launch_short(rows: LogitRows, out: Tensor, filter: _Filter) -> None:
+    """Of rows that a program holds in registers."""
     _launch.launch(
         _short_thresholds_kernel,
         (rows.num_rows,),
         out,
         **rows.arguments(),
+        **filter._asdict(),
         thresholds_ptr=out,
-        floors_ptr=floors,
-        num_kept=num_kept,
-        top_p=top_p,
-        factor=factor,
         SPACING=_SPACING.get(rows.logits.dtype, 1),
         BLOCK=max(_SHORT_BLOCK, triton.next_power_of_2(rows.num_ids)),
         num_warps=1,
     )
 
 
-def _launch_long(
-    rows: LogitRows,
-    out: Tensor,
-    *,
-    num_kept: int | None = None,
-    floors: Tensor | None = None,
-    top_p: float | None = None,
-    factor: float | None = None,
-) -> None:
-    """Likewise."""
+def _launch_long(rows: LogitRows, out: Tensor, filter: _Filter) -> None:
+    """Of longer ones."""
     x, hardware, num_warps = rows.logits, _launch.hardware(rows.logits.device), _num_warps(rows)
     options: dict[str, int] = {}
-    if num_kept is None:
+    if not filter.counts:
         sample = _MASS_SAMPLE_OF_WARP * num_warps
         if x.element_size() == 2 and hardware.is_hopper:
             options = {"maxnreg": _HOPPER_REGISTERS}
@@ -547,7 +604,8 @@ def _launch_long(
         if rows.num_rows <= _FEW_ROWS * hardware.num_multiprocessors:
             num_warps = min(4 * num_warps, _MOST_WARPS)
         logits_of_lane = rows.num_ids * rows.vector / (_WARP_BLOCK * num_warps)
-        sample = _sample_size(logits_of_lane, num_kept / rows.num_ids, most_sample)
+        share = 0.5 if filter.num_kept is None else filter.num_kept / rows.num_ids  # 0.5 takes the largest sample
+        sample = _sample_size(logits_of_lane, share, most_sample)
     lanes = _WARP_BLOCK * num_warps // rows.vector
     programs = min(rows.num_rows, hardware.num_multiprocessors * _RESIDENT_WARPS // num_warps)
     candidates = x.new_empty((programs, lanes, _CAPACITY.value), dtype=torch.float32)
@@ -557,13 +615,10 @@ def _launch_long(
         (programs,),
         out,
         **rows.arguments(),
+        **filter._asdict(),
         thresholds_ptr=out,
-        floors_ptr=floors,
         candidates_ptr=candidates,
         num_rows=rows.num_rows,
-        num_kept=num_kept,
-        top_p=top_p,
-        factor=factor,
         SPACING=_SPACING.get(x.dtype, 1),
         BLOCK=_WARP_BLOCK * num_warps,
         SAMPLE=sample,

@@ -40,11 +40,11 @@ def sampler(row: torch.Tensor, seed: int, whole: bool) -> Callable[[int], torch.
     if whole:
         rows = row.expand(1, ROWS, len(row))
         return lambda call: functional.sample_tokens(rows, seed=seed, sample_offset=call, backend="reference").ids[0]
-    sampling, z = Sampling(), row[None].clone()
-    sub_tiles = reference._figures(z, reference._filter_(z, sampling), sampling).sub_tiles
+    z, places = row[None].clone(), SampledRows(torch.arange(ROWS), ROWS, True)
+    options = reference._options(Sampling(), None, places)
+    sub_tiles = reference._figures(z, reference._filter_(z, options), options).sub_tiles
     assert sub_tiles is not None
     z, sub_tiles = z.expand(ROWS, -1), sub_tiles.expand(ROWS, -1)
-    places = SampledRows(torch.arange(ROWS), ROWS, True)
 
     def ids(call: int) -> torch.Tensor:
         draws = Draws(torch.tensor(seed), sample_offset=call)

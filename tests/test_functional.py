@@ -248,7 +248,7 @@ SAMPLER_CASES = [
     (ValueError, "expected temperature in [0, inf), received -0.5", {"temperature": -0.5}),
     (ValueError, "expected temperature in [0, inf), received inf", {"temperature": math.inf}),
     (ValueError, "expected temperature in [0, inf), received nan", {"temperature": math.nan}),
-    (TypeError, "expected temperature to be a number, received Tensor", {"temperature": torch.tensor(1.0)}),
+    (ValueError, "expected temperature with 1 dimensions, received shape ()", {"temperature": torch.tensor(1.0)}),
     (ValueError, "expected top_k of at least 1, received 0", {"top_k": 0}),
     (ValueError, "expected top_k of at least 1, received -1", {"top_k": -1}),
     (TypeError, "expected top_k to be an int, received float", {"top_k": 0.5}),

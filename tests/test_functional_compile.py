@@ -45,6 +45,14 @@ def sample_with_all(ids, **options):
     )  # fmt: skip
 
 
+def sample_per_sequence(ids, **options):
+    values = ids[:, 0].float() / 10
+    return functional.sample_tokens(
+        figures(ids, V), mask_id=MASK, seed=1, temperature=values, top_k=ids[:, 1] + 1, min_p=values / 30,
+        top_p=1 - values / 2, processed=True, row_indices=listed(ids), with_margin=True, **options,
+    )[:3]  # fmt: skip
+
+
 def sample_in_place(ids, **options):
     out = Sampled(ids.clone(), torch.zeros(ids.shape, dtype=torch.float32, device=ids.device))
     functional.sample_tokens(figures(ids, V), mask_id=MASK, seed=1, out=out, row_indices=listed(ids), **options)
@@ -67,6 +75,10 @@ def step(ids, logits=None, **options):
 
 
 step_behind_a_head = partial(step, logits=behind_a_head)
+
+
+def step_per_sequence(ids, **options):
+    return step(ids, behind_a_head, temperature=ids[:, 0].float() / 10, top_k=ids[:, 1] + 1, **options)
 
 
 def remask(ids, **options):
@@ -95,11 +107,13 @@ def keys(ids, **options):
 OPERATIONS = [
     sample,
     sample_with_all,
+    sample_per_sequence,
     sample_in_place,
     sample_behind_a_head,
     sample_behind_a_head_greedily,
     step,
     pytest.param(step_behind_a_head, id="step_behind_a_head"),
+    step_per_sequence,
     remask,
     keys,
 ]
@@ -134,6 +148,8 @@ def test_sizes_fixed_or_free_from_the_first_are_compiled_whole(kernel, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", [sample_with_all, pytest.param(step_behind_a_head, id="step")])
+@pytest.mark.parametrize(
+    "operation", [sample_with_all, sample_per_sequence, pytest.param(step_behind_a_head, id="step")]
+)
 def test_the_reference_is_compiled_whole_at_any_batch_size(reference, operation):
     assert_whole(operation, reference, None)

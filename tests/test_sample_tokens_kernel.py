@@ -186,12 +186,18 @@ def test_rows_past_2_to_the_31(kernel):
     assert torch.equal(far.ids, near.ids)
 
 
-def test_the_kernel_is_a_torch_operation(kernel):
+@pytest.mark.parametrize(
+    "has_own", [False, pytest.param(True, marks=pytest.mark.slow_interpreted)], ids=["numbers", "of sequences"]
+)
+def test_the_kernel_is_a_torch_operation(kernel, has_own):
     """torch's own checks: schema, fake tensors and tracing."""
     written = torch.zeros(3).long(), torch.zeros(3), torch.zeros(3), torch.zeros(3)
     rows, draws = (torch.arange(3), 9, True, 3), (torch.tensor(5), 0, 2)
     sampling = 0.7, 35, 0.01, 0.9, 4, draw(70, seed=1) > 1, True, True, True
-    arguments = *written, draw(3, 70), *rows, *draws, *sampling, None, False
+    floats, flags = torch.full((1,), 0.9), torch.zeros(1, dtype=torch.bool)
+    own = floats, floats, torch.full((1,), 35, dtype=torch.int32), -floats, floats, flags, flags, ~flags
+    own = own if has_own else (None,) * len(own)
+    arguments = *written, draw(3, 70), *rows, *draws, *sampling, *own, None, False
     kernel.module("sample_tokens")
     arguments = [x.to(kernel.device) if isinstance(x, torch.Tensor) else x for x in arguments]
     torch.library.opcheck(torch.ops.fastmask.sample_tokens_.default, tuple(arguments))

@@ -25,10 +25,10 @@ def demask_step(
     *,
     mask_id: int,
     commits: Tensor | int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    min_p: float | None = None,
-    top_p: float | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    top_p: float | Tensor | None = None,
     processed: bool = False,
     forbidden: Tensor | Sequence[int] | None = None,
     score: str | Tensor = "confidence",
@@ -59,7 +59,8 @@ def demask_step(
             many as commits and rule leave.
         mask_id: the id of the mask token, never sampled.
         commits: how many of each sequence are committed at least, likewise; not with counts.
-        temperature, top_k, min_p, top_p, processed, forbidden: as in :func:`sample_tokens`.
+        temperature, top_k, min_p, top_p, processed, forbidden: as in :func:`sample_tokens`; the first four may be
+            tensors [B], one for each sequence.
         score: what is committed first: "confidence", the highest log p; "margin", the likeliest id the furthest ahead
             of the next; "entropy", the lowest; "random"; or [B, N] floating point, the highest of it, as of an order
             its negative.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +14,17 @@ from fastmask._devices import to_device
 from fastmask.ops.linear_masked_cross_entropy import check_head
 from fastmask.ops.masked_cross_entropy import check_softcap
 from fastmask.ops.seeds import as_draws
-from fastmask.records import LinearLogits, Sampled, SampledRows, Sampling
+from fastmask.records import LinearLogits, PerSequence, Sampled, SampledRows, Sampling
 from fastmask.reference import sample_tokens as reference
 
 
 def sample_tokens(
     logits: Tensor | LinearLogits,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    min_p: float | None = None,
-    top_p: float | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    top_p: float | Tensor | None = None,
     processed: bool = False,
     mask_id: int | None = None,
     forbidden: Tensor | Sequence[int] | None = None,
@@ -48,16 +49,23 @@ def sample_tokens(
     A_i are the ids that are neither excluded nor filtered out. No figure but the sample itself is heated, unless
     ``processed``: then z is z / T in all of it.
 
+    temperature, top_k, min_p and top_p are numbers, or tensors [B] with one for each sequence; of compact rows, row r
+    is of sequence ``row_indices[r] // seq_len``. A tensor gives what its numbers would for each sequence alone. Its
+    values are not read: what is refused of a number is taken as said below.
+
     Args:
         logits: [B, N, V] float16|bfloat16|float32|float64 (worked on in float32), one row for each
             position; or [M, V], compact rows, with ``row_indices`` and ``seq_len``. Or :class:`LinearLogits`, with
             embeddings [B, N, D] or [M, D] likewise: logits then exist for one chunk of the rows at a time.
-        temperature: T >= 0; 0 takes the argmax, ties to the lower id.
+        temperature: T >= 0; 0 takes the argmax, ties to the lower id. Or [B] floating point: below 0 and NaN give the
+            lowest allowed id and NaN.
         top_k: k >= 1: keeps the k largest logits, and all that tie with the last of them; 1 keeps the argmax alone,
-            ties to the lower id. None, or k >= V, keeps all.
-        min_p: in [0, 1]: of those, keeps the ids at least so many times as likely as the likeliest. None keeps all.
+            ties to the lower id. None, or k >= V, keeps all. Or [B] int32|int64: below 1 is as 1.
+        min_p: in [0, 1]: of those, keeps the ids at least so many times as likely as the likeliest. None, or 0, keeps
+            all. Or [B] floating point: outside of [0, 1] is as its nearer end; NaN gives the lowest allowed id and
+            NaN.
         top_p: in [0, 1]: of those, keeps the nucleus: the fewest likeliest ids that together have at least this share
-            of the probability, at least one, and all that tie with the last. None keeps all.
+            of the probability, at least one, and all that tie with the last. None, or 1, keeps all. Or [B], likewise.
         processed: whether min_p, top_p and all figures are of softmax(z / T), rather than softmax(z), as in Dream,
             SDAR, LLaDA2 and DiffusionGemma. At T = 0, where that is all in one id, they are of softmax(z).
         mask_id: never sampled. None, or an id outside [0, V), excludes nothing.
@@ -115,13 +123,19 @@ def sample_tokens(
     _check.flag("with_entropy", with_entropy)
     _check.flag("processed", processed)
     rows, shape = _sampled_rows(name, source, row_indices, seq_len)
-    sampling = Sampling(temperature, top_k, min_p, top_p, mask_id, None, with_margin, with_entropy, processed)
+    numbers, per_sequence = _numbers_and_tensors(
+        {"temperature": temperature, "top_k": top_k, "min_p": min_p, "top_p": top_p}
+    )
+    sampling = Sampling(
+        **numbers, mask_id=mask_id, with_margin=with_margin, with_entropy=with_entropy, processed=processed
+    )
     sampling = _checked_sampling(sampling, num_ids)
     sampling = sampling._replace(forbidden=as_forbidden(forbidden, num_ids, source.device, sampling.mask_id))
     kept_ids = _checked_kept_ids(name, source, kept_ids, shape)
     if out is not None:
         _check_out(name, source, out, rows, sampling)
         rows = rows._replace(num_places=out.ids.numel())
+    rows = _check_per_sequence(name, source, per_sequence, rows, out)
     draws = as_draws(seed, source.device, generator, step, sample_offset)
     flat = source.flatten(0, -2)
     run = _dispatch.implementation(reference.sample_tokens, source.device, backend)
@@ -132,6 +146,7 @@ def sample_tokens(
         sampling,
         kept_ids,
         out,
+        per_sequence,
     )
     if out is not None:
         return out
@@ -175,6 +190,33 @@ def _sampled_rows(
     _check.same_device(**{name: rows, "row_indices": row_indices})
     num_places = None if rows.ndim == 2 else rows.shape[0] * rows.shape[1]
     return SampledRows(row_indices, max(1, _check.integer("seq_len", seq_len, 0)), is_compact, num_places), shape
+
+
+def _numbers_and_tensors(options: dict[str, Any]) -> tuple[dict[str, Any], PerSequence | None]:
+    """What is for all sequences, and what each has of its own, if anything."""
+    tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in options.items() if name not in tensors}
+    return numbers, PerSequence(**tensors) if tensors else None
+
+
+def _check_per_sequence(
+    name: str, source: Tensor, per_sequence: PerSequence | None, rows: SampledRows, out: Sampled | None
+) -> SampledRows:
+    """The checks of tensors [B]; the rows, of which those past the last sequence are none."""
+    if per_sequence is None:
+        return rows
+    given = per_sequence.given()
+    for option, values in given.items():
+        _check.tensor(option, values, _check.INTEGER if option == "top_k" else _check.FLOATING, ndim=1)
+    batch = len(next(iter(given.values())))
+    if source.ndim == 3:
+        batch = source.shape[0]
+    elif out is not None:
+        batch = out.ids.shape[0]
+    for option, values in given.items():
+        _check.shape(option, values, [batch], "B")
+    _check.same_device(**{name: source, **given})
+    return rows if rows.num_places is not None else rows._replace(num_places=batch * rows.seq_len)
 
 
 def _checked_sampling(sampling: Sampling, num_ids: int) -> Sampling:

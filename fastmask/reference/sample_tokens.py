@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmask import _streams as streams
-from fastmask.records import Draws, LinearLogits, Sampled, SampledRows, Sampling
+from fastmask.records import Draws, LinearLogits, PerSequence, Sampled, SampledRows, Sampling
 from fastmask.reference import philox
-from fastmask.reference.vocabulary_filter import thresholds
+from fastmask.reference.vocabulary_filter import exact, thresholds
 
 # Logits held at once, as many as were fastest on a CPU.
 _CHUNK_ELEMENTS = 2**22
@@ -38,6 +38,7 @@ def sample_tokens(
     sampling: Sampling,
     kept_ids: Tensor | None,
     out: Sampled | None,
+    per_sequence: PerSequence | None = None,
 ) -> Sampled:
     """One id for each row, one chunk of logits at a time.
 
@@ -48,6 +49,7 @@ def sample_tokens(
         sampling: how.
         kept_ids: [M] integer: an id >= 0 is not sampled but kept, and its probability returned; NaN of what is no id.
         out: ids and log_probs [B, N] to write in place, at the rows' positions.
+        per_sequence: of which options each sequence has its own; a row's is row_indices // seq_len, below B.
 
     A row with NaN, +inf or no finite logit gives the lowest allowed id and NaN; no row gives id -1 and zeros.
     Equal rows of logits give equal figures, bit for bit, wherever they lie in whatever batch. Behind a head that is
@@ -62,7 +64,8 @@ def sample_tokens(
     for number in range(max(1, math.ceil(len(rows.row_indices) / chunk))):  # traced, this fixes the chunks alone
         part = slice(number * chunk, (number + 1) * chunk)
         kept = None if kept_ids is None else kept_ids[part]
-        parts.append(_sample_chunk_(_logits_of(rows, logits, part), rows.part(part), draws, sampling, kept))
+        options = _options(sampling, per_sequence, rows.part(part))
+        parts.append(_sample_chunk_(_logits_of(rows, logits, part), rows.part(part), draws, options, kept))
     sampled = Sampled(*_joined(parts))
     return sampled if out is None else _written(sampled, rows, out)
 
@@ -89,6 +92,67 @@ def _joined(parts: Sequence[Iterable[Tensor | None]]) -> Iterator[Any]:
     return (None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
 
 
+class _Options(NamedTuple):
+    """How a chunk's rows are sampled: numbers, and [M, 1] where each row has its own; see ``Sampling``.
+
+    heat: the temperature of the samples where the figures', figures_at, has been divided by. is_greedy: whether the
+    largest logit is taken. keeps_one: whether it stays alone. is_lawful: whether the options are; None for all.
+    """
+
+    sampling: Sampling
+    heat: float | Tensor
+    figures_at: float | Tensor
+    top_k: int | Tensor | None
+    min_p: float | Tensor | None
+    top_p: float | Tensor | None
+    is_greedy: bool | Tensor
+    keeps_one: bool | Tensor
+    is_lawful: Tensor | None = None
+
+    def part(self, part: slice) -> _Options:
+        """Of some of the rows."""
+        return _Options(*(x[part] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+
+
+def _options(sampling: Sampling, per_sequence: PerSequence | None, rows: SampledRows) -> _Options:
+    """Of the rows, what their sequences have of their own, and else what is for all.
+
+    NaN and a temperature below 0 are no law; what else is outside of its range is as the range's end.
+    """
+    figures_at, top_k, min_p, top_p = sampling.temperature_of_figures, sampling.top_k, sampling.min_p, sampling.top_p
+    is_greedy: bool | Tensor = bool(sampling.is_greedy)
+    options = _Options(
+        sampling, sampling.temperature / figures_at, figures_at, top_k, min_p, top_p, is_greedy, bool(top_k == 1)
+    )
+    given = {} if per_sequence is None else per_sequence.given()
+    if any(len(values) == 0 for values in given.values()):  # no sequence has a row
+        given = {}
+    if not given:
+        return options
+    sequence = (rows.row_indices // rows.seq_len).clamp(min=0)
+    own = {name: (values.long() if name == "top_k" else exact(values)) for name, values in given.items()}
+    own = {name: values[sequence, None] for name, values in own.items()}
+    is_lawful = torch.ones_like(sequence[:, None], dtype=torch.bool)
+    if "temperature" in own:
+        temperature = own["temperature"]
+        is_lawful = is_lawful & (temperature >= 0.0)
+        is_greedy = is_greedy or temperature == 0.0
+        temperature = temperature.where(temperature > 0.0, 1.0).clamp(max=torch.finfo(temperature.dtype).max)
+        options = options._replace(heat=temperature, figures_at=1.0)
+        if sampling.processed:
+            options = options._replace(heat=1.0, figures_at=temperature)
+    if "top_k" in own:
+        keeps_one = own["top_k"] <= 1
+        is_greedy = is_greedy | keeps_one if isinstance(is_greedy, Tensor) else is_greedy or keeps_one
+        options = options._replace(top_k=own["top_k"], keeps_one=keeps_one)
+    shares: dict[str, Any] = {name: own[name] for name in ("min_p", "top_p") if name in own}
+    for name, share in shares.items():
+        is_lawful = is_lawful & ~share.isnan()
+        shares[name] = share.nan_to_num(1.0).clamp(0.0, 1.0)
+    options = options._replace(**shares)
+    return options._replace(is_greedy=is_greedy, is_lawful=is_lawful)
+
+
 class _Figures(NamedTuple):
     """What is known of rows of logits before a race.
 
@@ -105,16 +169,18 @@ class _Figures(NamedTuple):
     entropies: Tensor | None
 
 
-def _sample_chunk_(
-    z: Tensor, rows: SampledRows, draws: Draws, sampling: Sampling, kept_ids: Tensor | None
-) -> Sampled:
+def _sample_chunk_(z: Tensor, rows: SampledRows, draws: Draws, options: _Options, kept_ids: Tensor | None) -> Sampled:
     """Of logits z [M, V] float32, which are filtered in place."""
     is_whole = z.device.type != "cpu" or torch.compiler.is_compiling()
-    blocks = [_figures(part, _filter_(part, sampling), sampling) for part in ([z] if is_whole else _blocks(z))]
+    blocks = [
+        _figures(z[part], _filter_(z[part], options.part(part)), options.part(part))
+        for part in ([slice(None)] if is_whole else _blocks(z))
+    ]
     is_valid, ids, log_totals, sub_tiles, margins, entropies = _joined(blocks)
     if sub_tiles is not None:
-        ids = _race(z, sub_tiles, _rest(sampling), rows, draws)
-    ids = ids.where(is_valid, _lowest_allowed(sampling, z.shape[-1]))
+        raced = _race(z, sub_tiles, options.heat, rows, draws)
+        ids = ids.where(options.is_greedy, raced) if isinstance(options.is_greedy, Tensor) else raced
+    ids = ids.where(is_valid, _lowest_allowed(options.sampling, z.shape[-1]))
     if kept_ids is not None:
         ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
 
@@ -126,43 +192,48 @@ def _sample_chunk_(
     return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)
 
 
-def _blocks(z: Tensor) -> Sequence[Tensor]:
+def _blocks(z: Tensor) -> Sequence[slice]:
     """As many rows of a chunk as are worked on at once, for a CPU's caches."""
-    return z.split(max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // z.shape[-1]))
+    rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // z.shape[-1])
+    return [slice(first, first + rows) for first in range(0, max(1, len(z)), rows)]
 
 
-def _filter_(z: Tensor, sampling: Sampling) -> Tensor:
+def _filter_(z: Tensor, options: _Options) -> Tensor:
     """Leaves in z [M, V] what may be sampled, less the row's largest and over the figures' temperature, else -inf;
-    whether the largest is finite, [M, 1]."""
+    whether the row has a law, [M, 1]."""
+    sampling = options.sampling
     if sampling.mask_id is not None:
         z[:, sampling.mask_id] = -torch.inf
     if sampling.forbidden is not None:
         z.masked_fill_(sampling.forbidden, -torch.inf)
     largest = z.amax(dim=-1, keepdim=True)
-    if sampling.top_k == 1:  # of those that tie the first alone
+    is_valid = largest.isfinite() if options.is_lawful is None else largest.isfinite() & options.is_lawful
+    if options.keeps_one is not False:  # of those that tie the first alone
         first = z.argmax(dim=-1, keepdim=True)
-        z.fill_(-torch.inf).scatter_(-1, first, 0.0)
-        return largest.isfinite()
-    temperature = sampling.temperature_of_figures
-    threshold = thresholds(z, sampling.top_k, sampling.min_p, sampling.top_p, temperature)
+        if options.keeps_one is True:
+            z.fill_(-torch.inf).scatter_(-1, first, 0.0)
+            return is_valid
+        z.masked_fill_(options.keeps_one.expand_as(z).scatter(-1, first, False), -torch.inf)
+    temperature = options.figures_at
+    threshold = thresholds(z, options.top_k, options.min_p, options.top_p, temperature)
     stays = None if threshold is None else torch.ge(z, threshold, out=torch.empty_like(z))
     z.sub_(largest)
     if stays is not None:  # made 1 or -inf, where z is at most 0: many times as fast on a CPU as masked_fill_
         torch.minimum(z, F.threshold(stays, 0.5, -torch.inf, inplace=True), out=z)
-    if temperature != 1.0:
+    if not _is_one(temperature):
         z.mul_(_over(temperature))
-    return largest.isfinite()
+    return is_valid
 
 
-def _figures(z: Tensor, is_valid: Tensor, sampling: Sampling) -> _Figures:
+def _figures(z: Tensor, is_valid: Tensor, options: _Options) -> _Figures:
     """Of z [M, V] as :func:`_filter_` leaves it."""
     missing = -z.shape[-1] % streams.SUB_TILE
     z = F.pad(z, (0, missing), value=-torch.inf) if missing else z
     law = z.softmax(dim=-1)
     sub_tiles = None
-    if not sampling.is_greedy:
-        sub_tiles = _sub_tiles(law if _rest(sampling) == 1.0 else _heated(z, _rest(sampling)))
-    energy = _sum(law * z.clamp(min=-1e30)) if sampling.with_entropy else None  # 0 times infinity is NaN
+    if options.is_greedy is not True:
+        sub_tiles = _sub_tiles(law if _is_one(options.heat) else _heated(z, options.heat))
+    energy = _sum(law * z.clamp(min=-1e30)) if options.sampling.with_entropy else None  # 0 times infinity is NaN
     # Summed without the largest's own 1, which would round them away.
     largest_ids = z.argmax(dim=-1, keepdim=True)
     p_largest = law.gather(-1, largest_ids)
@@ -174,7 +245,7 @@ def _figures(z: Tensor, is_valid: Tensor, sampling: Sampling) -> _Figures:
         log_totals,
         sub_tiles,
         # 1 - exp(second largest): 1 where nothing else stays.
-        -torch.expm1(z.topk(2, dim=-1).values[:, 1:]) / (1.0 + others) if sampling.with_margin else None,
+        -torch.expm1(z.topk(2, dim=-1).values[:, 1:]) / (1.0 + others) if options.sampling.with_margin else None,
         None if energy is None else (log_totals - energy).clamp(min=0.0),
     )
 
@@ -199,23 +270,25 @@ def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
     return excluded.argmin()
 
 
-def _heated(z: Tensor, temperature: float) -> Tensor:
+def _heated(z: Tensor, temperature: float | Tensor) -> Tensor:
     """softmax(z / temperature), [M, V], of z <= 0. Of what a CPU has, softmax alone rounds by nothing but the row."""
     return (z * _over(temperature)).softmax(dim=-1)
 
 
-def _over(temperature: float) -> float:
+def _over(temperature: float | Tensor) -> float | Tensor:
     """1 / T, but finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf."""
     limits = torch.finfo(torch.float32)
+    if isinstance(temperature, Tensor):
+        return (1.0 / temperature).clamp(limits.tiny, limits.max).float()
     return max(limits.tiny, min(1.0 / temperature, limits.max))
 
 
-def _rest(sampling: Sampling) -> float:
-    """The temperature of the samples where the figures' has been divided by."""
-    return sampling.temperature / sampling.temperature_of_figures
+def _is_one(temperature: float | Tensor) -> bool:
+    """Whether it is 1 for all."""
+    return not isinstance(temperature, Tensor) and temperature == 1.0
 
 
-def _race(z: Tensor, sub_tiles: Tensor, temperature: float, rows: SampledRows, draws: Draws) -> Tensor:
+def _race(z: Tensor, sub_tiles: Tensor, temperature: float | Tensor, rows: SampledRows, draws: Draws) -> Tensor:
     """Ids [M, 1] of z [M, V], by their heated law, of which sub_tiles [M, S] are sums."""
     per_tile = min(streams.TILE // streams.SUB_TILE, sub_tiles.shape[-1])
     sub_tiles = F.pad(sub_tiles, (0, -sub_tiles.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))

@@ -17,9 +17,16 @@ except ImportError:  # torch runs without it
 
 
 def thresholds(
-    z: Tensor, top_k: int | None, min_p: float | None, top_p: float | None, temperature: float = 1.0
+    z: Tensor,
+    top_k: int | Tensor | None,
+    min_p: float | Tensor | None,
+    top_p: float | Tensor | None,
+    temperature: float | Tensor = 1.0,
 ) -> Tensor | None:
     """What the logits of each row of z [M, V] float32 must not be below, [M, 1]; None where all stay.
+
+    Each option is a number, or [M, 1], one a row: int64, and in the precision of :func:`exact`. There V, 0 and 1 keep
+    all.
 
     Args:
         top_k: keeps the k largest, and what ties with the last of them; None keeps all.
@@ -29,16 +36,28 @@ def thresholds(
     """
     threshold = _top_k_threshold(z, top_k)
     if min_p is not None:
-        least = z.amax(dim=-1, keepdim=True) + temperature * math.log(min_p)
+        gap = temperature * (min_p.log() if isinstance(min_p, Tensor) else math.log(min_p))
+        least = z.amax(dim=-1, keepdim=True) + (gap.float() if isinstance(gap, Tensor) else gap)
         threshold = least if threshold is None else threshold.maximum(least)
     if top_p is None:
         return threshold
     kept = z if threshold is None else z.where(z >= threshold, -torch.inf)
-    return _top_p_threshold(kept, top_p, temperature)
+    nucleus = _top_p_threshold(kept, top_p, temperature)
+    if not isinstance(top_p, Tensor):
+        return nucleus
+    # Summed, all of the probability may be reached before the last id is.
+    return nucleus.where(top_p < 1.0, -torch.inf if threshold is None else threshold)
 
 
-def _top_k_threshold(z: Tensor, top_k: int | None) -> Tensor | None:
+def exact(values: Tensor) -> Tensor:
+    """Numbers as precise as Python's, where the device has such."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def _top_k_threshold(z: Tensor, top_k: int | Tensor | None) -> Tensor | None:
     """The k-th largest of each row."""
+    if isinstance(top_k, Tensor):
+        return z.sort(dim=-1, descending=True).values.gather(-1, top_k.clamp(1, z.shape[-1]) - 1)
     if top_k is None or top_k >= z.shape[-1]:
         return None
     if z.device.type == "cpu" and np is not None and not torch.compiler.is_compiling():  # six times as fast as topk
@@ -47,11 +66,12 @@ def _top_k_threshold(z: Tensor, top_k: int | None) -> Tensor | None:
     return z.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
 
 
-def _top_p_threshold(z: Tensor, top_p: float, temperature: float) -> Tensor:
+def _top_p_threshold(z: Tensor, top_p: float | Tensor, temperature: float | Tensor) -> Tensor:
     """The least likely id of each row's nucleus: with all that are likelier it first reaches the share top_p."""
     z = z.sort(dim=-1, descending=True).values
-    gaps = (z - z[:, :1]).to(torch.float32 if z.device.type == "mps" else torch.float64)
-    weights = (gaps if temperature == 1.0 else gaps / temperature).exp()
+    gaps = exact(z - z[:, :1])
+    is_heated = isinstance(temperature, Tensor) or temperature != 1.0
+    weights = (gaps / temperature if is_heated else gaps).exp()
     mass = weights.cumsum(dim=-1)
     last = (mass < top_p * mass[:, -1:]).sum(dim=-1, keepdim=True)
     return z.gather(-1, last.clamp(max=z.shape[-1] - 1))
