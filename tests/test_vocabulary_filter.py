@@ -204,6 +204,26 @@ def test_top_p_wherever_the_logits_lie(backend, level):
     assert_nucleus(backend, torch.full((2104,), level + 3.3), 0.0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.3, "each"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "equal", "tied", "mostly -inf", "heavy tail", "few have most", "nan", "none"]
+)
+def test_on_a_cpu_few_are_sorted_and_the_nucleus_is_the_same(reference, kind, temperature, monkeypatch):
+    module = reference.module(OPERATION)
+    row = torch.full((3000,), {"nan": math.nan, "none": -math.inf}.get(kind, 0.0))
+    z = (row if kind in ("nan", "none") else filter_row(kind, 3000)).expand(3, -1).clone()
+    z[1, ::7], z[2] = -math.inf, 4.0 * z[2]
+    shares = [0.0, 0.1, 0.9, 0.999, 1.0, torch.tensor([[0.2], [0.9], [1.0]], dtype=torch.float64)]
+    if temperature == "each":
+        temperature = torch.tensor([[1.0], [0.3], [2.0]], dtype=torch.float64)
+    few = [module._top_p_threshold(z, share, temperature) for share in shares]
+    monkeypatch.setattr(module, "_SORTED", 3000)
+    for share, threshold in zip(shares, few, strict=True):
+        torch.testing.assert_close(
+            threshold, module._top_p_threshold(z, share, temperature), rtol=0, atol=0, equal_nan=True
+        )
+
+
 @pytest.mark.ptx
 def test_all_but_one_have_an_even_share(backend):
     """Where they lie so far from 0 that the largest does not weigh 1, their share must be known all the same."""

@@ -68,6 +68,9 @@ def _top_k_threshold(z: Tensor, top_k: int | Tensor | None) -> Tensor | None:
 
 def _top_p_threshold(z: Tensor, top_p: float | Tensor, temperature: float | Tensor) -> Tensor:
     """The least likely id of each row's nucleus: with all that are likelier it first reaches the share top_p."""
+    is_long = z.shape[-1] > _SORTED
+    if is_long and z.device.type == "cpu" and np is not None and not torch.compiler.is_compiling():
+        return _top_p_threshold_without_sort(z, top_p, temperature)
     z = z.sort(dim=-1, descending=True).values
     gaps = exact(z - z[:, :1])
     is_heated = isinstance(temperature, Tensor) or temperature != 1.0
@@ -75,3 +78,23 @@ def _top_p_threshold(z: Tensor, top_p: float | Tensor, temperature: float | Tens
     mass = weights.cumsum(dim=-1)
     last = (mass < top_p * mass[:, -1:]).sum(dim=-1, keepdim=True)
     return z.gather(-1, last.clamp(max=z.shape[-1] - 1))
+
+
+# Rows of up to so many ids are sorted all at once.
+_SORTED = 1024
+
+
+def _top_p_threshold_without_sort(z: Tensor, top_p: float | Tensor, temperature: float | Tensor) -> Tensor:
+    """The same; sorted are only ids at least as likely as (1 - p) / V: the others together have less than 1 - p."""
+    columns = (np.broadcast_to(np.asarray(option), (len(z), 1)).flat for option in (top_p, temperature))
+    thresholds = np.empty((len(z), 1), np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN in, NaN out
+        for row, threshold, p, t in zip(z.numpy(), thresholds, *columns, strict=True):
+            top = row.max()
+            weights = np.exp((row - top).astype(np.float64) / t)
+            is_unlikely = weights < (1.0 - p) * (weights.sum() / len(row))
+            likely = np.sort(row[~is_unlikely])[::-1]
+            mass = np.exp((likely - top).astype(np.float64) / t).cumsum()
+            last = np.sum(mass < p * (mass[-1] + weights[is_unlikely].sum()))
+            threshold[0] = likely[min(last, len(likely) - 1)]
+    return torch.from_numpy(thresholds)
