@@ -23,6 +23,8 @@ PACKAGES = (
     "tqdm",
     "matplotlib",
     "scikit-learn",
+    "transformers",
+    "diffusers",
 )
 
 HEADS = (

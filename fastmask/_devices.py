@@ -17,5 +17,11 @@ def device_of(module: Any, default: torch.device) -> torch.device:
 
 
 def to_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on a device. The host waits where it is itself to read the copy, and nowhere else."""
+    """A tensor on a device. The host waits where it is itself to read the copy, and nowhere else.
+
+    Raises:
+        ValueError: it has no values to copy.
+    """
+    if x.is_meta and torch.device(device).type != "meta":
+        raise ValueError(f"expected tensors with values, received one of shape {list(x.shape)} on the meta device")
     return x.to(device, x.dtype if dtype is None else dtype, non_blocking=torch.device(device).type != "cpu")

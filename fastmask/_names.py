@@ -60,8 +60,8 @@ _ELSEWHERE = {
 # What else there is to say.
 _REMEDIES = {
     "do_sample": "give start_temperature=0 for greedy decoding",
-    "top_k": "give filter_thres=1 - k / num_tokens",
-    "topk": "give filter_thres=1 - k / num_tokens",
+    "top_k": "give filter_thres=1 - (k - 0.5) / num_tokens",
+    "topk": "give filter_thres=1 - (k - 0.5) / num_tokens",
     "alg": 'give score="confidence", "margin", "entropy" or "random"',
     "remasking": 'give score="confidence", "margin", "entropy" or "random"',
     "remasking_strategy": 'give score="confidence", "margin", "entropy" or "random"',

@@ -13,6 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmask.heads import logits_in
+
 
 class SelfCritic(nn.Module):
     """A linear probe on the generator's own embeddings.
@@ -49,7 +51,9 @@ def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Ten
         kwargs = {name: value for name, value in kwargs.items() if name in parameters}
     if getattr(getattr(critic, "attn_layers", None), "cross_attend", None) is False:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("context", "context_mask")}
-    logits: Tensor = critic(ids.clone(), **kwargs)  # it may write into them
+    logits: Any = logits_in(critic(ids.clone(), **kwargs))  # it may write into them
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"expected token_critic(ids [B, N]) to return logits, received {type(logits).__name__}")
     if logits.shape == (*ids.shape, 1):
         logits = logits.squeeze(-1)
     if logits.shape != ids.shape:

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastmask import functional
+from fastmask import _check, functional
 
 try:
     from diffusers import SchedulerMixin  # noqa: F401 a pipeline that was saved with ours looks here how to load it
@@ -330,7 +330,7 @@ class AmusedScheduler(scheduling_amused.AmusedScheduler):
 
     def _mask_ratio(self, step_index: Tensor) -> Tensor:
         """What share of a sequence is masked after a step [1] int64; [1] float32, with diffusers' roundings."""
-        ratio = (step_index + 1) / len(self.timesteps)
+        ratio = (step_index + 1).float() / len(self.timesteps)
         if self.config.masking_schedule == "cosine":
             return torch.cos(ratio * math.pi / 2)
         if self.config.masking_schedule == "linear":
@@ -353,8 +353,8 @@ def _random_ids(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 def halton_order(height: int, width: int) -> Tensor:
     """The place of each position of a grid in the order of the Halton sequence of bases 2 (rows) and 3 (columns).
 
-    Its minus is a ``score`` of :func:`fastmask.functional.demask_step` and of ``generate``, by which what is
-    committed in a step is spread over the whole image.
+    ``-halton_order(height, width).float()`` is a ``score`` of ``generate`` (and, for each sequence, of
+    :func:`fastmask.functional.demask_step`), by which what is committed in a step is spread over the whole image.
 
     Args:
         height, width: H and W of the grid of tokens, at least 1.
@@ -370,6 +370,7 @@ def halton_order(height: int, width: int) -> Tensor:
         tensor([[5, 3, 1],
                 [2, 0, 4]])
     """
+    height, width = _check.integer("height", height, 1), _check.integer("width", width, 1)
     places: dict[int, int] = {}
     point = 0
     while len(places) < height * width:

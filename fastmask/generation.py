@@ -1,6 +1,6 @@
 """One generation: the state, which lies on the device, and the loop, which goes through the host's plan.
 
-No step waits for the device but by a rule, whose next step asks whether anything is left to do.
+No step waits for the device but by a rule or for ends of sequences, where the next one asks whether anything is left.
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ class Options(NamedTuple):
                     high = math.inf
                 _check.number(name, value, 0.0, high, below_high=name == "filter_thres")
                 numbers[name] = float(value)
+        if self.start_temperature == 0.0 and self.end_temperature:
+            raise ValueError(
+                "expected end_temperature=0 or none with start_temperature=0, which is greedy in every step, "
+                f"received {self.end_temperature}; give a start_temperature above 0"
+            )
         _check.flag("processed", self.processed)
         if self.processed and self.end_temperature is None and self.start_temperature > 0.0:
             raise ValueError(
@@ -227,12 +232,12 @@ def first_state(
 
 def _first_rows(maskable: Tensor, plan: Plan) -> Tensor:
     """Flat positions of what is open in each block, at the places that it has in the list."""
-    sizes = {step.block: step.num_open for step in plan.steps}
-    if plan.windows is None or not sizes:
-        return torch.nonzero_static(maskable.flatten(), size=sum(sizes.values())).squeeze(-1)
+    sizes = [part.num_rows[0] for part in plan.parts]
+    if plan.windows is None:
+        return torch.nonzero_static(maskable.flatten(), size=sum(sizes)).squeeze(-1)
     positions = torch.arange(maskable.shape[1], device=maskable.device)
     lists = []
-    for block, size in sizes.items():
+    for block, size in enumerate(sizes):
         begin, end = plan.windows[block, :, :1], plan.windows[block, :, 1:]
         is_open = maskable & (positions >= begin) & (positions < end)
         lists.append(torch.nonzero_static(is_open.flatten(), size=size).squeeze(-1))
@@ -257,13 +262,13 @@ def run(
     By a rule a block ends when nothing in it is masked, where it ``may_stop``, and all of them once each sequence has
     an end. A GPU is asked a step later, so that the host waits for no work that it queued since.
     """
-    running = {(step.block, step.number): step for step in plan.steps}
     stops = may_stop and not model.may_remask and (options.has_rule or options.has_end)
-    for block in range(plan.num_blocks):
-        asked, condition = None, model.null_embed  # a block knows nothing of how long others took
+    asked: _Question | None = None
+    for block in range(len(plan.parts)):
+        condition = model.null_embed  # a block knows nothing of how long others took
         for number in range(plan.num_steps):
             through = block * plan.num_steps + number + 1
-            step = running.get((block, number))
+            step = plan.step(block, number)
             if step is None:
                 if stops and options.has_rule and number > 0:
                     break  # as many steps as there are positions have run
@@ -273,18 +278,18 @@ def run(
             _remask(state, sampled, step, model, options, inputs)
             if state.ends is not None:
                 _end(state, state.ends)
-            left = None if asked is None else asked.answer()
-            if left == 0:
-                break  # nothing was masked before this step: it changed nothing
-            if left == _NOWHERE:
-                return
+            num_masked = None if asked is None else asked.answer()
+            if num_masked == _NOWHERE:
+                return  # nothing was masked before this step: it changed nothing
+            if num_masked == 0 and asked is not None and asked.block == block:
+                break
             condition = next_condition
             if stops:
                 asked = _Question(state, step)
-                left = None if state.ids.is_cuda else asked.answer()
-                if left is not None and left <= 0:
-                    yield Done((block + 1) * plan.num_steps if left == 0 else plan.total, True)
-                    if left == 0:
+                num_masked = None if state.ids.is_cuda else asked.answer()
+                if num_masked is not None and num_masked <= 0:
+                    yield Done((block + 1) * plan.num_steps if num_masked == 0 else plan.total, True)
+                    if num_masked == 0:
                         break
                     return
             yield Done(through, True)
@@ -304,10 +309,11 @@ class _Question:
     """How many positions of a step's block are masked; _NOWHERE if none of any is, since all sequences have ended."""
 
     def __init__(self, state: State, step: Step) -> None:
-        left = (_rows(state, step, step.num_rows_after) >= 0).sum()
+        self.block = step.block
+        num_masked = (_listed_rows(state, step, step.num_rows_after) >= 0).sum()
         if state.ends is not None:
-            left = torch.where(state.is_masked.any(), left, _NOWHERE)
-        self._count = HostCount(left)
+            num_masked = torch.where(state.is_masked.any(), num_masked, _NOWHERE)
+        self._count = HostCount(num_masked)
 
     def answer(self) -> int | None:
         """The number, once the device has it."""
@@ -337,7 +343,7 @@ def _end(state: State, ends: Tensor) -> None:
     state.row_indices.masked_fill_(is_over, -1)
 
 
-def _rows(state: State, step: Step, size: int) -> Tensor:
+def _listed_rows(state: State, step: Step, size: int) -> Tensor:
     """The first places of the step's block in the list."""
     return state.row_indices[step.place : step.place + size]
 
@@ -355,7 +361,7 @@ def _propose(
 
     The logits are let go when it returns, before the critic or the network makes others.
     """
-    rows, kept_ids = _rows(state, step, step.num_rows), None
+    rows, kept_ids = _listed_rows(state, step, step.num_rows), None
     if model.rescores_committed:
         rows = state.maskable_rows[step.place : step.place + step.num_open]
         kept_ids = state.ids.masked_fill(state.is_masked, -1).flatten()[rows]
@@ -429,7 +435,7 @@ def _remask(state: State, sampled: Sampled, step: Step, model: Model, options: O
     functional.remask_(
         state.ids,
         state.is_masked,
-        _rows(state, step, step.num_rows_after),
+        _listed_rows(state, step, step.num_rows_after),
         state.row_starts[step.row],
         counts=state.counts[step.row] if state.commits is None else None,
         commits=None if state.commits is None else state.commits[step.row],
@@ -501,5 +507,5 @@ def replayed(owner: nn.Module, model: Model, state: State, plan: Plan, options: 
         return [static_state.ids]
 
     own = (model.mask_id, model.may_remask, model.null_embed is not None)
-    key = (own, plan.steps, options, others, str(structure))
+    key = (own, plan.num_steps, plan.parts, plan.always_runs, options, others, str(structure))
     return _cuda_graph.replay(owner, key, function, tensors)[0]

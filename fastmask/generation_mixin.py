@@ -19,9 +19,6 @@ from fastmask.ops.sample_tokens import as_forbidden
 from fastmask.records import GenerationStep, Trajectory
 from fastmask.schedules import Schedule, as_schedule
 
-# Numbers that x-transformers' generate does not have.
-_NOT_UPSTREAMS = ("end_temperature", "min_p", "top_p", "threshold", "factor", "entropy_bound", "cfg_scale")
-
 
 class _Prepared(NamedTuple):
     """All that a generation needs. is_single: whether it returns one sequence without batch dimension."""
@@ -154,7 +151,8 @@ class GenerationMixin(nn.Module):
                 order its negative (``-torch.arange(N).float()`` for left to right).
             choice_temperature: scale of the annealed Gumbel noise on the score, without a critic; 0 commits the
                 surest first and tends to one mode. None is 4.5, MaskGIT's, where counts alone decide how many are
-                committed, by the confidence, and start_temperature is above 0; else, and with compat, 0.
+                committed (no rule, no commits), by the confidence, and start_temperature is above 0; else, and with
+                compat, 0.
             commits: how many positions of a sequence each step commits at least, in place of the schedule's counts:
                 one number; [steps], or [steps, B] for each sequence by itself; or a function of how many positions
                 of the block are open and the number of steps, that returns [steps] (``schedules.even_split``). The
@@ -189,7 +187,8 @@ class GenerationMixin(nn.Module):
             generator: default torch's own of the network's device.
             sample_offset: global index of the first sequence: a batch may be split without changing it.
             progress: True for a tqdm bar (nothing without tqdm), or a callable ``progress(done, total)``.
-            return_trajectory: also return every step, of all blocks; by a rule those that ran.
+            return_trajectory: also return every step, of all blocks; by a rule, or with eos_id, until nothing is
+                masked.
             cuda_graph: capture the whole loop once for each batch, number of steps and set of options (and, to an
                 eighth of N, the most positions that a prompt leaves open), then replay it, with fresh randomness and
                 new prompts; all steps run, by a rule too. The network then sees no Python: it must not branch on
@@ -224,7 +223,7 @@ class GenerationMixin(nn.Module):
         state, trajectory = prepared.state, None
         ids = state.ids
         with evaluating(self):
-            if cuda_graph and prepared.plan.steps:
+            if cuda_graph and any(part.numbers for part in prepared.plan.parts):
                 ids = generation.replayed(
                     self, self._model(), state, prepared.plan, prepared.options, prepared.inputs
                 )
@@ -300,6 +299,8 @@ class GenerationMixin(nn.Module):
         """Checks what ``generate`` was given, and makes its start, plan and state."""
         _names.refuse(kwargs, self.net, GenerationMixin.generate)
         order = score if isinstance(score, Tensor) else None
+        if commits is not None and numbers["choice_temperature"] is None:
+            numbers["choice_temperature"] = 0.0  # the noise is of the schedule's counts
         options = generation.Options(
             score="order" if isinstance(score, Tensor) else score, has_end=eos_id is not None, **numbers
         ).checked()
@@ -311,8 +312,7 @@ class GenerationMixin(nn.Module):
         _progress.check(progress)
         length = _check.integer("seq_len", self.max_seq_len if seq_len is None else seq_len, 1, self.max_seq_len + 1)
         self._formulas.check_options(
-            **{name: numbers[name] for name in _NOT_UPSTREAMS},
-            processed=numbers["processed"] or None,
+            **{**numbers, "processed": numbers["processed"] or None},
             forbidden=forbidden,
             score=score,
             commits=commits,
@@ -327,7 +327,7 @@ class GenerationMixin(nn.Module):
             )
         self._check_guidance(options.cfg_scale, unconditional, prompt)
         device = backbone.device_of(self.net)
-        start = planning.start(batch_size, prompt, prompt_mask, length, self.mask_id, device)
+        start = planning.start(batch_size, prompt, prompt_mask, length, self.mask_id, self.num_tokens, device)
         blocks = planning.blocks(start, block_length, block_origin)
         pace = self._pace(steps, commits, options.has_rule, len(start.ids), length, block_length)
         places = None

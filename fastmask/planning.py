@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,11 +41,12 @@ def start(
     prompt_mask: Tensor | None,
     length: int,
     mask_id: int,
+    num_tokens: int,
     device: torch.device,
 ) -> Start:
     """The start from what ``generate`` was given; batch_size None takes the prompt's own, else 1."""
     if batch_size is not None:
-        batch_size = _check.integer("batch_size", batch_size, 0)
+        batch_size = _check.integer("batch_size", batch_size, 0, 2**31)
     if prompt is None:
         if prompt_mask is not None:
             raise ValueError("expected prompt_mask with prompt, received it alone; give both")
@@ -57,7 +59,10 @@ def start(
         prompt = prompt.expand(rows, -1)
         prompt_mask = None if prompt_mask is None else prompt_mask.expand(rows, -1)
     _check.shape("prompt", prompt, [rows, prompt.shape[1]], "B, P")
-    return _prompted(prompt, prompt_mask, length, mask_id, device)
+    started = _prompted(prompt, prompt_mask, length, mask_id, device)
+    if prompt.device.type == "cpu":  # nothing is waited for
+        _check_prompt_ids(prompt, started.is_open, num_tokens)
+    return started
 
 
 def _check_prompt(prompt: Tensor, prompt_mask: Tensor | None, length: int) -> None:
@@ -78,6 +83,15 @@ def _check_prompt(prompt: Tensor, prompt_mask: Tensor | None, length: int) -> No
         raise ValueError(f"expected prompt of at most seq_len = {length} positions, received {size}; cut it")
 
 
+def _check_prompt_ids(prompt: Tensor, is_open: Tensor, num_tokens: int) -> None:
+    is_wrong = ((prompt < 0) | (prompt >= num_tokens)) & ~is_open[:, : prompt.shape[1]]
+    if is_wrong.any():
+        raise ValueError(
+            f"expected prompt ids from 0 to below net.num_tokens = {num_tokens}, received "
+            f"{int(prompt[is_wrong][0])}; where nothing is given prompt_mask is False"
+        )
+
+
 def _all_masked(batch_size: int, length: int, mask_id: int, device: torch.device) -> Start:
     ids = torch.full((batch_size, length), mask_id, dtype=torch.int64, device=device)
     is_open = torch.ones((), dtype=torch.bool, device="cpu").expand(ids.shape)
@@ -92,7 +106,7 @@ def _prompted(prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: 
     if prompt_mask is None:
         ids[:, :size], is_given[:, :size], is_open[:, :size] = to_device(prompt, device), True, False
         return Start(ids, is_given, is_open)
-    is_open[:, :size] = ~prompt_mask.cpu()  # the one wait for a device, if the prompt is on one
+    is_open[:, :size] = ~to_device(prompt_mask, "cpu")  # the one wait for a device, if the prompt is on one
     is_given[:, :size] = to_device(prompt_mask, device)
     ids[:, :size] = to_device(prompt, device).long().where(is_given[:, :size], mask_id)
     return Start(ids, is_given, is_open)
@@ -101,7 +115,10 @@ def _prompted(prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: 
 def as_order(order: Tensor, ids: Tensor) -> Tensor:
     """A score of one's own [B, N], or [N] for all sequences, float32, on the device of the ids [B, N]."""
     _check.tensor("score", order, _check.FLOATING)
-    _check.shape("score", order if order.ndim == 2 else order.expand(ids.shape), ids.shape, "B, N")
+    if order.ndim == 1:
+        _check.shape("score", order, ids.shape[1:], "N")
+    else:
+        _check.shape("score", order, ids.shape, "B, N")
     return to_device(order, ids.device).float().expand(ids.shape).contiguous()
 
 
@@ -125,6 +142,8 @@ def blocks(start: Start, length: int | None, origin: str) -> Blocks:
     if origin not in ("prompt", "zero"):
         raise ValueError(f"expected block_origin to be 'prompt' or 'zero', received {origin!r}")
     if length is None:
+        if origin != "prompt":
+            raise ValueError(f"expected block_length= with block_origin={origin!r}, received None; give both")
         return Blocks(None, start.num_maskable[None])
     length = _check.integer("block_length", length, 1)
     is_open = start.is_open
@@ -179,18 +198,33 @@ class Step(NamedTuple):
     num_rows_after: int
 
 
+class Part(NamedTuple):
+    """A plan of one block, in few words even of a million steps.
+
+    numbers: [C], of the steps after which fewer or more are masked. num_rows: [C + 1], places in the list of what is
+    masked before them and after each. place: where that list begins. row: of the plan's tensors, before them; the
+    next ones are after each.
+    """
+
+    numbers: Sequence[int]
+    num_rows: tuple[int, ...]
+    place: int
+    row: int
+
+
 class Plan(NamedTuple):
     """The steps that can change anything, of so many in each block, with what they need on the device.
 
-    counts: [R, B] int64, how many positions of each sequence stay masked at most, after each of these R steps; or,
-    where a rule commits with them, commits: how many are committed at least in each; else None.
+    always_runs: whether those run, too, after which as much is masked as before.
+    counts: [R, B] int64, how many positions of each sequence stay masked at most, after a step with this row.
+    commits: [R, B] int64, how many each commits at least beside a rule; None for one.
     row_starts: [R, B + 1] int64, where in the list of masked positions after it those of each sequence begin.
     windows: [K, B, 2] int64, as of :class:`Blocks`.
     """
 
-    num_blocks: int
     num_steps: int
-    steps: tuple[Step, ...]
+    parts: tuple[Part, ...]
+    always_runs: bool
     counts: Tensor
     commits: Tensor | None
     row_starts: Tensor
@@ -199,7 +233,26 @@ class Plan(NamedTuple):
     @property
     def total(self) -> int:
         """How many steps there are, those included that cannot change anything."""
-        return self.num_blocks * self.num_steps
+        return len(self.parts) * self.num_steps
+
+    def step(self, block: int, number: int) -> Step | None:
+        """A step of a block; None if it cannot change anything."""
+        part = self.parts[block]
+        before, after = bisect_left(part.numbers, number), bisect_right(part.numbers, number)
+        is_idle = before == len(part.numbers) or (before == after and not self.always_runs)
+        if is_idle:
+            return None
+        return Step(
+            block,
+            number,
+            part.row + after,
+            (self.num_steps - 1 - number) / self.num_steps,
+            number / max(1, self.num_steps - 1),
+            part.place,
+            part.num_rows[0],
+            part.num_rows[before],
+            part.num_rows[after],
+        )
 
 
 class Pace(NamedTuple):
@@ -257,10 +310,13 @@ class Commits(NamedTuple):
 
 
 def _as_commits(commits: Any, shapes: list[list[int]]) -> Tensor:
-    try:
-        commits = torch.as_tensor(commits, device="cpu")
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"expected commits to be whole numbers, received {commits!r}") from error
+    if isinstance(commits, Tensor):
+        commits = to_device(commits, "cpu")
+    else:
+        try:
+            commits = torch.as_tensor(commits, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"expected commits to be whole numbers, received {commits!r}") from error
     _check.tensor("commits", commits, _check.INTEGER)
     if list(commits.shape) not in shapes:
         expected = " or ".join(map(str, shapes))
@@ -279,63 +335,38 @@ def plan(pace: Pace, blocks: Blocks, device: torch.device, places: Tensor | None
         places: [K, B], numbers that the blocks' sizes do not exceed: the plan's steps then depend on these alone.
     """
     ways = _Ways(pace)
-    steps: list[Step] = []
+    parts: list[Part] = []
     counts, commits, row_starts = [], [], []
-    place = 0
-    most = blocks.sizes if places is None else places
-    for block, (own, listed) in enumerate(zip(blocks.sizes, most, strict=True)):
-        part = _part(ways, own, listed, places is not None)
-        first = len(steps)
-        steps += [
-            Step(block, number, first + i, (pace.steps - 1 - number) / pace.steps, number / max(1, pace.steps - 1),
-                 place, part.num_rows[0], *part.num_rows[i : i + 2])
-            for i, number in enumerate(part.numbers.tolist())
-        ]  # fmt: skip
-        place += part.num_rows[0]
-        counts.append(part.counts)
-        row_starts.append(part.row_starts)
+    place = row = 0
+    for own, listed in zip(blocks.sizes, blocks.sizes if places is None else places, strict=True):
+        changes, columns = ways.changes(listed)
+        numbers = _numbers(changes)
+        if places is not None and len(numbers):  # of each step, whichever changes what is masked
+            numbers = torch.arange(int(numbers[-1]) + 1, device="cpu")
+        after = _table(changes, numbers, columns)
+        num_rows = tuple(after.sum(dim=-1).tolist())
+        parts.append(Part(tuple(numbers.tolist()), num_rows, place, row))
+        place, row = place + num_rows[0], row + len(after)
+        row_starts.append(after.new_zeros(len(after), len(own) + 1))
+        torch.cumsum(after, dim=-1, out=row_starts[-1][:, 1:])
+        if places is not None:
+            changes, columns = ways.changes(own)
+        counts.append(after if places is None else _table(changes, numbers, columns))
         if pace.by_rule and pace.commits is not None:
-            commits.append(ways.commits(own, part.numbers))
-    batch = blocks.sizes.shape[1]
+            commits.append(torch.cat([own[None], ways.commits(own, numbers)]))
     return Plan(
-        len(blocks.sizes),
         pace.steps,
-        tuple(steps),
-        to_device(_joined(counts, batch), device),
-        to_device(_joined(commits, batch), device) if pace.by_rule and pace.commits is not None else None,
-        to_device(_joined(row_starts, batch + 1), device),
+        tuple(parts),
+        pace.always_runs or places is not None,
+        to_device(_joined(counts), device),
+        to_device(_joined(commits), device) if commits else None,
+        to_device(_joined(row_starts), device),
         None if blocks.windows is None else to_device(blocks.windows, device),
     )
 
 
-def _joined(parts: list[Tensor], columns: int) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]  # of many steps: not copied
-    return torch.cat([torch.empty(0, columns, dtype=torch.int64, device="cpu"), *parts])
-
-
-class _Part(NamedTuple):
-    """The steps of one block: numbers [R]; num_rows, of R + 1, before and after them; the plan's rows of them."""
-
-    numbers: Tensor
-    num_rows: list[int]
-    counts: Tensor
-    row_starts: Tensor
-
-
-def _part(ways: _Ways, own: Tensor, listed: Tensor, is_padded: bool) -> _Part:
-    """One block with sizes [B], and places [B] in the list."""
-    changes, columns = ways.changes(listed)
-    numbers = _running(changes, ways.pace.always_runs or is_padded)
-    after = _table(changes, numbers, columns)
-    row_starts = after.new_zeros(len(numbers), len(columns) + 1)
-    torch.cumsum(after, dim=-1, out=row_starts[:, 1:])
-    counts = after
-    if is_padded:
-        changes, columns = ways.changes(own)
-        counts = _table(changes, numbers, columns)
-    # No step that is left out changes anything.
-    return _Part(numbers, [int(listed.sum()), *after.sum(dim=-1).tolist()], counts, row_starts)
+def _joined(tables: list[Tensor]) -> Tensor:
+    return tables[0] if len(tables) == 1 else torch.cat(tables)  # of many steps: not copied
 
 
 class _Ways:
@@ -384,8 +415,8 @@ class _Ways:
         last = pace.steps - 1
         if pace.commits is not None:
             commits = self._committed(kind)
-            left = size - (commits.clamp(min=1) if pace.by_rule else commits).cumsum(dim=0)
-            return lambda numbers: left[numbers].clamp(min=0).where(numbers < last, 0)
+            num_masked = size - (commits.clamp(min=1) if pace.by_rule else commits).cumsum(dim=0)
+            return lambda numbers: num_masked[numbers].clamp(min=0).where(numbers < last, 0)
         ratios = self._ratios
         if ratios is None:
             return lambda numbers: (size - 1 - numbers).clamp(min=0).where(numbers < last, 0)
@@ -406,7 +437,7 @@ class Changes(NamedTuple):
     values: Tensor
 
     def after(self, numbers: Tensor) -> Tensor:
-        """How many are masked after the steps of these numbers."""
+        """How many are masked after the steps of these numbers; -1 is before the first."""
         return self.values[torch.searchsorted(self.numbers, numbers, right=True)]
 
 
@@ -423,16 +454,16 @@ def _changes(counts: Callable[[Tensor], Tensor], size: int, steps: int, falls: b
     return Changes(numbers[changed], torch.cat([after.new_tensor([size]), after[changed]]))
 
 
-def _running(changes: list[Changes], always_runs: bool) -> Tensor:
-    """Numbers of the steps that can change anything, [R] int64, in order."""
-    numbers = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *(each.numbers for each in changes)])
-    if not always_runs:  # a step that commits nothing changes nothing, unless the next one is conditioned on it
-        return numbers.unique()
-    return torch.arange(int(numbers.max()) + 1 if len(numbers) else 0, device="cpu")  # the last change is to 0
+def _numbers(changes: list[Changes]) -> Tensor:
+    """Numbers of the steps after any of which something changes, [C] int64, in order."""
+    empty = torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.cat([empty, *(each.numbers for each in changes)]).unique()
 
 
 def _table(changes: list[Changes], numbers: Tensor, columns: Tensor) -> Tensor:
-    """Masked positions after steps, [R, B], of sequences with the changes in these columns [B]."""
+    """Masked positions before all steps and after these, [C + 1, B], of sequences with the changes in
+    these columns [B]."""
     if not changes:
-        return torch.zeros(len(numbers), 0, dtype=torch.int64, device="cpu")
+        return torch.zeros(len(numbers) + 1, 0, dtype=torch.int64, device="cpu")
+    numbers = torch.cat([numbers.new_tensor([-1]), numbers])
     return torch.stack([each.after(numbers) for each in changes], dim=-1)[:, columns]

@@ -372,8 +372,10 @@ class GenerationStep(NamedTuple):
 class Trajectory(NamedTuple):
     """A generation, step by step; a step that was not run repeats the one before.
 
-    ids: [steps, B, N] int64, mask_id where masked; is_masked: [steps, B, N] bool; log_probs: [steps, B, N]
-    float32, nats, of the id last proposed at each position (0 where it was given).
+    Of T steps, those of all blocks; by a rule, or once all sequences have an end, those until then.
+
+    ids: [T, B, N] int64, mask_id where masked; is_masked: [T, B, N] bool; log_probs: [T, B, N] float32, nats, of the
+    id last proposed at each position (0 where it was given).
     """
 
     ids: Tensor

@@ -43,10 +43,12 @@ class Formulas:
     """fastmask's."""
 
     random_may_be_mask = False
+    token_may_be_mask = False
+    takes_any_schedule = False
     choice_temperature = CHOICE_TEMPERATURE
 
     def check_options(self, **options: object) -> None:
-        """Refuses options of ``generate`` that there is no formula for; None is one not given."""
+        """Refuses options of ``generate`` that there is no formula for; None is one that was not given."""
 
     def of_tokens(self, out: Output, net: Any, num_tokens: int, mask_id: int) -> Output:
         """What a network gave, for the ids there are: the mask is none of its predictions."""
@@ -107,14 +109,20 @@ class Formulas:
         )
 
 
+# Numbers of generate that x-transformers has, or that leave its formulas as they are.
+_OWN_OPTIONS = ("start_temperature", "filter_thres", "noise_level_scale", "choice_temperature", "sample_offset")
+
+
 class XTransformersFormulas(Formulas):
     """x-transformers' own."""
 
     random_may_be_mask = True
+    token_may_be_mask = True
+    takes_any_schedule = True
     choice_temperature = 0.0
 
     def check_options(self, **options: object) -> None:
-        received = [name for name, value in options.items() if value is not None]
+        received = [name for name, value in options.items() if value is not None and name not in _OWN_OPTIONS]
         if received:
             raise ValueError(f"expected compat=False with {', '.join(received)}=, which x-transformers does not have")
 

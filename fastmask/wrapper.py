@@ -29,7 +29,7 @@ from fastmask.first_look import FirstLook
 from fastmask.generation_mixin import GenerationMixin
 from fastmask.heads import Heads
 from fastmask.ops.mask_sampling import check_gate
-from fastmask.ops.seeds import as_seed
+from fastmask.ops.seeds import as_seed, check_generator
 from fastmask.records import CrossEntropy, Draws, Losses, MaskedTokens, Metrics, Sampling
 from fastmask.schedules import Schedule, TensorFn, as_schedule
 
@@ -151,6 +151,7 @@ class NonAutoregressiveWrapper(GenerationMixin):
                 stacklevel=2,
             )
 
+        self.compat = compat
         self.net = net
         self._heads = Heads(head)
         self.dim: int | None = getattr(net, "emb_dim", None)
@@ -165,12 +166,11 @@ class NonAutoregressiveWrapper(GenerationMixin):
         self.register_buffer("random_excludes", self._checked_excludes(random_excludes), persistent=False)
         # A schedule with parameters of its own stays a submodule, as upstream.
         self.schedule_fn: Any = schedule if isinstance(schedule, nn.Module) else as_schedule(schedule)
-        self.use_simple_mdlm_loss_weight = self._checked_loss_weight(use_simple_mdlm_loss_weight, compat)
+        self.use_simple_mdlm_loss_weight = self._checked_loss_weight(use_simple_mdlm_loss_weight)
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
         self.mask_mode = mask_mode
         self.stratified_times = stratified_times
         self._first_look = FirstLook(check)
-        self.compat = compat
 
         self.self_cond = self_cond
         if self_cond:
@@ -198,7 +198,7 @@ class NonAutoregressiveWrapper(GenerationMixin):
         _check.allowed_ids("random_excludes", table, self.mask_id, "set random_token_prob=0", reads=reads)
         return table.to(device, copy=True)
 
-    def _checked_loss_weight(self, use_simple_mdlm_loss_weight: bool | None, compat: bool) -> bool:
+    def _checked_loss_weight(self, use_simple_mdlm_loss_weight: bool | None) -> bool:
         schedule = self._schedule
         if use_simple_mdlm_loss_weight is None:
             use_simple_mdlm_loss_weight = not schedule.is_constant
@@ -208,7 +208,7 @@ class NonAutoregressiveWrapper(GenerationMixin):
                 f"expected use_simple_mdlm_loss_weight=False with a constant mask ratio, received True with schedule="
                 f"{schedule.label}; leave it out: the mean loss is the default there"
             )
-        if use_simple_mdlm_loss_weight and not compat:
+        if use_simple_mdlm_loss_weight and not self._formulas.takes_any_schedule:
             schedule.check_falls(
                 "the weighted loss",
                 "use_simple_mdlm_loss_weight=False takes the mean loss, schedule=0.15 a constant ratio with it",
@@ -551,7 +551,8 @@ class NonAutoregressiveWrapper(GenerationMixin):
             )
 
     def _look_at(self, name: str, tokens: Tensor, maskable: Tensor | None) -> None:
-        self._first_look(name, tokens, self.num_tokens, None if self.compat else self.mask_id, maskable)
+        excluded = None if self._formulas.token_may_be_mask else self.mask_id
+        self._first_look(name, tokens, self.num_tokens, excluded, maskable)
 
 
 def _num_maskable(tokens: Tensor, maskable: Tensor | None) -> Tensor | float:
@@ -582,6 +583,7 @@ def _with_metrics(losses: Losses, metrics: Metrics | None) -> Losses | tuple[Los
 
 def _host_uniform(generator: torch.Generator | None) -> float:
     """U(0, 1) on the host, where a Python branch needs it: never from a GPU, which would be waited for."""
+    check_generator(generator)
     if generator is not None and generator.device.type != "cpu":
         generator = None
     return torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()

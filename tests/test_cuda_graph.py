@@ -222,7 +222,7 @@ def test_the_plans_shape_depends_on_the_rounded_largest_number_of_open_positions
         return planning.plan(pace, blocks, torch.device("cpu"), planning.places_for_any_prompt(blocks, N))
 
     def steps(*num_open):
-        return plan(*num_open).steps
+        return plan(*num_open).parts
 
     for eighth in range(8):
         low, high = 2 * eighth + 1, 2 * eighth + 2

@@ -30,7 +30,7 @@ GIVEN = torch.zeros(N, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"batch_size": -1}, ValueError, "expected batch_size of at least 0, received -1"),
+        ({"batch_size": -1}, ValueError, "expected batch_size of at least 0 and below 2147483648, received -1"),
         ({"batch_size": 2.0}, TypeError, "expected batch_size to be an int, received float"),
         ({"steps": 0}, ValueError, "expected steps of at least 1 and below 16777216, received 0"),
         ({"steps": True}, TypeError, "expected steps to be an int, received bool"),
@@ -94,6 +94,25 @@ def test_arguments_that_do_not_fit(options, error, message, compat):
     [
         ({"top_p": 1.5}, ValueError, r"expected top_p in \[0, 1\], received 1.5"),
         ({"top_p": "0.5"}, TypeError, "expected top_p to be a number, received str"),
+        ({"score": torch.zeros(5)}, ValueError, r"expected score of shape \[N\]"),
+        ({"score": torch.zeros(2, 4, 1)}, ValueError, r"expected score of shape \[B, N\]"),
+        ({"score": torch.zeros(())}, ValueError, "expected score of shape"),
+        (
+            {"score": torch.zeros(18, device="meta")},
+            ValueError,
+            "expected tensors with values, received one of shape",
+        ),
+        ({"commits": torch.ones(4, device="meta").long()}, ValueError, "expected tensors with values"),
+        ({"commits": lambda size, steps: None}, TypeError, "expected commits to be whole numbers, received None"),
+        ({"generator": "x"}, TypeError, "expected generator to be a torch.Generator, received str"),
+        ({"batch_size": 2**64}, ValueError, "expected batch_size of at least 0 and below"),
+        ({"prompt": torch.tensor([[100, 1]])}, ValueError, "expected prompt ids from 0 to below .*, received 100"),
+        ({"block_origin": "zero"}, ValueError, "expected block_length= with block_origin='zero'"),
+        (
+            {"start_temperature": 0, "end_temperature": 1.0},
+            ValueError,
+            "expected end_temperature=0 or none with start",
+        ),
         ({"threshold": -0.1}, ValueError, r"expected threshold in \[0, 1\], received -0.1"),
         ({"threshold": math.nan}, ValueError, r"expected threshold in \[0, 1\], received nan"),
         ({"threshold": True}, TypeError, "expected threshold to be a number, received bool"),

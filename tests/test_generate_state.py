@@ -68,6 +68,11 @@ def noises(monkeypatch, wrapper, **options) -> list[float]:
         ({}, {"start_temperature": 0.0}, 0.0),
         ({}, {"start_temperature": 0.0, "choice_temperature": 2.0}, 2.0),
         ({}, {"threshold": 0.9}, 0.0),
+        ({}, {"commits": 3}, 0.0),
+        ({}, {"commits": 3, "choice_temperature": 2.0}, 2.0),
+        ({}, {"factor": 0.5}, 0.0),
+        ({}, {"score": "margin"}, 0.0),
+        ({}, {"score": "entropy", "entropy_bound": 0.5}, 0.0),
         ({}, {"threshold": 0.9, "choice_temperature": 2.0}, 2.0),
         ({"compat": True}, {}, 0.0),
         ({"compat": True}, {"choice_temperature": 2.0}, 2.0),
@@ -262,17 +267,24 @@ def plan(num_maskable, steps, schedule=LINEAR, by_rule=False, always_runs=False,
     return planning.plan(pace, planning.Blocks(None, num_maskable[None]), torch.device("cpu"))
 
 
+def steps_of(planned):
+    return [step for number in range(planned.num_steps) if (step := planned.step(0, number)) is not None]
+
+
 @pytest.mark.parametrize("num_sizes", [1, 64])
+@pytest.mark.parametrize("always_runs", [False, True])
 @pytest.mark.parametrize("by_rule", [False, True])
-def test_a_plan_of_a_million_steps(by_rule, num_sizes):
+def test_a_plan_of_a_million_steps(by_rule, always_runs, num_sizes):
     """B 64, N 1024, of one size or of many: at most .3 s (a loaded machine is given ten times that) and 64 MB."""
     num_maskable = 1024 - 15 * (torch.arange(64) % num_sizes)
     start = time.perf_counter()
-    planned = plan(num_maskable, 10**6, by_rule=by_rule)
+    planned = plan(num_maskable, 10**6, by_rule=by_rule, always_runs=always_runs)
     assert time.perf_counter() - start < 3.0
-    assert len(planned.steps) == len(planned.counts) >= 1024
+    assert len(planned.counts) == len(planned.parts[0].numbers) + 1 >= 1025
+    if num_sizes == 1:
+        assert (planned.step(0, 1) is None) == (not by_rule and not always_runs)
     with LiveBytes() as live:
-        plan(num_maskable, 10**6, by_rule=by_rule)
+        plan(num_maskable, 10**6, by_rule=by_rule, always_runs=always_runs)
     assert 2**20 < live.peak < 64e6
 
 
@@ -295,13 +307,14 @@ def test_a_plan_is_of_the_steps_that_change_something(schedule, always_runs):
     runs = before.any(dim=-1) if always_runs else (before != counts).any(dim=-1)
     planned = plan(num_maskable, steps, schedule, always_runs=always_runs)
     assert planned.total == steps
-    assert [step.number for step in planned.steps] == runs.nonzero().squeeze(-1).tolist()
-    assert [step.row for step in planned.steps] == list(range(len(planned.steps)))
-    assert [step.num_rows for step in planned.steps] == before.sum(dim=-1)[runs].tolist()
-    assert [step.num_rows_after for step in planned.steps] == counts.sum(dim=-1)[runs].tolist()
-    assert [step.remaining for step in planned.steps] == [(steps - 1 - step.number) / steps for step in planned.steps]
-    assert torch.equal(planned.counts, counts[runs])
-    assert torch.equal(planned.row_starts[:, 1:], counts[runs].cumsum(dim=-1))
+    running = steps_of(planned)
+    rows = [step.row for step in running]
+    assert [step.number for step in running] == runs.nonzero().squeeze(-1).tolist()
+    assert [step.num_rows for step in running] == before.sum(dim=-1)[runs].tolist()
+    assert [step.num_rows_after for step in running] == counts.sum(dim=-1)[runs].tolist()
+    assert [step.remaining for step in running] == [(steps - 1 - step.number) / steps for step in running]
+    assert torch.equal(planned.counts[rows], counts[runs])
+    assert torch.equal(planned.row_starts[rows, 1:], counts[runs].cumsum(dim=-1))
     assert (planned.row_starts[:, 0] == 0).all()
 
 
@@ -317,9 +330,10 @@ def test_counts_that_fall_are_found_where_they_do(ratio, steps, formulas):
     counts = torch.cat([num_maskable[None], counts]).cummin(dim=0).values
     runs = (counts[1:] != counts[:-1]).any(dim=-1)
     planned = plan(num_maskable, steps, schedule, formulas=formulas)
-    assert [step.number for step in planned.steps] == runs.nonzero().squeeze(-1).tolist()
-    assert torch.equal(planned.counts, counts[1:][runs])
-    assert [step.num_rows for step in planned.steps] == counts[:-1][runs].sum(dim=-1).tolist()
+    running = steps_of(planned)
+    assert [step.number for step in running] == runs.nonzero().squeeze(-1).tolist()
+    assert torch.equal(planned.counts[[step.row for step in running]], counts[1:][runs])
+    assert [step.num_rows for step in running] == counts[:-1][runs].sum(dim=-1).tolist()
 
 
 # ---- torch's default dtype ----

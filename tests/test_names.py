@@ -35,7 +35,7 @@ def tokens() -> torch.Tensor:
         ("timesteps", "steps="), ("seed", r"generator=torch.Generator\(\).manual_seed\(seed\)"),
         ("cfg", "cfg_scale="), ("guidance_scale", "cfg_scale="), ("block_size", "block_length="),
         ("eos_token_id", "eos_id="), ("uncond", "unconditional="), ("num_transfer_tokens", "commits="),
-        ("top_k", "filter_thres=1 - k / num_tokens"),
+        ("top_k", r"filter_thres=1 - \(k - 0.5\) / num_tokens"),
         ("max_length", "seq_len="), ("max_new_tokens", "seq_len="), ("gen_length", "seq_len="),
         ("length", "seq_len="), ("num_samples", "batch_size="), ("num_return_sequences", "batch_size="),
         ("input_ids", "prompt="), ("attention_mask", "mask="), ("eb_threshold", "entropy_bound="),

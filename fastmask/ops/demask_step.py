@@ -122,7 +122,10 @@ def demask_step(
     _check.tensor("is_masked", is_masked, [torch.bool])
     _check.shape("is_masked", is_masked, ids.shape, "B, N")
     name, source, _ = checked_logits(logits)
-    _check.same_device(**{name: source, "ids": ids, "is_masked": is_masked})
+    _check.same_device(**{name: source, "ids": ids, "is_masked": is_masked, "block": block, "next_block": next_block})
+    if isinstance(score, Tensor):
+        _check.tensor("score", score, _check.FLOATING)
+        _check.shape("score", score, ids.shape, "B, N")
     judge = Judge(score, choice_temperature, threshold, factor, entropy_bound).checked()
     if counts is None and commits is None and not judge.has_rule:
         raise ValueError("expected counts, commits or a rule, received none; say how many positions stay masked")

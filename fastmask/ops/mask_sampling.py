@@ -117,7 +117,7 @@ def mask_sampling(
     for name, flag in {**flags, "check": check}.items():
         _check.flag(name, flag)
     global_batch_size = batch if global_batch_size is None else global_batch_size
-    _check.integer("global_batch_size", global_batch_size, min(1, batch))
+    _check.integer("global_batch_size", global_batch_size, min(1, batch), 2**32)
     if random_token_prob > 0.0 and not random_may_be_mask and num_tokens - (mask_id < num_tokens) < 1:
         raise ValueError(
             f"expected an id besides mask_id {mask_id} to draw random tokens from, received "

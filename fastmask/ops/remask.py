@@ -154,7 +154,7 @@ def select_to_remask(
 def as_counts(counts: Tensor | int, values: Tensor, name: str = "counts") -> Tensor:
     """How many positions of each sequence of values [B, N], as a tensor [B]."""
     if not isinstance(counts, Tensor):
-        counts = _check.integer(name, counts, 0)
+        counts = _check.integer(name, counts, 0, 2**63)
         return torch.full(values.shape[:1], counts, dtype=torch.int64, device=values.device)
     _check.tensor(name, counts, _check.INTEGER)
     _check.shape(name, counts, values.shape[:1], "B")
@@ -162,7 +162,11 @@ def as_counts(counts: Tensor | int, values: Tensor, name: str = "counts") -> Ten
 
 
 def _check_key(min_remask_key: float | None) -> None:
-    if min_remask_key is not None and math.isnan(min_remask_key):
+    if min_remask_key is None:
+        return
+    if isinstance(min_remask_key, bool) or not isinstance(min_remask_key, (int, float)):
+        raise TypeError(f"expected min_remask_key to be a number, received {type(min_remask_key).__name__}")
+    if math.isnan(min_remask_key):
         raise ValueError("expected min_remask_key to be a number, received nan")
 
 

@@ -189,7 +189,9 @@ def _sampled_rows(
         row_indices = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device)
     _check.same_device(**{name: rows, "row_indices": row_indices})
     num_places = None if rows.ndim == 2 else rows.shape[0] * rows.shape[1]
-    return SampledRows(row_indices, max(1, _check.integer("seq_len", seq_len, 0)), is_compact, num_places), shape
+    return SampledRows(
+        row_indices, max(1, _check.integer("seq_len", seq_len, 0, 2**31)), is_compact, num_places
+    ), shape
 
 
 def _numbers_and_tensors(options: dict[str, Any]) -> tuple[dict[str, Any], PerSequence | None]:

@@ -19,11 +19,21 @@ def draw_seed(device: torch.device | str, generator: torch.Generator | None = No
 
     Randomness: four integers of the generator, so ``torch.manual_seed`` reproduces all that follows.
     """
+    check_generator(generator)
     home = torch.device(device) if generator is None else generator.device
     # Four words of 16 bits: not every backend draws 64 bits at once.
     words = torch.randint(2**16, (4,), device=home, generator=generator)
     seed = (words << torch.arange(0, 64, 16, device=home)).sum()
     return to_device(seed, device)
+
+
+def check_generator(generator: object) -> None:
+    """Refuses what draws no numbers of torch's."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"expected generator to be a torch.Generator, received {type(generator).__name__}; "
+            "torch.Generator().manual_seed(seed) makes one"
+        )
 
 
 def as_seed(seed: int | Tensor | None, device: torch.device, generator: torch.Generator | None) -> Tensor:
