@@ -312,7 +312,8 @@ CASES = [
     *(refused(TypeError, f"expected {flag} to be True or False, received 1 of type int", mask, **{flag: 1})
       for flag in ("stratified", "random_may_be_mask", "complement", "check")),
     *(refused(*case[:2], mask, random_token_prob=0.1, random_excludes=case[2]) for case in EXCLUDES_CASES),
-    refused(ValueError, "expected global_batch_size of at least 1 and below 4294967296, received 0", mask, global_batch_size=0),
+    refused(ValueError, "expected global_batch_size of at least 1 and below 4294967296, received 0", mask,
+            global_batch_size=0),
     refused(ValueError, "expected an id besides mask_id 0 to draw random tokens from, received num_tokens 1; "
             "set random_token_prob=0", mask, mask_id=0, num_tokens=1, random_token_prob=0.1),
     refused(TypeError, "expected times of dtype float32, received float64", mask, times=torch.zeros(B).double()),
@@ -358,8 +359,8 @@ CASES = [
     refused(ValueError, "expected logits [B, N, ...], received shape [4, 6]; compact rows need row_indices= and "
             "seq_len=", sample, LOGITS[0]),
     refused(ValueError, "expected logits [B, N, ...], received shape []", sample, LOGITS[0, 0, 0]),
-    refused(ValueError, "expected seq_len of at least 0 and below 2147483648, received -1", sample, LOGITS[0], row_indices=TOKENS[0],
-            seq_len=-1),
+    refused(ValueError, "expected seq_len of at least 0 and below 2147483648, received -1", sample, LOGITS[0],
+            row_indices=TOKENS[0], seq_len=-1),
     refused(TypeError, "expected seq_len to be an int, received float", sample, LOGITS[0], row_indices=TOKENS[0],
             seq_len=4.0),
     refused(ValueError, "expected a vocabulary of at least 1 id, received 0", sample, LOGITS[..., :0]),
