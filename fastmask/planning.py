@@ -106,8 +106,8 @@ def _prompted(prompt: Tensor, prompt_mask: Tensor | None, length: int, mask_id: 
     if prompt_mask is None:
         ids[:, :size], is_given[:, :size], is_open[:, :size] = to_device(prompt, device), True, False
         return Start(ids, is_given, is_open)
-    is_open[:, :size] = ~to_device(prompt_mask, "cpu")  # the one wait for a device, if the prompt is on one
     is_given[:, :size] = to_device(prompt_mask, device)
+    is_open[:, :size] = ~prompt_mask.cpu()  # the one wait for a device, if the prompt is on one
     ids[:, :size] = to_device(prompt, device).long().where(is_given[:, :size], mask_id)
     return Start(ids, is_given, is_open)
 

@@ -141,6 +141,7 @@ def naive_remasked(
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 30])
+@pytest.mark.slow_interpreted
 def test_remask_position_by_position(door, length):
     for case in range(25):
         state, row_starts, values, counts, options = random_remasking(np.random.default_rng(case), length)
@@ -368,6 +369,7 @@ def test_the_list_is_as_long_as_the_caller_knows(door):
 
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.25, "choice_temperature": 0.5}], ids=str)
+@pytest.mark.slow_interpreted
 def test_a_loop_over_the_rows_listed_leaves_nothing_masked(door, options):
     """Each step's list of rows is the next one's; the same ids as with the logits of all positions."""
     net, length, steps = draw(12, 12), 5, 4
@@ -408,6 +410,7 @@ def test_a_step_takes_any_strides(door):
 
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.3, "top_p": 0.9, "choice_temperature": 1.0}], ids=str)
+@pytest.mark.slow
 def test_a_step_compiles_whole(kernel, options):
     def step(logits, ids, is_masked, rows):
         return functional.demask_step(
@@ -470,6 +473,7 @@ def test_a_step_behind_a_head_is_the_step_of_its_logits(door, scale, options):
 
 
 @pytest.mark.parametrize("is_compact", [True, False])
+@pytest.mark.slow
 def test_a_step_behind_a_head_compiles_whole(kernel, is_compact):
     def step(embeddings, weight, ids, is_masked, rows):
         logits = LinearLogits(embeddings, weight, scale=2.0)

@@ -73,6 +73,7 @@ SLOW = pytest.mark.slow_interpreted
         *(pytest.param(loss, marks=SLOW) for loss in (dense, dense_of_a_batch, linear)),
     ],
 )
+@pytest.mark.slow
 def test_operations_compile_whole_at_any_batch_size(kernel, operation):
     assert_compiles(operation, kernel)
 
@@ -106,6 +107,7 @@ def assert_compiles(operation, backend, dynamic=None):
 
 
 @pytest.mark.parametrize("operation", [dense, linear])
+@pytest.mark.slow
 def test_the_references_losses_compile_in_parts(reference, operation):
     """Their rows are compacted: as many as are masked, which no graph holds."""
     run = partial(operation, chosen={"backend": "reference"})

@@ -6,7 +6,7 @@ import fuzz_tail
 import pytest
 from fuzz_operations import OPERATIONS, run_case
 
-CALLS, SLOW_CALLS = 60, 300
+CALLS, SLOW_CALLS = 60, 100
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

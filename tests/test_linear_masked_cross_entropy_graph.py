@@ -89,6 +89,7 @@ def test_only_the_loss_has_a_graph(linear_cross_entropy):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow_interpreted
 def test_checkpointed(linear_cross_entropy, reduction, reentrant):
     (x, w, b), targets, is_masked = draw_case(3, 8)
 
@@ -281,6 +282,7 @@ def test_opcheck(kernel, reduction, needs, num_masked, form):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_compiled(kernel, reduction, dtype):
     """As in eager mode, whatever is masked, without compiling again for another count."""
     leaves, targets, _ = draw_case(2, 3, dtype=dtype)

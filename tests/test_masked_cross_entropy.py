@@ -506,6 +506,7 @@ def test_vectors_of_any_stride(operation, backend):
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4])
+@pytest.mark.slow_interpreted
 def test_softcap_keeps_its_relative_accuracy(cross_entropy, softcap):
     """With one column L is the capped logit c t itself, so z-loss 1 shows its square and, in the gradient,
     2 c t (1 - t**2), where 1 - t**2 keeps its absolute accuracy only."""

@@ -90,6 +90,7 @@ def test_what_is_sampled_stays_the_same_without_a_filter(door, vocabulary):
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 1, "temperature": 0.3}], ids=str
 )
+@pytest.mark.slow_interpreted
 def test_at_0_and_1_it_changes_nothing(door, options):
     logits = draw(2, 3, 50, seed=4)
     plain = door.sample_tokens(logits, min_p=0.1, top_p=0.9, seed=5, **FIGURES, **options)

@@ -108,6 +108,7 @@ def test_the_masks_column_does_not_matter(door, content):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0, 2.0])
+@pytest.mark.slow_interpreted
 def test_a_row_with_one_finite_logit(door, temperature):
     for vocabulary, only in ((4, 0), (4, 3), (9000, 4096), (9000, 8999)):
         logits = torch.full((1, door.rows(30, few=2), vocabulary), -math.inf)
@@ -246,6 +247,7 @@ def test_a_kept_id_beyond_the_vocabulary_gives_nan(kernel):
     ids=str,
 )
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(5, torch.float32), (301, torch.bfloat16), (4104, torch.bfloat16)])
+@pytest.mark.slow_interpreted
 def test_a_sure_ids_log_prob_keeps_its_relative_accuracy(door, vocabulary, dtype, options):
     """Wherever the id lies, at the ends too; sampled or kept, of logits or of what gives them."""
     gaps = [8.0, 17.0, 25.0, 40.0]

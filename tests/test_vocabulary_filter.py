@@ -174,6 +174,7 @@ NUCLEUS_ROWS = [
     [*itertools.product(NUCLEUS_ROWS, [torch.bfloat16]), *itertools.product(NUCLEUS_ROWS[:4], [torch.float32])],
     ids=str,
 )
+@pytest.mark.slow_interpreted
 def test_top_p_keeps_what_the_float64_oracle_keeps(backend, kind, dtype):
     cases = [(4, 0.5), (37, 0.999), (1000, 0.0), (1000, 0.3), (1000, 0.9), (8193, 0.0), (8193, 0.8)]
     exact = [assert_nucleus(backend, filter_row(kind, vocabulary, dtype), p) for vocabulary, p in cases]
@@ -192,6 +193,7 @@ def test_top_p_of_lists_that_are_full(backend, kind):
 
 @pytest.mark.ptx
 @pytest.mark.parametrize("level", [-1000.0, -95.0, -1e6, 3e7, 1e10])
+@pytest.mark.slow_interpreted
 def test_top_p_wherever_the_logits_lie(backend, level):
     """Even where the sample has none of them; weights are relative to the largest of the row."""
     row = torch.full((8200,), -math.inf)
@@ -275,6 +277,7 @@ def test_the_nucleus_keeps_the_boundary_and_its_ties(backend):
 
 
 @pytest.mark.parametrize("content", [math.nan, math.inf, 1e30])
+@pytest.mark.slow_interpreted
 def test_what_is_excluded_does_not_matter_to_the_filters(backend, content):
     for vocabulary in (40, 8200):
         row, forbidden = draw(1, vocabulary, seed=2), torch.arange(vocabulary) % 5 == 1

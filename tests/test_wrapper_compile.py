@@ -82,6 +82,7 @@ def test_a_step_of_training_is_compiled_whole(kernel, critic, by_logits, dynamic
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
 @pytest.mark.parametrize("options", [{"critic": "self"}, {"critic": "none", "self_cond": True}], ids=str)
+@pytest.mark.slow
 def test_what_the_host_draws_or_the_reference_counts_splits_the_graph(kernel, name, options, monkeypatch):
     """A temperature for the critic's sample, the coin of self-conditioning, the number of masked rows."""
     monkeypatch.setenv("FASTMASK_BACKEND", name)
