@@ -303,6 +303,7 @@ def test_a_step_is_the_composition_of_its_parts(door, options):
 
 @pytest.mark.parametrize("counts", [None, 1, 0])
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.9, 1.0])
+@pytest.mark.slow_interpreted
 def test_a_threshold_commits_what_exceeds_it_and_at_least_one(door, threshold, counts):
     """Told from the probabilities alone; where counts do not allow all that is below it to stay, the likeliest go."""
     (ids, is_masked), logits = some_masked(3, 4, share=0.8), draw(3, 4, 6, seed=3) * 2

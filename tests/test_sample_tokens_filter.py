@@ -102,6 +102,7 @@ SHAPES_OF_LOGITS = {
 @pytest.mark.parametrize("thres", [0.1, 0.7, 0.95, 0.999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES_OF_LOGITS)
+@pytest.mark.slow_interpreted
 def test_filter_at_its_edge(door, shape, dtype, thres):
     """The last id that stays and the first that goes, found by sorting; the mask's column is no id."""
     vocabulary, mask_id = 4099, 17

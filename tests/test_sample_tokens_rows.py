@@ -449,6 +449,7 @@ STRAYS = [[0, -1, 2], [-1, 1, -1], [3, 1, 0], [0, 2**40, 1], [-2, -(2**60), 2]]
 @pytest.mark.parametrize("rows", STRAYS, ids=str)
 @pytest.mark.parametrize("kind", ["all", "compact", "head", "compact head"])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+@pytest.mark.slow_interpreted
 def test_listed_rows_that_are_no_position_are_no_rows(backend, rows, kind, filters):
     """Neither read nor written through, wherever they stand in the list; the others are what they are alone."""
     generator = torch.Generator().manual_seed(0)
