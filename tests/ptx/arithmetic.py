@@ -108,6 +108,9 @@ def make_arithmetic(statement: Statement) -> Action:
         dtypes[2:] = [result] * len(dtypes[2:])
         narrow = function
         function = lambda a, b, *c: narrow(np.asarray(a).astype(result), np.asarray(b).astype(result), *c)  # noqa: E731
+    if "relu" in modifiers:
+        of_any_sign = function
+        function = lambda a, b: np.maximum(of_any_sign(a, b), 0)  # noqa: E731
     if "NaN" in modifiers:
         of_numbers = {"min": np.minimum, "max": np.maximum}[name]
         function = lambda a, b: extreme(a, b, of_numbers, name == "min")  # noqa: E731

@@ -25,6 +25,7 @@ KNOWN = re.compile(
             r"(min|max)(\.NaN)?\.b?f16",
             r"(abs|neg)(\.ftz)?\.f32",
             r"(add|sub|min|max|div|rem|neg|abs)\.[su](16|32|64)",
+            r"(min|max)\.relu\.s32",
             r"(mul|mad)\.(lo|wide)\.[su](16|32|64)",
             r"mul\.hi\.[su](32|64)",
             r"(and|or|xor|not)\.(pred|b16|b32|b64)",
