@@ -106,13 +106,13 @@ def refuse(arguments: Mapping[str, Any], net: Any, method: Callable[..., Any]) -
 def _remedy(name: str, method: Callable[..., Any]) -> str | None:
     """What to write for the name; None where it resembles nothing."""
     ours = [p.name for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
+    if name in _ABSENT:
+        return _ABSENT[name]
     meant = [own for own in ours if name in _ELSEWHERE.get(own, ())]
     if meant:
         if name in _REMEDIES and ("seed" not in meant):
             return _REMEDIES[name]
         return f"give {meant[0]}="
-    if name in _ABSENT:
-        return _ABSENT[name]
     if len(name) < _MIN_LETTERS:
         return None
     distance, nearest = min((_edits(name, own), own) for own in ours)

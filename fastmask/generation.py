@@ -20,6 +20,7 @@ from fastmask.critic import critic_logits
 from fastmask.ops.judging import Judge, remask_key_of_threshold
 from fastmask.planning import Plan, Start, Step
 from fastmask.records import Draws, GenerationStep, Sampled, Sampling, Trajectory
+from fastmask.reference.remask import is_inside
 from fastmask.upstream import Formulas, Proposal
 
 # What is handed in
@@ -76,7 +77,6 @@ class Options(NamedTuple):
     factor: float | None
     entropy_bound: float | None
     cfg_scale: float | None
-    has_end: bool
     sample_offset: int
 
     def checked(self) -> Options:
@@ -235,13 +235,10 @@ def _first_rows(maskable: Tensor, plan: Plan) -> Tensor:
     sizes = [part.num_rows[0] for part in plan.parts]
     if plan.windows is None:
         return torch.nonzero_static(maskable.flatten(), size=sum(sizes)).squeeze(-1)
-    positions = torch.arange(maskable.shape[1], device=maskable.device)
-    lists = []
-    for block, size in enumerate(sizes):
-        begin, end = plan.windows[block, :, :1], plan.windows[block, :, 1:]
-        is_open = maskable & (positions >= begin) & (positions < end)
-        lists.append(torch.nonzero_static(is_open.flatten(), size=size).squeeze(-1))
-    return torch.cat(lists)
+    blocks = (maskable & is_inside(window, maskable) for window in plan.windows)
+    return torch.cat(
+        [torch.nonzero_static(x.flatten(), size=size).squeeze(-1) for x, size in zip(blocks, sizes, strict=True)]
+    )
 
 
 # The loop
@@ -262,7 +259,7 @@ def run(
     By a rule a block ends when nothing in it is masked, where it ``may_stop``, and all of them once each sequence has
     an end. A GPU is asked a step later, so that the host waits for no work that it queued since.
     """
-    stops = may_stop and not model.may_remask and (options.has_rule or options.has_end)
+    stops = may_stop and not model.may_remask and (options.has_rule or state.ends is not None)
     asked: _Question | None = None
     for block in range(len(plan.parts)):
         condition = model.null_embed  # a block knows nothing of how long others took
@@ -287,11 +284,12 @@ def run(
             if stops:
                 asked = _Question(state, step)
                 num_masked = None if state.ids.is_cuda else asked.answer()
-                if num_masked is not None and num_masked <= 0:
-                    yield Done((block + 1) * plan.num_steps if num_masked == 0 else plan.total, True)
-                    if num_masked == 0:
-                        break
+                if num_masked == _NOWHERE:
+                    yield Done(plan.total, True)
                     return
+                if num_masked == 0:
+                    yield Done((block + 1) * plan.num_steps, True)
+                    break
             yield Done(through, True)
 
 

@@ -53,6 +53,7 @@ class GenerationMixin(nn.Module):
 
     @property
     def _formulas(self) -> upstream.Formulas:
+        """fastmask's or x-transformers', which the wrapper chooses."""
         raise NotImplementedError
 
     def _run(self, formulas: upstream.Formulas, ids: Tensor, **arguments: Any) -> backbone.Output:
@@ -301,9 +302,7 @@ class GenerationMixin(nn.Module):
         order = score if isinstance(score, Tensor) else None
         if commits is not None and numbers["choice_temperature"] is None:
             numbers["choice_temperature"] = 0.0  # the noise is of the schedule's counts
-        options = generation.Options(
-            score="order" if isinstance(score, Tensor) else score, has_end=eos_id is not None, **numbers
-        ).checked()
+        options = generation.Options(score="order" if isinstance(score, Tensor) else score, **numbers).checked()
         options.check_with(
             has_critic=self.token_critic is not None, may_remask=self.can_mask_prev_unmasked, order=order
         )

@@ -295,8 +295,10 @@ class Commits(NamedTuple):
     @staticmethod
     def checked(commits: Any, steps: int, batch: int) -> Commits | None:
         """From what ``generate`` was given."""
-        if commits is None or (callable(commits) and not isinstance(commits, Tensor)):
-            return None if commits is None else Commits(commits, steps)
+        if commits is None:
+            return None
+        if callable(commits):
+            return Commits(commits, steps)
         if not isinstance(commits, (Tensor, list, tuple)):
             number = _check.integer("commits", commits, 0)
             return Commits(torch.full((steps,), number, device="cpu"), steps)

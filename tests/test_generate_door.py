@@ -151,8 +151,6 @@ def test_numbers_of_numpy_are_numbers():
     assert torch.equal(*outs)
     assert outs[0].shape == (2, 4)
     names = {name: np.float32(0.5) for name in generation._NUMBERS}
-    options = generation.Options(
-        **names, processed=False, score=None, has_end=False, sample_offset=np.int64(1)
-    ).checked()
+    options = generation.Options(**names, processed=False, score=None, sample_offset=np.int64(1)).checked()
     assert {type(getattr(options, name)) for name in names} == {float}
     assert type(options.sample_offset) is int

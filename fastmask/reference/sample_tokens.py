@@ -172,10 +172,8 @@ class _Figures(NamedTuple):
 def _sample_chunk_(z: Tensor, rows: SampledRows, draws: Draws, options: _Options, kept_ids: Tensor | None) -> Sampled:
     """Of logits z [M, V] float32, which are filtered in place."""
     is_whole = z.device.type != "cpu" or torch.compiler.is_compiling()
-    blocks = [
-        _figures(z[part], _filter_(z[part], options.part(part)), options.part(part))
-        for part in ([slice(None)] if is_whole else _blocks(z))
-    ]
+    parts = [(z[part], options.part(part)) for part in ([slice(None)] if is_whole else _blocks(z))]
+    blocks = [_figures(part, _filter_(part, own), own) for part, own in parts]
     is_valid, ids, log_totals, sub_tiles, margins, entropies = _joined(blocks)
     if sub_tiles is not None:
         raced = _race(z, sub_tiles, options.heat, rows, draws)
