@@ -168,6 +168,7 @@ def assert_same_selection(ours, theirs, scores):
 
 @pytest.mark.ptx
 @pytest.mark.parametrize("block", range(4))
+@pytest.mark.slow_interpreted
 def test_the_kernel_remasks_what_the_reference_remasks(kernel, reference, block):
     """Thirty random calls; positions may differ where their noised scores are level to rounding: none are today."""
     ties = 0

@@ -312,6 +312,7 @@ def draw_any_case(seed: int, dtype: torch.dtype) -> Case:
 # 3 dtypes x 6 blocks x 12 calls: 216 in all.
 @pytest.mark.parametrize("block", range(6))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.slow_interpreted
 def test_any_call_is_as_near_to_float64_as_pytorch(kernel, monkeypatch, dtype, block):
     monkeypatch.setattr(kernel.module(OPERATION), "CHUNK_ROWS", 2)
     run = partial(kernel.run, functional.linear_masked_cross_entropy)

@@ -276,6 +276,7 @@ def measure(kernel, monkeypatch):
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("width", "vocabulary"), [(16, 600), (64, 1000), (8, 4001), (128, 515)])
+@pytest.mark.slow_interpreted
 def test_memory_is_a_chunk_of_logits_and_of_embeddings_and_the_weights_gradient(
     measure, width, vocabulary, dtype, bound
 ):

@@ -255,6 +255,7 @@ def test_distributed_accumulation_is_the_full_batch(linear_cross_entropy, proces
         ("none", (False, False, False), 2, "mask"),
     ],
 )
+@pytest.mark.slow_interpreted
 def test_opcheck(kernel, reduction, needs, num_masked, form):
     leaves, targets, is_masked = draw_case(5, width=4, vocabulary=7)
     is_masked = torch.tensor([True, False, True, False, False])

@@ -240,6 +240,7 @@ def call_arguments(device, reduction="sum", with_gradient=True, dtype=torch.floa
 
 
 @pytest.mark.parametrize(("reduction", "with_gradient"), [("none", False), ("sum", False), ("sum", True)])
+@pytest.mark.slow_interpreted
 def test_opcheck(kernel, reduction, with_gradient):
     kernel.module(OPERATION)
     torch.library.opcheck(
@@ -257,6 +258,7 @@ def test_opcheck_of_the_operation_in_place(kernel):
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.slow_interpreted
 def test_compiles_as_a_whole(kernel, dtype, reduction):
     """Once, whatever is masked; inplace_grad, which a graph cannot honour, changes nothing."""
     torch._dynamo.reset()

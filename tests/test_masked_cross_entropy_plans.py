@@ -123,6 +123,7 @@ def random_case(number: int) -> dict:
 
 
 @pytest.mark.parametrize("number", range(220))
+@pytest.mark.slow_interpreted
 def test_random_cases(kernel, monkeypatch, number):
     if number % 24 == 5:  # else every large row would be split
         monkeypatch.setattr(kernel.module(OPERATION), "_FEW_ROWS", 0)

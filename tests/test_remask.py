@@ -108,6 +108,7 @@ VALUES = [0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, math.nan, -math.nan, 1
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 300])
+@pytest.mark.slow_interpreted
 def test_selection_against_brute_force(door, length, dtype):
     if dtype == torch.float64 and door.backend.is_kernel:
         pytest.skip("the kernels compute in float32: float64 keys are sorted by PyTorch")

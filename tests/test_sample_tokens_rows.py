@@ -132,6 +132,7 @@ def test_vocabularies_of_one_and_two(door, temperature):
     assert not out.log_probs.any()
 
 
+@pytest.mark.slow_interpreted
 def test_mask_id_is_never_sampled(door):
     for mask_id in (0, 2, 4):
         logits = torch.zeros(2, door.rows(1000, few=20), 5)
@@ -178,6 +179,7 @@ def test_strided_logits(door):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("filter_thres", [None, 0.7])
 @pytest.mark.parametrize("vocabulary", [6, 507, 5000])
+@pytest.mark.slow_interpreted
 def test_log_probs_are_unheated_over_what_the_filter_keeps(door, vocabulary, filter_thres, dtype):
     length = door.rows(20, few=1)
     logits = draw(3, length, vocabulary, scale=3.0, dtype=dtype)
@@ -335,6 +337,7 @@ def figures_of(door, logits, **options):
     ids=str,
 )
 @pytest.mark.parametrize("vocabulary", [6, 507, 4097])
+@pytest.mark.slow_interpreted
 def test_margins_and_entropies_are_those_of_the_unheated_filtered_law(door, vocabulary, options):
     options = {"top_k": number_kept(options.get("filter_thres"), vocabulary), **options}
     options.pop("filter_thres", None)
