@@ -5,19 +5,20 @@ No step waits for the device but by a rule or for ends of sequences, where the n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastmask import _check, _cuda_graph, backbone, functional
+from fastmask import _cuda_graph, backbone, functional
 from fastmask._host_count import HostCount
 from fastmask._progress import Progress, track
 from fastmask.critic import critic_logits
-from fastmask.ops.judging import Judge, remask_key_of_threshold
+from fastmask.generation_options import Options
+from fastmask.ops.judging import put_back
 from fastmask.planning import Plan, Start, Step
 from fastmask.records import Draws, GenerationStep, Sampled, Sampling, Trajectory
 from fastmask.reference.remask import is_inside
@@ -58,117 +59,6 @@ class Inputs(NamedTuple):
     unconditional: dict[str, Any] | None
 
 
-class Options(NamedTuple):
-    """Options of ``generate`` that stay the same through all steps, and through the replays of their graph.
-
-    score: None for the critic's or, where there is none, the confidence; "order" for the state's own.
-    """
-
-    start_temperature: float
-    end_temperature: float | None
-    filter_thres: float | None
-    min_p: float | None
-    top_p: float | None
-    processed: bool
-    noise_level_scale: float
-    score: str | None
-    choice_temperature: float | None
-    threshold: float | None
-    factor: float | None
-    entropy_bound: float | None
-    cfg_scale: float | None
-    sample_offset: int
-
-    def checked(self) -> Options:
-        """The same as Python's own numbers; those that do not fit are refused."""
-        numbers: dict[str, Any] = {}
-        for name, high in _NUMBERS.items():
-            value = getattr(self, name)
-            if value is not None:
-                if name == "threshold" and self.score == "entropy":
-                    high = math.inf
-                _check.number(name, value, 0.0, high, below_high=name == "filter_thres")
-                numbers[name] = float(value)
-        if self.start_temperature == 0.0 and self.end_temperature:
-            raise ValueError(
-                "expected end_temperature=0 or none with start_temperature=0, which is greedy in every step, "
-                f"received {self.end_temperature}; give a start_temperature above 0"
-            )
-        _check.flag("processed", self.processed)
-        if self.processed and self.end_temperature is None and self.start_temperature > 0.0:
-            raise ValueError(
-                "expected end_temperature= with processed=True, received None: the temperature falls to 0, where all "
-                "confidences are 1; give end_temperature=start_temperature to keep it"
-            )
-        sample_offset = _check.integer("sample_offset", self.sample_offset, 0, 2**32)
-        return self._replace(**numbers, sample_offset=sample_offset)
-
-    def check_with(self, *, has_critic: bool, may_remask: bool, order: Tensor | None) -> None:
-        """Refuses scores and rules that do not go with one another, or with the wrapper."""
-        if has_critic:
-            for name in ("score", "factor", "entropy_bound"):
-                value = getattr(self, name)
-                if value is not None:
-                    raise ValueError(
-                        f"expected no {name}= with a critic, whose score is its own, received {value!r}; leave it out"
-                    )
-        if may_remask:
-            for name in ("factor", "entropy_bound"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"expected no {name}= with can_mask_prev_unmasked=True; leave one out")
-        self.judge(order, 0.0).checked()
-
-    def judge(self, order: Tensor | None, noise: float) -> Judge:
-        """Who judges where there is no critic, with noise of this scale where none is asked for."""
-        score = "confidence" if self.score is None else self.score
-        scale = noise if self.choice_temperature is None else self.choice_temperature
-        return Judge(score if order is None else order, scale, self.threshold, self.factor, self.entropy_bound)
-
-    @property
-    def has_rule(self) -> bool:
-        """Whether a step commits what is sure enough, rather than as many as the schedule says."""
-        return any(rule is not None for rule in (self.threshold, self.factor, self.entropy_bound))
-
-    def choice_noise(self, formulas: Formulas) -> float:
-        """Scale of the noise on the score by default: none where not counts alone decide by the confidence, or all is
-        greedy."""
-        is_plain = self.score in (None, "confidence") and self.start_temperature > 0.0
-        return formulas.choice_temperature if is_plain and not self.has_rule else 0.0
-
-    def temperature(self, step: Step, formulas: Formulas) -> float:
-        """The temperature of a step."""
-        if self.end_temperature is None:
-            return formulas.temperature(self.start_temperature, step.remaining)
-        return self.start_temperature + (self.end_temperature - self.start_temperature) * step.progress
-
-    def top_k(self, num_tokens: int) -> int | None:
-        """How many logits filter_thres keeps; None for all."""
-        return None if self.filter_thres is None else math.ceil((1 - self.filter_thres) * num_tokens)
-
-    @property
-    def critics_min_remask_key(self) -> float | None:
-        """The remask key from which on a token is not sure enough, of a critic's logit."""
-        if self.threshold is None:
-            return None
-        return remask_key_of_threshold(self.threshold) - remask_key_of_threshold(1.0 - self.threshold)
-
-
-# Options that are numbers, from 0 on, and the largest they may be.
-_NUMBERS = {
-    "start_temperature": math.inf,
-    "end_temperature": math.inf,
-    "filter_thres": 1.0,
-    "min_p": 1.0,
-    "top_p": 1.0,
-    "noise_level_scale": math.inf,
-    "choice_temperature": math.inf,
-    "threshold": 1.0,
-    "factor": math.inf,
-    "entropy_bound": math.inf,
-    "cfg_scale": math.inf,
-}
-
-
 # The state
 
 
@@ -178,6 +68,8 @@ class State(NamedTuple):
     Written in place:
         ids, is_masked, log_probs: [B, N].
         row_indices: flat positions of what is masked, block by block, -1 where a place is free.
+        edits_left: [K, B] int64, in how many more passes each sequence may be edited in each block, after the one
+        that committed the last of it; 0 once one changed nothing. None where nothing is edited.
 
     Read:
         maskable: [B, N] bool; maskable_rows: its flat positions. order: [B, N] float32, the score; None for another.
@@ -189,6 +81,7 @@ class State(NamedTuple):
     is_masked: Tensor
     log_probs: Tensor
     row_indices: Tensor
+    edits_left: Tensor | None
     maskable: Tensor
     maskable_rows: Tensor
     counts: Tensor
@@ -212,11 +105,17 @@ def first_state(
     """The state before the first step."""
     ids, maskable = start.ids.contiguous(), (~start.is_given).contiguous()
     rows = _first_rows(maskable, plan)
+    edits_left = None
+    if plan.editing_steps:
+        windows = [None] if plan.windows is None else plan.windows
+        has_open = [_within(maskable, window).any(dim=-1) for window in windows]
+        edits_left = torch.stack(has_open).long() * plan.editing_steps
     return State(
         ids=ids,
         is_masked=maskable.clone(),
         log_probs=torch.zeros(ids.shape, dtype=torch.float32, device=ids.device),
         row_indices=rows.clone(),
+        edits_left=edits_left,
         maskable=maskable,
         maskable_rows=rows,
         counts=plan.counts,
@@ -233,12 +132,18 @@ def first_state(
 def _first_rows(maskable: Tensor, plan: Plan) -> Tensor:
     """Flat positions of what is open in each block, at the places that it has in the list."""
     sizes = [part.num_rows[0] for part in plan.parts]
-    if plan.windows is None:
-        return torch.nonzero_static(maskable.flatten(), size=sum(sizes)).squeeze(-1)
-    blocks = (maskable & is_inside(window, maskable) for window in plan.windows)
-    return torch.cat(
-        [torch.nonzero_static(x.flatten(), size=size).squeeze(-1) for x, size in zip(blocks, sizes, strict=True)]
-    )
+    windows = [None] if plan.windows is None else plan.windows
+    return torch.cat([_rows_of(_within(maskable, window), size) for window, size in zip(windows, sizes, strict=True)])
+
+
+def _rows_of(chosen: Tensor, size: int) -> Tensor:
+    """Flat positions of at most so many chosen ones [B, N], then -1."""
+    return torch.nonzero_static(chosen.flatten(), size=size).squeeze(-1)
+
+
+def _within(chosen: Tensor, window: Tensor | None) -> Tensor:
+    """Those chosen positions [B, N] that are in a block."""
+    return chosen if window is None else chosen & is_inside(window, chosen)
 
 
 # The loop
@@ -256,84 +161,91 @@ def run(
 ) -> Iterator[Done]:
     """Runs the steps on the state, and yields after each.
 
-    By a rule a block ends when nothing in it is masked, where it ``may_stop``, and all of them once each sequence has
-    an end. A GPU is asked a step later, so that the host waits for no work that it queued since.
+    By a rule or with edits a block ends when nothing is left to do in it, where it ``may_stop``, and all of them once
+    each sequence has an end. A GPU is asked a step later, so that the host waits for no work that it queued since.
     """
-    stops = may_stop and not model.may_remask and (options.has_rule or state.ends is not None)
+    has_own_end = options.has_rule or options.edits
+    stops = may_stop and not model.may_remask and (has_own_end or state.ends is not None)
     asked: _Question | None = None
     for block in range(len(plan.parts)):
         condition = model.null_embed  # a block knows nothing of how long others took
-        for number in range(plan.num_steps):
-            through = block * plan.num_steps + number + 1
+        for number in range(plan.block_steps):
+            through = block * plan.block_steps + number + 1
             step = plan.step(block, number)
             if step is None:
-                if stops and options.has_rule and number > 0:
+                if stops and has_own_end and number > 0:
                     break  # as many steps as there are positions have run
-                yield Done(through, False)
+                yield Done(through, None)
                 continue
-            sampled, next_condition = _propose(state, step, model, options, condition, inputs, generator)
-            _remask(state, sampled, step, model, options, inputs)
-            if state.ends is not None:
-                _end(state, state.ends)
-            num_masked = None if asked is None else asked.answer()
-            if num_masked == _NOWHERE:
-                return  # nothing was masked before this step: it changed nothing
-            if num_masked == 0 and asked is not None and asked.block == block:
+            next_condition = _advance(state, step, plan, model, options, condition, inputs, generator)
+            num_left = None if asked is None else asked.answer()
+            if num_left == _NOWHERE:
+                return  # nothing was left before this step: it changed nothing
+            if num_left == 0 and asked is not None and asked.block == block:
                 break
             condition = next_condition
             if stops:
                 asked = _Question(state, step)
-                num_masked = None if state.ids.is_cuda else asked.answer()
-                if num_masked == _NOWHERE:
-                    yield Done(plan.total, True)
+                num_left = None if state.ids.is_cuda else asked.answer()
+                if num_left == _NOWHERE:
+                    yield Done(plan.total, block)
                     return
-                if num_masked == 0:
-                    yield Done((block + 1) * plan.num_steps, True)
+                if num_left == 0:
+                    yield Done((block + 1) * plan.block_steps, block)
                     break
-            yield Done(through, True)
+            yield Done(through, block)
 
 
 class Done(NamedTuple):
-    """What a step leaves: how many of all are through, and whether it ran, or could not have changed anything."""
+    """What a step leaves: how many of all are through, and in which block it ran; None if it could not have changed
+    anything, and did not."""
 
     through: int
-    ran: bool
+    block: int | None
 
 
 _NOWHERE = -1
 
 
 class _Question:
-    """How many positions of a step's block are masked; _NOWHERE if none of any is, since all sequences have ended."""
+    """How much is left to do in a step's block: masked positions or, with edits, sequences that may be edited.
+    _NOWHERE if nothing is in any, since all sequences have ended."""
 
     def __init__(self, state: State, step: Step) -> None:
         self.block = step.block
-        num_masked = (_listed_rows(state, step, step.num_rows_after) >= 0).sum()
+        if state.edits_left is None:
+            num_left, is_any_left = (_listed_rows(state, step, step.num_rows_after) >= 0).sum(), state.is_masked.any()
+        else:
+            num_left, is_any_left = state.edits_left[step.block].sum(), state.edits_left.any()
         if state.ends is not None:
-            num_masked = torch.where(state.is_masked.any(), num_masked, _NOWHERE)
-        self._count = HostCount(num_masked)
+            num_left = torch.where(is_any_left, num_left, _NOWHERE)
+        self._count = HostCount(num_left)
 
     def answer(self) -> int | None:
         """The number, once the device has it."""
         return self._count.wait()
 
 
-def past_end(state: State, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Which positions lie past the first end of their sequence, [B, N] bool, and that end's id, [B, 1].
+def past_end(state: State, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which positions lie past the first end of their sequence, [B, N] bool, that end's id, [B, 1], and which
+    sequences have one, [B] bool.
 
     An end is one of these ids where nothing was given and nothing before is masked.
     """
     is_end = (state.ids[..., None] == ends).any(dim=-1) & state.maskable
     is_end &= state.is_masked.cumsum(dim=-1) == 0
     is_past = is_end.cumsum(dim=-1) > is_end.long()
-    return is_past & state.maskable, state.ids.gather(1, is_end.byte().argmax(dim=-1, keepdim=True))
+    end = state.ids.gather(1, is_end.byte().argmax(dim=-1, keepdim=True))
+    return is_past & state.maskable, end, is_end.any(dim=-1)
 
 
 def _end(state: State, ends: Tensor) -> None:
     """Fills in what lies past the first end of a sequence with that end, and lists it no more."""
     if not state.ids.shape[1]:
         return
-    is_past, end = past_end(state, ends)
+    is_past, end, has_end = past_end(state, ends)
+    if state.edits_left is not None:
+        state.edits_left.masked_fill_(has_end, 0)
     state.ids.copy_(end.where(is_past, state.ids))
     state.is_masked.logical_and_(~is_past)
     state.log_probs.masked_fill_(is_past, 0.0)
@@ -346,6 +258,60 @@ def _listed_rows(state: State, step: Step, size: int) -> Tensor:
     return state.row_indices[step.place : step.place + size]
 
 
+def _advance(
+    state: State,
+    step: Step,
+    plan: Plan,
+    model: Model,
+    options: Options,
+    condition: Tensor | None,
+    inputs: Inputs,
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    """A step: one pass of the network, and of the critic. Returns what conditions the next.
+
+    Where the order does not depend on what is sampled, what is committed is chosen first and sampled alone.
+    """
+    propose = partial(_propose, state, step, model, options, condition, inputs, generator)
+    if options.order_is_known and not (model.may_remask or plan.is_of_any_prompt):
+        was_masked = state.is_masked.clone()
+        _remask(state, Sampled(state.ids, state.log_probs), step, model, options, inputs)
+        committed = _rows_of(was_masked & ~state.is_masked, step.num_rows - step.num_rows_after)
+        _, condition = propose(committed)
+    elif model.rescores_committed:
+        kept_ids = state.ids.masked_fill(state.is_masked, -1).flatten()
+        rows = _open_rows(state, step)
+        sampled, condition = propose(rows, kept_ids[rows])
+        _remask(state, sampled, step, model, options, inputs)
+    elif options.edits:
+        ids, log_probs = state.ids.clone(), state.log_probs.clone()
+        sampled, condition = propose(_open_rows(state, step))
+        _edit(state, ids, log_probs, sampled, step, options)
+        _remask(state, sampled, step, model, options, inputs)
+    else:
+        sampled, condition = propose(_listed_rows(state, step, step.num_rows))
+        _remask(state, sampled, step, model, options, inputs)
+    if state.ends is not None:
+        _end(state, state.ends)
+    return condition
+
+
+def _open_rows(state: State, step: Step) -> Tensor:
+    """Those of what was not given in the step's block."""
+    return state.maskable_rows[step.place : step.place + step.num_open]
+
+
+def _edit(state: State, ids: Tensor, log_probs: Tensor, sampled: Sampled, step: Step, options: Options) -> None:
+    """Keeps what is committed, ids and log_probs [B, N] before the step, but for edits, and counts the passes."""
+    assert state.edits_left is not None
+    assert options.editing_threshold is not None
+    left = state.edits_left[step.block]
+    may_edit = (left > 0)[:, None].expand_as(ids)
+    edited = put_back(sampled, ids, log_probs, state.is_masked, may_edit, options.editing_threshold)
+    is_full = ~_within(state.is_masked, _window(state, step)).any(dim=-1)
+    left.sub_(is_full.long()).masked_fill_(is_full & ~edited.any(dim=-1), 0).clamp_(min=0)
+
+
 def _propose(
     state: State,
     step: Step,
@@ -354,15 +320,13 @@ def _propose(
     condition: Tensor | None,
     inputs: Inputs,
     generator: torch.Generator | None,
+    rows: Tensor,
+    kept_ids: Tensor | None = None,
 ) -> tuple[Sampled, Tensor | None]:
-    """Fills in every masked position, and returns what was written and what conditions the next step.
+    """Fills in rows, and returns what was written and what conditions the next step.
 
     The logits are let go when it returns, before the critic or the network makes others.
     """
-    rows, kept_ids = _listed_rows(state, step, step.num_rows), None
-    if model.rescores_committed:
-        rows = state.maskable_rows[step.place : step.place + step.num_open]
-        kept_ids = state.ids.masked_fill(state.is_masked, -1).flatten()[rows]
     out = _network(model, state, rows, options, condition, inputs)
     sampled = _sample(out, rows, kept_ids, state, step, model, options, generator)
     return sampled, None if condition is None else out.embeddings
@@ -398,14 +362,10 @@ def _sample(
     options: Options,
     generator: torch.Generator | None,
 ) -> Sampled:
-    """Samples every masked position, and finds the log-probability of each, and what else is scored."""
+    """Samples these rows, and finds the log-probability of each, and what else is scored."""
     sampled = options.judge(state.order, 0.0).room(state.ids, state.log_probs)
     sampling = Sampling(
-        temperature=options.temperature(step, model.formulas),
-        top_k=options.top_k(out.num_tokens),
-        min_p=options.min_p,
-        top_p=options.top_p,
-        processed=options.processed,
+        **options.settings(step, model.formulas, out.num_tokens),
         with_margin=sampled.margins is not None,
         with_entropy=sampled.entropies is not None,
         mask_id=model.mask_id,
@@ -429,7 +389,7 @@ def _remask(state: State, sampled: Sampled, step: Step, model: Model, options: O
             "noise_scale": options.noise_level_scale * step.remaining,
             "min_remask_key": options.critics_min_remask_key,
         }
-    window = None if state.windows is None else state.windows[step.block]
+    window = _window(state, step)
     functional.remask_(
         state.ids,
         state.is_masked,
@@ -444,6 +404,10 @@ def _remask(state: State, sampled: Sampled, step: Step, model: Model, options: O
         **judged,
         **_draws(state, step, options)._asdict(),
     )
+
+
+def _window(state: State, step: Step) -> Tensor | None:
+    return None if state.windows is None else state.windows[step.block]
 
 
 def _draws(state: State, step: Step, options: Options) -> Draws:
@@ -473,37 +437,51 @@ def recorded(steps: Iterator[Done], state: State) -> Trajectory:
 
 
 def followed(steps: Iterator[Done], state: State) -> Iterator[GenerationStep]:
-    """The state after each step that ran, and when what was committed."""
+    """The state after each step that ran, and in which of its passes each sequence committed what."""
     committed_at = torch.full_like(state.ids, -1, dtype=torch.int32)
     passes = torch.zeros(len(state.ids), dtype=torch.int64, device=state.ids.device)
-    was_masked, number = state.is_masked.clone(), 0
+    before = _copied(state)
     for done in steps:
-        if not done.ran:
+        if done.block is None:
             continue
-        committed_at.masked_fill_(was_masked & ~state.is_masked, number)
+        is_new = ~state.is_masked & (before.is_masked | (state.ids != before.ids))
+        committed_at.copy_(passes[:, None].where(is_new, committed_at))
         committed_at.masked_fill_(state.is_masked, -1)  # it may be masked again
         if state.ends is not None:
             committed_at.masked_fill_(past_end(state, state.ends)[0], -1)
-        passes += was_masked.any(dim=-1)
+        passes += _has_work(before, done.block)
         yield GenerationStep(state.ids, state.is_masked, state.log_probs, committed_at, passes)
-        was_masked.copy_(state.is_masked)
-        number += 1
+        before = _copied(state)
+
+
+def _copied(state: State) -> State:
+    """The state, with copies of what the next step writes that tells what it did."""
+    edits_left = None if state.edits_left is None else state.edits_left.clone()
+    return state._replace(ids=state.ids.clone(), is_masked=state.is_masked.clone(), edits_left=edits_left)
+
+
+def _has_work(state: State, block: int) -> Tensor:
+    """Which sequences have anything left to do in a block, [B] bool."""
+    if state.edits_left is not None:
+        return state.edits_left[block] > 0
+    window = None if state.windows is None else state.windows[block]
+    return _within(state.is_masked, window).any(dim=-1)
 
 
 def replayed(owner: nn.Module, model: Model, state: State, plan: Plan, options: Options, inputs: Inputs) -> Tensor:
     """The ids after all steps, by one CUDA graph that lives as long as the module whose parameters it reads."""
-    leaves, structure = tree_flatten((state, inputs))
+    leaves, structure = tree_flatten((state, inputs, options))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
     def function(inputs: list[Tensor]) -> list[Tensor]:
         given = iter(inputs)
         values = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        static_state, static_inputs = tree_unflatten(values, structure)
-        for _ in run(model, static_state, plan, options, static_inputs, may_stop=False):
+        static_state, static_inputs, static_options = tree_unflatten(values, structure)
+        for _ in run(model, static_state, plan, static_options, static_inputs, may_stop=False):
             pass
         return [static_state.ids]
 
     own = (model.mask_id, model.may_remask, model.null_embed is not None)
-    key = (own, plan.num_steps, plan.parts, plan.always_runs, options, others, str(structure))
+    key = (own, plan.num_steps, plan.editing_steps, plan.parts, plan.always_runs, others, str(structure))
     return _cuda_graph.replay(owner, key, function, tensors)[0]

@@ -14,10 +14,13 @@ from fastmask import _check, _names, _progress, backbone, functional, generation
 from fastmask._devices import to_device
 from fastmask._modes import evaluating
 from fastmask._progress import Progress
+from fastmask.generation_options import Options
 from fastmask.heads import Heads
 from fastmask.ops.sample_tokens import as_forbidden
 from fastmask.records import GenerationStep, Trajectory
 from fastmask.schedules import Schedule, as_schedule
+
+_EDITING_STEPS = 16  # LLaDA2.1's
 
 
 class _Prepared(NamedTuple):
@@ -25,7 +28,7 @@ class _Prepared(NamedTuple):
 
     state: generation.State
     plan: planning.Plan
-    options: generation.Options
+    options: Options
     inputs: generation.Inputs
     generator: torch.Generator | None
     is_single: bool
@@ -67,33 +70,36 @@ class GenerationMixin(nn.Module):
 
     @overload
     def generate(
-        self, batch_size: int | None = None, start_temperature: float = 1.0, filter_thres: float | None = 0.7,
-        noise_level_scale: float = 1.0, *, return_trajectory: Literal[False] = False, **options: Any,
+        self, batch_size: int | None = None, start_temperature: float | Tensor = 1.0,
+        filter_thres: float | Tensor | None = 0.7, noise_level_scale: float = 1.0, *,
+        return_trajectory: Literal[False] = False, **options: Any,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def generate(
-        self, batch_size: int | None = None, start_temperature: float = 1.0, filter_thres: float | None = 0.7,
-        noise_level_scale: float = 1.0, *, return_trajectory: Literal[True], **options: Any,
+        self, batch_size: int | None = None, start_temperature: float | Tensor = 1.0,
+        filter_thres: float | Tensor | None = 0.7, noise_level_scale: float = 1.0, *,
+        return_trajectory: Literal[True], **options: Any,
     ) -> tuple[Tensor, Trajectory]: ...  # fmt: skip
 
     @overload
     def generate(
-        self, batch_size: int | None = None, start_temperature: float = 1.0, filter_thres: float | None = 0.7,
-        noise_level_scale: float = 1.0, *, return_trajectory: bool, **options: Any,
+        self, batch_size: int | None = None, start_temperature: float | Tensor = 1.0,
+        filter_thres: float | Tensor | None = 0.7, noise_level_scale: float = 1.0, *,
+        return_trajectory: bool, **options: Any,
     ) -> Tensor | tuple[Tensor, Trajectory]: ...  # fmt: skip
 
     @torch.no_grad()
     def generate(
         self,
         batch_size: int | None = None,
-        start_temperature: float = 1.0,
-        filter_thres: float | None = 0.7,
+        start_temperature: float | Tensor = 1.0,
+        filter_thres: float | Tensor | None = 0.7,
         noise_level_scale: float = 1.0,
         *,
-        end_temperature: float | None = None,
-        min_p: float | None = None,
-        top_p: float | None = None,
+        end_temperature: float | Tensor | None = None,
+        min_p: float | Tensor | None = None,
+        top_p: float | Tensor | None = None,
         processed: bool = False,
         forbidden: Tensor | Sequence[int] | None = None,
         score: str | Tensor | None = None,
@@ -102,6 +108,8 @@ class GenerationMixin(nn.Module):
         threshold: float | None = None,
         factor: float | None = None,
         entropy_bound: float | None = None,
+        editing_threshold: float | None = None,
+        editing_steps: int = _EDITING_STEPS,
         cfg_scale: float | None = None,
         unconditional: dict[str, Any] | None = None,
         seq_len: int | None = None,
@@ -115,7 +123,7 @@ class GenerationMixin(nn.Module):
         sample_offset: int = 0,
         progress: Progress = None,
         return_trajectory: bool = False,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Trajectory]:
         """Generates sequences, or fills in the positions that a prompt leaves open.
@@ -132,12 +140,15 @@ class GenerationMixin(nn.Module):
         speed     fewer steps, threshold, factor,     num_steps; confidence_threshold, gamma
                   entropy_bound; cuda_graph
         blocks    block_length, block_origin, commits block_size; num_transfer_tokens
+        editing   editing_threshold, editing_steps    edit_threshold; max_post_steps
         guidance  cfg_scale, unconditional            guidance_scale; negative_prompt
         ========= =================================== ==============================================
 
         Args:
             batch_size: B; None for one sequence without batch dimension (or the prompt's own).
-            start_temperature: annealed linearly to 0 (floor 1e-3); 0 takes the likeliest id in every step.
+            start_temperature: annealed linearly to 0 (floor 1e-3); 0 takes the likeliest id in every step. This,
+                end_temperature, filter_thres, min_p and top_p may be [B] floating point, one for each sequence, whose
+                values nothing reads beforehand; what changes nothing is 1 for top_p, else 0.
             end_temperature: what it is annealed to, linearly; given the same, it stays.
             filter_thres: keeps the ceil((1 - filter_thres) V) largest logits; None keeps all.
             noise_level_scale: scale of the annealed Gumbel noise on the critic's scores.
@@ -153,7 +164,7 @@ class GenerationMixin(nn.Module):
             choice_temperature: scale of the annealed Gumbel noise on the score, without a critic; 0 commits the
                 surest first and tends to one mode. None is 4.5, MaskGIT's, where counts alone decide how many are
                 committed (no rule, no commits), by the confidence, and start_temperature is above 0; else, and with
-                compat, 0.
+                compat, 0. Of start_temperature [B] all count as above 0.
             commits: how many positions of a sequence each step commits at least, in place of the schedule's counts:
                 one number; [steps], or [steps, B] for each sequence by itself; or a function of how many positions
                 of the block are open and the number of steps, that returns [steps] (``schedules.even_split``). The
@@ -168,6 +179,11 @@ class GenerationMixin(nn.Module):
                 least sure one has a probability of at least 1 - f / (n + 1).
             entropy_bound: nats, a rule likewise, of the entropy: the surest are committed, as many as have entropies
                 that sum to at most this without the last.
+            editing_threshold: each step also overwrites the committed ids, but the given ones, for which another is
+                proposed whose probability is above this; in [0, 1]. None keeps what is committed. Not with
+                can_mask_prev_unmasked.
+            editing_steps: the most steps that only edit, of each sequence in each block, after the one that commits
+                the last of it. They end with the first that changes nothing.
             cfg_scale: w of classifier-free guidance, two passes a step: logits (1 + w) z - w z_u; None for none.
             unconditional: the network's arguments of the second pass, all of them; by default the same, and the
                 prompt is masked there.
@@ -190,11 +206,12 @@ class GenerationMixin(nn.Module):
             progress: True for a tqdm bar (nothing without tqdm), or a callable ``progress(done, total)``.
             return_trajectory: also return every step, of all blocks; by a rule, or with eos_id, until nothing is
                 masked.
-            cuda_graph: capture the whole loop once for each batch, number of steps and set of options (and, to an
-                eighth of N, the most positions that a prompt leaves open), then replay it, with fresh randomness and
-                new prompts; all steps run, by a rule too. The network then sees no Python: it must not branch on
-                values. Where it cannot be captured a warning says why and the loop runs as usual. Each
-                ``sample_offset`` is a graph of its own, and each number of blocks.
+            cuda_graph: None is False, until a GPU has shown where it is faster. True: capture the whole loop once for
+                each batch, number of steps and set of options (and, to an eighth of N, the most positions that a
+                prompt leaves open), then replay it, with fresh randomness and new prompts; all steps run, by a rule
+                too. The network then sees no Python: it must not branch on values. Where it cannot be captured a
+                warning says why and the loop runs as usual. Each ``sample_offset`` is a graph of its own, and each
+                number of blocks.
             kwargs: passed to the network and to the critic.
 
         Returns:
@@ -209,13 +226,15 @@ class GenerationMixin(nn.Module):
         Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); threshold and factor: Fast-dLLM
         (https://arxiv.org/abs/2505.22618, section 3.3); margin and entropy: Dream
         (https://arxiv.org/abs/2508.15487); entropy_bound: EB-Sampler (https://arxiv.org/abs/2505.24857, algorithm 1);
-        blocks and guidance: LLaDA (https://arxiv.org/abs/2502.09992).
+        blocks and guidance: LLaDA (https://arxiv.org/abs/2502.09992); editing: LLaDA2.1
+        (https://arxiv.org/abs/2602.08676).
         """
         prepared = self._prepared(
             batch_size=batch_size, start_temperature=start_temperature, filter_thres=filter_thres,
             noise_level_scale=noise_level_scale, end_temperature=end_temperature, min_p=min_p, top_p=top_p,
             processed=processed, forbidden=forbidden, score=score, choice_temperature=choice_temperature,
-            commits=commits, threshold=threshold, factor=factor, entropy_bound=entropy_bound, cfg_scale=cfg_scale,
+            commits=commits, threshold=threshold, factor=factor, entropy_bound=entropy_bound,
+            editing_threshold=editing_threshold, editing_steps=editing_steps, cfg_scale=cfg_scale,
             unconditional=unconditional, seq_len=seq_len, prompt=prompt, prompt_mask=prompt_mask,
             block_length=block_length, block_origin=block_origin, eos_id=eos_id, steps=steps, generator=generator,
             sample_offset=sample_offset, progress=progress, return_trajectory=return_trajectory,
@@ -288,12 +307,13 @@ class GenerationMixin(nn.Module):
         prompt_mask: Tensor | None,
         block_length: int | None,
         block_origin: str,
+        editing_steps: int,
         eos_id: int | Sequence[int] | None,
         steps: int | None,
         generator: torch.Generator | None,
         progress: Progress,
         return_trajectory: bool,
-        cuda_graph: bool,
+        cuda_graph: bool | None,
         kwargs: dict[str, Any],
         **numbers: Any,
     ) -> _Prepared:
@@ -302,12 +322,13 @@ class GenerationMixin(nn.Module):
         order = score if isinstance(score, Tensor) else None
         if commits is not None and numbers["choice_temperature"] is None:
             numbers["choice_temperature"] = 0.0  # the noise is of the schedule's counts
-        options = generation.Options(score="order" if isinstance(score, Tensor) else score, **numbers).checked()
+        options = Options(score="order" if isinstance(score, Tensor) else score, **numbers).checked()
         options.check_with(
             has_critic=self.token_critic is not None, may_remask=self.can_mask_prev_unmasked, order=order
         )
-        for name, flag in (("return_trajectory", return_trajectory), ("cuda_graph", cuda_graph)):
-            _check.flag(name, flag)
+        _check.flag("return_trajectory", return_trajectory)
+        if cuda_graph is not None:
+            _check.flag("cuda_graph", cuda_graph)
         _progress.check(progress)
         length = _check.integer("seq_len", self.max_seq_len if seq_len is None else seq_len, 1, self.max_seq_len + 1)
         self._formulas.check_options(
@@ -325,10 +346,18 @@ class GenerationMixin(nn.Module):
                 "leave one out"
             )
         self._check_guidance(options.cfg_scale, unconditional, prompt)
+        editing_steps = _check.integer("editing_steps", editing_steps, 1, 2**24)
+        if not options.edits and editing_steps != _EDITING_STEPS:
+            raise ValueError(
+                f"expected editing_threshold= with editing_steps={editing_steps}, received None; give both"
+            )
         device = backbone.device_of(self.net)
         start = planning.start(batch_size, prompt, prompt_mask, length, self.mask_id, self.num_tokens, device)
         blocks = planning.blocks(start, block_length, block_origin)
+        options = options.of_batch(len(start.ids), device)
         pace = self._pace(steps, commits, options.has_rule, len(start.ids), length, block_length)
+        if options.edits:
+            pace = pace._replace(always_runs=True, editing_steps=editing_steps)
         places = None
         if cuda_graph and prompt is not None:
             places = planning.places_for_any_prompt(blocks, length)

@@ -182,9 +182,9 @@ class Step(NamedTuple):
     """One step of a plan.
 
     block, number: which step of which block, both from 0. row: of the plan's tensors. remaining: the share of the
-    block's steps that follow. progress: from 0 in the first of them to 1 in the last. place: where the block's masked
-    positions are listed. num_open, num_rows, num_rows_after: places there of all that is open at first, of what is
-    masked before the step and after it.
+    block's steps that follow. progress: from 0 in the first of them to 1 in the last; in those that only edit 1.
+    place: where the block's masked positions are listed. num_open, num_rows, num_rows_after: places there of all that
+    is open at first, of what is masked before the step and after it.
     """
 
     block: int
@@ -215,7 +215,9 @@ class Part(NamedTuple):
 class Plan(NamedTuple):
     """The steps that can change anything, of so many in each block, with what they need on the device.
 
-    always_runs: whether those run, too, after which as much is masked as before.
+    num_steps: of a block, but for the editing_steps, the most that a sequence has after its last masked position.
+    always_runs: whether those run, too, after which as much is masked as before. is_of_any_prompt: whether the lists
+    have places for more than is masked.
     counts: [R, B] int64, how many positions of each sequence stay masked at most, after a step with this row.
     commits: [R, B] int64, how many each commits at least beside a rule; None for one.
     row_starts: [R, B + 1] int64, where in the list of masked positions after it those of each sequence begin.
@@ -223,31 +225,39 @@ class Plan(NamedTuple):
     """
 
     num_steps: int
+    editing_steps: int
     parts: tuple[Part, ...]
     always_runs: bool
+    is_of_any_prompt: bool
     counts: Tensor
     commits: Tensor | None
     row_starts: Tensor
     windows: Tensor | None
 
     @property
+    def block_steps(self) -> int:
+        """How many steps a block has, those included that cannot change anything."""
+        return self.num_steps + self.editing_steps
+
+    @property
     def total(self) -> int:
-        """How many steps there are, those included that cannot change anything."""
-        return len(self.parts) * self.num_steps
+        """How many steps all blocks have."""
+        return len(self.parts) * self.block_steps
 
     def step(self, block: int, number: int) -> Step | None:
         """A step of a block; None if it cannot change anything."""
         part = self.parts[block]
+        if not part.numbers or number > part.numbers[-1] + self.editing_steps:
+            return None
         before, after = bisect_left(part.numbers, number), bisect_right(part.numbers, number)
-        is_idle = before == len(part.numbers) or (before == after and not self.always_runs)
-        if is_idle:
+        if before == after and not self.always_runs:
             return None
         return Step(
             block,
             number,
             part.row + after,
-            (self.num_steps - 1 - number) / self.num_steps,
-            number / max(1, self.num_steps - 1),
+            max(0, self.num_steps - 1 - number) / self.num_steps,
+            min(1.0, number / max(1, self.num_steps - 1)),
             part.place,
             part.num_rows[0],
             part.num_rows[before],
@@ -260,7 +270,8 @@ class Pace(NamedTuple):
 
     steps: of a block. commits: at least so many, in place of the schedule's; see :class:`Commits`. may_remask:
     whether what is committed may be masked again. by_rule: whether a step commits one at least and as many as it
-    likes. always_runs: whether even a step that commits nothing can change what follows.
+    likes. always_runs: whether even a step that commits nothing can change what follows. editing_steps: the most that
+    follow a sequence's last masked position.
     """
 
     schedule: Schedule
@@ -270,6 +281,7 @@ class Pace(NamedTuple):
     may_remask: bool
     by_rule: bool
     always_runs: bool
+    editing_steps: int = 0
 
     @property
     def falls(self) -> bool:
@@ -358,8 +370,10 @@ def plan(pace: Pace, blocks: Blocks, device: torch.device, places: Tensor | None
             commits.append(torch.cat([own[None], ways.commits(own, numbers)]))
     return Plan(
         pace.steps,
+        pace.editing_steps,
         tuple(parts),
         pace.always_runs or places is not None,
+        places is not None,
         to_device(_joined(counts), device),
         to_device(_joined(commits), device) if commits else None,
         to_device(_joined(row_starts), device),

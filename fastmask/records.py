@@ -357,9 +357,9 @@ class GenerationStep(NamedTuple):
     """A generation after one of its steps.
 
     ids: [B, N] int64, mask_id where masked. is_masked: [B, N] bool. log_probs: [B, N] float32, nats, of the id last
-    proposed at each position (0 where it was given). committed_at: [B, N] int32, the step that committed it, of those
-    that ran, from 0; -1 where it was given, is masked or lies past an end. passes: [B] int64, how many of these
-    steps found something masked.
+    proposed at each position (0 where none was yet, or it was given). committed_at: [B, N] int32, the pass that
+    committed or edited it, of its sequence's, from 0; -1 where it was given, is masked or lies past an end. passes:
+    [B] int64, in how many steps there was anything to do in the sequence, in the block of each.
     """
 
     ids: Tensor
@@ -375,7 +375,7 @@ class Trajectory(NamedTuple):
     Of T steps, those of all blocks; by a rule, or once all sequences have an end, those until then.
 
     ids: [T, B, N] int64, mask_id where masked; is_masked: [T, B, N] bool; log_probs: [T, B, N] float32, nats, of the
-    id last proposed at each position (0 where it was given).
+    id last proposed at each position (0 where none was yet, or it was given).
     """
 
     ids: Tensor

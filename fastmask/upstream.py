@@ -122,9 +122,13 @@ class XTransformersFormulas(Formulas):
     choice_temperature = 0.0
 
     def check_options(self, **options: object) -> None:
-        received = [name for name, value in options.items() if value is not None and name not in _OWN_OPTIONS]
+        given = {name: value for name, value in options.items() if value is not None}
+        received = [name for name in given if name not in _OWN_OPTIONS]
         if received:
             raise ValueError(f"expected compat=False with {', '.join(received)}=, which x-transformers does not have")
+        received = [name for name, value in given.items() if isinstance(value, Tensor)]
+        if received:
+            raise ValueError(f"expected compat=False with {', '.join(received)} of each sequence, received tensors")
 
     def of_tokens(self, out: Output, net: Any, num_tokens: int, mask_id: int) -> Output:
         """The same; but every column is a prediction, the mask's too."""

@@ -21,6 +21,7 @@ class Canvas:
         self.is_open = self.ids == MASK
         self.committed_at = np.full(len(self.ids), -1)
         self.passes = 0
+        self.is_ended = False
 
     def open_in(self, begin, end):
         return [i for i in range(begin, min(end, len(self.ids))) if self.is_open[i]]
@@ -40,6 +41,7 @@ class Canvas:
             if not given and self.ids[i] in self.ends:
                 rest = [j for j in range(i + 1, len(self.ids)) if not self.is_given[j]]
                 self.ids[rest], self.is_open[rest], self.committed_at[rest] = self.ids[i], False, -1
+                self.is_ended = True
                 break
 
     @property
@@ -104,6 +106,29 @@ def sdar_dynamic(net, ids, length, steps, threshold):
             above = sum(p[i].max() > threshold for i in order)
             count = len(order) if step == steps - 1 else max(above, each, 1)
             canvas.commit(order[:count], p.argmax(-1))
+    return canvas.result
+
+
+def llada21(net, ids, length, threshold, editing_threshold, editing_steps, ends=()):
+    """LLaDA2.1: of each block what is above a threshold, or the surest, while committed ids that are not given give
+    way to others above theirs; then so many passes at most that only edit, until one changes nothing."""
+    canvas = Canvas(net, ids, ends)
+    for begin in range(0, len(ids), length):
+        inside = [i for i in range(begin, min(begin + length, len(ids))) if not canvas.is_given[i]]
+        left = editing_steps if inside and not canvas.is_ended else 0
+        while left:
+            positions, p = canvas.open_in(begin, begin + length), canvas.probabilities()
+            best, c = p.argmax(-1), p.max(-1)
+            order = surest(positions, c)
+            chosen = order[: max(1, sum(c[i] > threshold for i in order))]
+            edits = [
+                i for i in inside if i not in positions and best[i] != canvas.ids[i] and c[i] > editing_threshold
+            ]
+            canvas.commit(chosen + edits, best)
+            if not positions:
+                left = left - 1 if edits else 0
+            if canvas.is_ended:
+                left = 0
     return canvas.result
 
 

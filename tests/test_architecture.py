@@ -18,6 +18,7 @@ FLOORS = [
     ("wrapper",),
     ("generation_mixin",),
     ("evaluation", "generation"),
+    ("generation_options",),
     ("planning",),
     ("upstream",),
     ("backbone", "critic", "diffusers", "first_look", "own_masks", "_cuda_graph"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from generating import N, V, wrap
 
-from fastmask import generation
+from fastmask import generation_options
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_numbers_of_numpy_are_numbers():
     ]
     assert torch.equal(*outs)
     assert outs[0].shape == (2, 4)
-    names = {name: np.float32(0.5) for name in generation._NUMBERS}
-    options = generation.Options(**names, processed=False, score=None, sample_offset=np.int64(1)).checked()
+    names = {name: np.float32(0.5) for name in generation_options._NUMBERS}
+    options = generation_options.Options(**names, processed=False, score=None, sample_offset=np.int64(1)).checked()
     assert {type(getattr(options, name)) for name in names} == {float}
     assert type(options.sample_offset) is int

@@ -35,16 +35,19 @@ def test_what_follows_an_end_is_that_end(options, ends, device):
     if "steps" in options:
         given, decoder = {**options, "commits": even_split}, decoders.llada
     eos_id = ends[0] if len(ends) == 1 else ends
-    masks = [~prompt["prompt_mask"]]
+    masks, passes_before = [~prompt["prompt_mask"]], [[0] * len(prompt["prompt"])]
     for last in wrap(device, net).generate_steps(**prompt, **GREEDY, **given, block_length=length, eos_id=eos_id):
         masks.append(last.is_masked.clone())
+        passes_before.append(last.passes.tolist())
     start = prompt["prompt"].where(prompt["prompt_mask"], MASK).tolist()
     expected = [decoder(net.alone, sequence, length=length, ends=ends, **options) for sequence in start]
     assert last.ids.tolist() == [ids for ids, _, _ in expected]
-    for row, (_, at, passes) in enumerate(expected):  # its own passes are counted there, all that ran here
-        own = [not torch.equal(before[row], after[row]) for before, after in itertools.pairwise(masks)]
-        assert sum(own) == passes
-        assert [sum(own[:step]) if step >= 0 else -1 for step in last.committed_at[row].tolist()] == at
+    for row, (_, at, passes) in enumerate(expected):  # the passes that committed something are counted there
+        changes = [not torch.equal(before[row], after[row]) for before, after in itertools.pairwise(masks)]
+        own = [each[row] for each, change in zip(passes_before, changes, strict=False) if change]
+        assert len(own) == passes
+        assert [own.index(number) if number >= 0 else -1 for number in last.committed_at[row].tolist()] == at
+        assert "steps" in options or last.passes[row] == passes
     past = (last.committed_at < 0) & ~prompt["prompt_mask"]
     assert (last.log_probs[past] == 0).all()
     assert past.any()

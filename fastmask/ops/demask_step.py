@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmask import _check
-from fastmask.ops.judging import Judge
+from fastmask.ops.judging import Judge, put_back
 from fastmask.ops.remask import check_windows, remask_
 from fastmask.ops.sample_tokens import checked_logits, sample_tokens
 from fastmask.ops.seeds import as_seed
@@ -36,6 +36,8 @@ def demask_step(
     threshold: float | None = None,
     factor: float | None = None,
     entropy_bound: float | None = None,
+    editing_threshold: float | None = None,
+    editable: Tensor | None = None,
     block: Tensor | None = None,
     next_block: Tensor | None = None,
     row_indices: Tensor | None = None,
@@ -68,11 +70,14 @@ def demask_step(
         threshold: a rule: a position is committed whose probability or margin is above it, or whose entropy is
             below it, whatever ``counts`` say, and at least one of each sequence is. In [0, 1]; of entropies, nats.
         factor, entropy_bound: rules of "confidence" and of "entropy", as in :func:`remask_`.
+        editing_threshold: in [0, 1]: an editable id is overwritten by another that is proposed there with a
+            probability above it.
+        editable: [B, N] bool, with editing_threshold: what of the committed may be overwritten, the prompt not.
         block: [B, 2] int64, the first position and the end of what is decoded in each sequence: what is masked
             outside stays so and is not counted. By default everything is.
         next_block: likewise, of which positions row_indices is returned; by default of ``block``.
-        row_indices: [M] int64, the flat positions b N + i of what is masked in the block, -1 for none: the step
-            before lists them. By default every position is looked at.
+        row_indices: [M] int64, the flat positions b N + i of what is masked or editable in the block, -1 for none: the
+            step before lists what is masked. By default every position is looked at.
         max_masked: a number that no sequence's masked positions exceed after this step, if the host knows one: how
             many places each has in the list returned.
         seed, generator: see the module; one seed serves a whole generation.
@@ -87,20 +92,22 @@ def demask_step(
 
         - ids: [B, N] int64, mask_id where masked;
         - is_masked: [B, N] bool;
-        - log_probs: [B, N] float32, nats, of the id proposed at each position that was masked, else 0;
+        - log_probs: [B, N] float32, nats, of the id proposed at each position that was masked, or that took its place
+          in an edit, else 0;
         - row_indices: [B max_masked] int64, the flat positions of what is masked now, sequence after sequence, each
           followed by -1.
 
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape or number; no counts, commits or rule; several rules, or
-            one of another score.
+            one of another score; one of editing_threshold and editable alone.
 
     Randomness: as :func:`sample_tokens` and, with choice_temperature or at random,
     :func:`confidence_remask_keys`.
 
     Source: MaskGIT (https://arxiv.org/abs/2202.04200), section 3.2; threshold and factor: Fast-dLLM
     (https://arxiv.org/abs/2505.22618), section 3.3; margin and entropy: Dream (https://arxiv.org/abs/2508.15487);
-    entropy_bound: EB-Sampler (https://arxiv.org/abs/2505.24857), algorithm 1.
+    entropy_bound: EB-Sampler (https://arxiv.org/abs/2505.24857), algorithm 1; editing: LLaDA2.1
+    (https://arxiv.org/abs/2602.08676).
 
     Example:
         A whole MaskGIT loop, with any ``net(ids) -> logits``:
@@ -122,10 +129,19 @@ def demask_step(
     _check.tensor("is_masked", is_masked, [torch.bool])
     _check.shape("is_masked", is_masked, ids.shape, "B, N")
     name, source, _ = checked_logits(logits)
-    _check.same_device(**{name: source, "ids": ids, "is_masked": is_masked, "block": block, "next_block": next_block})
+    _check.same_device(**{
+        name: source, "ids": ids, "is_masked": is_masked, "editable": editable, "block": block,
+        "next_block": next_block,
+    })  # fmt: skip
+    if (editing_threshold is None) != (editable is None):
+        raise ValueError("expected editing_threshold and editable together, received one of them; give both")
     if isinstance(score, Tensor):
         _check.tensor("score", score, _check.FLOATING)
         _check.shape("score", score, ids.shape, "B, N")
+    if editable is not None:
+        _check.number("editing_threshold", editing_threshold, 0.0, 1.0)
+        _check.tensor("editable", editable, [torch.bool])
+        _check.shape("editable", editable, ids.shape, "B, N")
     judge = Judge(score, choice_temperature, threshold, factor, entropy_bound).checked()
     if counts is None and commits is None and not judge.has_rule:
         raise ValueError("expected counts, commits or a rule, received none; say how many positions stay masked")
@@ -137,7 +153,9 @@ def demask_step(
         if source.ndim == 3:
             letters = "B, N, D" if isinstance(logits, LinearLogits) else "B, N, V"
             _check.shape(name, source, [batch, length, source.shape[-1]], letters)
-        is_open = is_masked if block is None else is_masked & is_inside(block, ids)
+        is_open = is_masked if editable is None else is_masked | editable
+        if block is not None:
+            is_open = is_open & is_inside(block, ids)
         row_indices = torch.arange(ids.numel(), device=device).where(is_open.flatten(), -1)
     counters: dict[str, Any] = {"seed": seed, "step": step, "sample_offset": sample_offset, "backend": backend}
     new = Demasked(
@@ -163,6 +181,9 @@ def demask_step(
         out=sampled,
         **counters,
     )
+    if editable is not None and editing_threshold is not None:
+        may_edit = editable if block is None else editable & is_inside(block, ids)
+        put_back(sampled, ids, torch.zeros_like(new.log_probs), is_masked, may_edit, editing_threshold)
     remask_(
         new.ids,
         new.is_masked,

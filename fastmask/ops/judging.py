@@ -1,4 +1,4 @@
-"""Which tokens are committed first, and how many: the score of a demasking step, and its rule."""
+"""Which tokens are committed first, and how many: the score of a demasking step, and its rule; and what is edited."""
 
 from __future__ import annotations
 
@@ -89,3 +89,20 @@ class Judge(NamedTuple):
 def remask_key_of_threshold(threshold: float) -> float:
     """The remask key from which on a token's probability does not exceed a threshold: -log(threshold)."""
     return -math.log(threshold) if threshold > 0.0 else math.inf
+
+
+def put_back(
+    sampled: Sampled, ids: Tensor, log_probs: Tensor, is_masked: Tensor, may_edit: Tensor, threshold: float
+) -> Tensor:
+    """Edits what is committed: puts ids and log_probs [B, N] back into what was sampled, in place, but where it is
+    masked, or may be edited and the proposal is another id of a probability above the threshold.
+
+    Returns:
+        [B, N] bool, what is edited.
+    """
+    is_surer = -sampled.log_probs < remask_key_of_threshold(threshold)
+    is_edited = ~is_masked & may_edit & (sampled.ids != ids) & is_surer
+    is_new = is_masked | is_edited
+    sampled.ids.copy_(sampled.ids.where(is_new, ids))
+    sampled.log_probs.copy_(sampled.log_probs.where(is_new, log_probs))
+    return is_edited
