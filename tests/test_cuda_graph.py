@@ -183,6 +183,18 @@ OPTIONS = {
     "blocks_by_rule": ({}, {"block_length": 5, "steps": 3, "threshold": 0.4, "commits": 1}),
     "end": ({}, {"eos_id": [2, 3]}),
     "guidance": ({}, {"cfg_scale": 1.5, "unconditional": {"scale": 0.5}}),
+    "editing": ({}, {"threshold": 0.3, "editing_threshold": 0.2, "editing_steps": 3, "eos_id": 3}),
+    "editing_blocks": ({"self_cond": True}, {"block_length": 6, "editing_threshold": 0.1, "editing_steps": 2}),
+    "order": ({}, {"score": "random", "end_temperature": 1.0}),
+    "of_each_sequence": (
+        {},
+        {
+            "start_temperature": torch.tensor([0.0, 0.5, 2.0]),
+            "filter_thres": torch.tensor([0.0, 0.5, 0.9]),
+            "min_p": torch.tensor([0.1, 0.0, 0.2]),
+            "top_p": torch.tensor([1.0, 0.5, 0.9]),
+        },
+    ),
     "remask_critic": ({"can_mask_prev_unmasked": True, "token_critic": "own"}, {"sample_offset": 5}),
     "many_steps": ({"steps": 18}, {"choice_temperature": 4.5}),
     "cosine": ({"schedule": "cosine", "steps": 7}, {"start_temperature": 2.0}),

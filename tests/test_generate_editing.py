@@ -12,6 +12,7 @@ from test_generate_blocks import GREEDY, Counted, ragged
 
 from fastmask import functional, generation
 
+OPERATION = "sample_tokens"
 ENDS = (1, 8)
 
 
@@ -52,10 +53,11 @@ def test_llada21(length, threshold, editing_threshold, editing_steps, ends, devi
         assert net.passes == state.passes.max()
 
 
+@pytest.mark.parametrize("end_temperature", [0.8, 0.1])
 @pytest.mark.parametrize("editing_threshold", [0.3, 0.0])
 @torch.no_grad()
-def test_edits_are_those_of_demask_steps(editing_threshold, device):
-    """By counts, at a temperature, the same draws."""
+def test_edits_are_those_of_demask_steps(editing_threshold, end_temperature, device):
+    """By counts, at a temperature, the same draws; where only edits are left it stays what it fell to."""
     steps, editing_steps, length = 3, 4, 8
     wrapper, prompt = wrap_small(device, length, steps=steps), prompts(device)
     is_open = ~prompt["prompt_mask"]
@@ -69,7 +71,8 @@ def test_edits_are_those_of_demask_steps(editing_threshold, device):
         may_edit = is_open & ~is_masked & (left > 0)[:, None]
         out = functional.demask_step(
             wrapper.net(ids), ids, is_masked, (sizes * remaining + 1e-4).long(), mask_id=MASK, seed=seed, step=step,
-            temperature=0.8, editing_threshold=editing_threshold, editable=may_edit, top_k=9,
+            temperature=0.8 + (end_temperature - 0.8) * min(1, step / (steps - 1)),
+            editing_threshold=editing_threshold, editable=may_edit, top_k=9,
         )  # fmt: skip
         edited = (out.ids != ids) & ~is_masked
         log_probs = out.log_probs.where(is_masked | edited, log_probs)
@@ -77,7 +80,7 @@ def test_edits_are_those_of_demask_steps(editing_threshold, device):
         left = torch.where(was_full & ~edited.any(dim=-1), 0, left - was_full.long()).clamp(min=0)
         ids, is_masked = out.ids, out.is_masked
     options = {
-        "start_temperature": 0.8, "end_temperature": 0.8, "editing_threshold": editing_threshold,
+        "start_temperature": 0.8, "end_temperature": end_temperature, "editing_threshold": editing_threshold,
         "filter_thres": 1 - 8.5 / V, "editing_steps": editing_steps, "choice_temperature": 0.0,
     }  # fmt: skip
     state, again = last_of(
@@ -183,3 +186,21 @@ def test_what_a_step_refuses(options, error, message):
     ids = torch.full((2, 3), 6)
     with pytest.raises(error, match=message):
         functional.demask_step(torch.zeros(2, 3, 7), ids, ids == 6, 1, mask_id=6, seed=0, **options)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_step_edits_what_it_may_inside_its_block(listed, backend):
+    """Position 0 is masked, 1 of another id, 2 of the same, 3 not editable, 4 outside of the block."""
+    logits = torch.tensor([1.0, 6.0, 0.0, -9.0]).expand(1, 5, 4)
+    ids, is_masked = torch.tensor([[3, 0, 1, 0, 0]]), torch.tensor([[True, False, False, False, False]])
+    editable, block = torch.tensor([[False, True, True, False, True]]), torch.tensor([[0, 4]])
+    rows = {"row_indices": torch.arange(5)} if listed else {}
+    expected = torch.log_softmax(logits[0, 0, :3].double(), dim=-1)[1].item()
+    for threshold, edited in ((0.9, 1), (0.999, 0)):
+        out = backend.run(
+            functional.demask_step, logits, ids, is_masked, 0, mask_id=3, temperature=0.0, seed=0, block=block,
+            editing_threshold=threshold, editable=editable, **rows,
+        )  # fmt: skip
+        assert out.ids.tolist() == [[1, edited, 1, 0, 0]]
+        assert not out.is_masked.any()
+        assert out.log_probs.tolist() == [pytest.approx([expected, expected * edited, 0, 0, 0], abs=1e-6)]

@@ -68,6 +68,17 @@ WAYS = {
     "blocks": ({}, {"block_length": 8}),
     "blocks_threshold": ({"self_cond": True}, {"block_length": 8, "threshold": 0.3, "commits": 1}),
     "end": ({}, {"block_length": 8, "eos_id": 2}),
+    "editing": ({}, {"editing_threshold": 0.2, "editing_steps": 2}),
+    "editing_threshold": ({}, {"threshold": 0.3, "editing_threshold": 0.2, "editing_steps": 3, "eos_id": 2}),
+    "order": ({}, {"score": "random"}),
+    "of_each_sequence": (
+        {},
+        {
+            "start_temperature": torch.tensor([0.0, 0.7]),
+            "top_p": torch.tensor([1.0, 0.5]),
+            "filter_thres": torch.tensor([0.5, 0.0]),
+        },
+    ),
     "guidance": ({}, {"cfg_scale": 1.0, "unconditional": {}}),
     "threshold_remask": ({"can_mask_prev_unmasked": True}, {"threshold": 0.3}),
 }
@@ -76,7 +87,13 @@ WAYS = {
 def is_asked(way: str) -> bool:
     """Whether the steps are told when nothing is left."""
     of_wrapper, options = WAYS[way]
-    return ("threshold" in options or "eos_id" in options) and not of_wrapper.get("can_mask_prev_unmasked")
+    has_own_end = any(name in options for name in ("threshold", "eos_id", "editing_threshold"))
+    return has_own_end and not of_wrapper.get("can_mask_prev_unmasked")
+
+
+def numbers_of_steps(way: str) -> list[int]:
+    """4, and those that only edit."""
+    return list(range(1, 4 + WAYS[way][1].get("editing_steps", 0) + 1))
 
 
 _ANSWERING: list[bool] = []
@@ -124,7 +141,7 @@ def test_no_step_waits_for_the_device(way, prompted, device, monkeypatch, answer
             yield
 
     inside_the_steps(monkeypatch, refusing)
-    assert generate_some_way(way, device, prompted) == [1, 2, 3, 4]
+    assert generate_some_way(way, device, prompted) == numbers_of_steps(way)
     assert mode.seen == []
     assert bool(answered) == is_asked(way)
 
@@ -178,7 +195,7 @@ def test_nothing_is_copied_while_the_host_waits(way, monkeypatch):
             return generate(*arguments, **options)
 
     monkeypatch.setattr(NonAutoregressiveWrapper, "generate", watched)
-    assert generate_some_way(way, torch.device("meta"), False) == [1, 2, 3, 4]
+    assert generate_some_way(way, torch.device("meta"), False) == numbers_of_steps(way)
     assert mode.seen == []
 
 

@@ -76,8 +76,8 @@ def demask_step(
         block: [B, 2] int64, the first position and the end of what is decoded in each sequence: what is masked
             outside stays so and is not counted. By default everything is.
         next_block: likewise, of which positions row_indices is returned; by default of ``block``.
-        row_indices: [M] int64, the flat positions b N + i of what is masked or editable in the block, -1 for none: the
-            step before lists what is masked. By default every position is looked at.
+        row_indices: [M] int64, the flat positions b N + i of what is masked or editable in the block, -1 for none:
+            the step before lists what is masked. By default every position is looked at.
         max_masked: a number that no sequence's masked positions exceed after this step, if the host knows one: how
             many places each has in the list returned.
         seed, generator: see the module; one seed serves a whole generation.
