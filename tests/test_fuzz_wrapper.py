@@ -200,6 +200,9 @@ def settings_of_all(draw: Any) -> Setting:
             generation |= {"block_length": one(1, 2, 3, 50), "block_origin": one("prompt", "zero")}
         if one(False, False, True) and not wrapper["can_mask_prev_unmasked"]:
             generation["commits"] = one(0, 1, 3)
+        is_free = "block_length" not in generation and not wrapper["can_mask_prev_unmasked"]
+        if is_free and one(False, False, True):  # of one block, where the steps that only edit are the last
+            generation |= {"editing_threshold": one(0.0, 0.3, 1.0), "editing_steps": one(1, 3)}
         if one(False, False, True):
             generation |= {"cfg_scale": one(0.0, 1.0, 4.0), "unconditional": {}}
     if one(False, True):
@@ -592,7 +595,7 @@ def check_counts(built: Built, is_masked: Tensor, maskable: Tensor) -> None:
     commits, by_rule = generation.get("commits"), threshold is not None
     longest = min(setting.length, generation.get("block_length", setting.length))
     steps = generation.get("steps", longest if by_rule and not may_remask else built.wrapper.steps)
-    before, states = maskable, iter(is_masked)
+    before, states, edits = maskable, iter(is_masked), generation.get("editing_steps", 0)
     for windows in windows_of(setting, maskable):
         inside = torch.zeros_like(maskable)
         for row, window in enumerate(windows):
@@ -615,10 +618,12 @@ def check_counts(built: Built, is_masked: Tensor, maskable: Tensor) -> None:
                     most = count if may_remask else min(count, int((before & inside)[row].sum()))
                     assert left == most, ("count", step, left, most)
             before = now
-            if by_rule and not may_remask and not bool((now & inside).any()):  # the rest does not run
+            if (by_rule or edits) and not may_remask and not bool((now & inside).any()):  # the rest does not run
                 break
         assert not bool((before & inside).any()), "a block that is left open"
-    assert next(states, None) is None, "a step too many"
+    last = list(states)
+    assert len(last) <= (steps + edits if edits else 0), "a step too many"
+    assert not any(bool(state.any()) for state in last), "masked by an edit"
 
 
 @PROFILE
