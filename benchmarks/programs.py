@@ -191,6 +191,9 @@ _TILES: dict[str, dict[str, Any]] = {
     "tiles T margin": {"num_tokens": 50257, "with_margin": True},
     "tiles T entropy": {"num_tokens": 50257, "with_entropy": True},
     "tiles T margin entropy": {"num_tokens": 50257, **_ALL_FIGURES},
+    "tiles T processed": {"num_tokens": 50257, "processed": True},
+    "tiles T processed entropy": {"num_tokens": 50257, "processed": True, "with_entropy": True},
+    "tiles T min_p": {"num_tokens": 50257, "min_p": 0.1},
     "tiles T forbidden": {"num_tokens": 50257, "with_forbidden": True},
     "tiles T everything": {"num_tokens": 50257, **_EVERYTHING},
     "tiles own sub-tiles": {"num_tokens": 50264, "processed": True, **_OWN},
@@ -333,6 +336,37 @@ def _selecting_at_random() -> dict[str, Program]:
         name: Program(functools.partial(_select_at_random, dtype), "_selection_kernel")
         for name, dtype in dtypes.items()
     }
+
+
+# Steps of decoding, by which of its parts they ask for.
+
+STEPS: dict[str, dict[str, Any]] = {
+    "counts": {"counts": 8},
+    "commits": {"commits": 8},
+    "greedy": {"counts": 8, "temperature": 0.0},
+    "noise": {"counts": 8, "choice_temperature": 4.5},
+    "margin": {"counts": 8, "score": "margin"},
+    "entropy, processed": {"counts": 8, "score": "entropy", "processed": True},
+    "random": {"counts": 8, "score": "random"},
+    "order": {"counts": 8, "score": torch.zeros(2, 16)},
+    "threshold": {"threshold": 0.9},
+    "factor": {"factor": 1.0},
+    "entropy_bound": {"score": "entropy", "entropy_bound": 0.1},
+    "block": {"commits": 2, "threshold": 0.9, "block": torch.tensor([[0, 8], [4, 12]])},
+    "editing": {"threshold": 0.7, "editing_threshold": 0.5, "editable": torch.zeros(2, 16, dtype=torch.bool)},
+    "temperatures of sequences": {"counts": 8, "temperature": _OWN["temperature"]},
+    "top_k": {"counts": 8, "top_k": 50},
+    "min_p": {"counts": 8, "min_p": 0.1},
+    "top_p": {"counts": 8, "top_p": 0.95},
+    "all filters, of sequences": {"counts": 8, **_OWN},
+}
+
+
+def step(num_tokens: int = 50257, **options: Any) -> object:
+    """A call of ``demask_step`` on bfloat16 logits."""
+    ids, is_masked = _empty(2, 16, dtype=torch.int64), _empty(2, 16, dtype=torch.bool)
+    logits = _empty(2, 16, num_tokens, dtype=torch.bfloat16)
+    return F.demask_step(logits, ids, is_masked, mask_id=7, step=_STEP, backend="triton", **_DRAWS, **options)
 
 
 PROGRAMS: dict[str, dict[str, Program]] = {

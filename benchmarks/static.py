@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import compiled, machine
 from benchmarks.compiled import Figures
-from benchmarks.programs import DTYPES, PROGRAMS
+from benchmarks.programs import DTYPES, PROGRAMS, STEPS, step
 
 Row = dict[str, Any]
 
@@ -90,6 +90,16 @@ def _cells(row: Row) -> tuple[str, ...]:
     return row["operation"], row["program"], row["target"], *told, per_element, ceiling
 
 
+def launches_of_steps(target: str) -> dict[str, list[str]]:
+    """The kernels of ours that each of ``programs.STEPS`` launches."""
+    found = {}
+    for name, options in STEPS.items():
+        with compiled.recorded(compiled.hardware(target)) as launches:
+            step(**options)
+        found[name] = [launch.name.strip("_").removesuffix("_kernel") for launch in launches]
+    return found
+
+
 def main(directory: pathlib.Path) -> int:
     """Compiles, prints the table, and writes static.json."""
     rows: list[Row] = []
@@ -98,8 +108,11 @@ def main(directory: pathlib.Path) -> int:
         found = compiled.figures(operation, {name: list(GPUS) for name in names})
         rows += [describe(operation, name, target, found[name][target]) for name in names for target in GPUS]
     print(table(rows))
+    steps = launches_of_steps("sm_90")
+    print("\n| a step by | launches on an H200 |\n|---|---|")
+    print("\n".join(f"| {name} | {len(kernels)}: {', '.join(kernels)} |" for name, kernels in steps.items()))
     directory.mkdir(exist_ok=True)
     (directory / "static.json").write_text(
-        json.dumps({"versions": machine.versions(), "rows": rows}, indent=1) + "\n"
+        json.dumps({"versions": machine.versions(), "rows": rows, "steps": steps}, indent=1) + "\n"
     )
     return 0

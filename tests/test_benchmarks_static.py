@@ -36,3 +36,15 @@ def test_the_static_table_takes_programs_that_the_tests_keep():
     for operation, names in chosen.items():
         assert {*names} <= {*PROGRAMS[operation]}
         assert len({*names}) == len(names) > 1
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_a_step_launches_as_little_whatever_it_asks_for(target):
+    """The rows once and, for each of min_p and what stands before and after it, once more; one selection."""
+    filters = {
+        **dict.fromkeys(["top_k", "top_p"], ["thresholds"]),
+        "min_p": ["min_p_thresholds"],
+        "all filters, of sequences": ["thresholds", "min_p_thresholds", "thresholds"],
+    }
+    for name, kernels in static.launches_of_steps(target).items():
+        assert kernels == [*filters.get(name, []), "tiles", "choose", "selection"], name
