@@ -42,7 +42,8 @@ def test_the_static_table_takes_programs_that_the_tests_keep():
 def test_a_step_launches_as_little_whatever_it_asks_for(target):
     """The rows once and, for each of min_p and what stands before and after it, once more; one selection."""
     filters = {
-        **dict.fromkeys(["top_k", "top_p"], ["thresholds"]),
+        "top_k": ["thresholds"],
+        "top_p": ["thresholds"],
         "min_p": ["min_p_thresholds"],
         "all filters, of sequences": ["thresholds", "min_p_thresholds", "thresholds"],
     }

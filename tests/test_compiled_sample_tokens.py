@@ -11,9 +11,9 @@ OPERATION = "sample_tokens"
 
 # Of the whole program over the 64 logits of a thread, addresses, reductions and branches included. Of those the
 # mask's column (3.9 a logit) is mostly jumped over, and so are the edges (2.3) where rows begin at 16 bytes, as
-# they do behind a linear head. Measured with Triton 3.7.1: 12.7, 16.3, 16.2, 19.4, 23.8, 18.7, 26.5, 12.8, 15.3, 19.4,
-# 27.6. On an H200
-# (29.6e12 instructions of lanes a second) a bf16 logit at 80 % of 4.3 TB/s leaves 17.2, at 50 % 27.5.
+# they do behind a linear head. Measured with Triton 3.7.1: 12.7, 16.3, 16.2, 19.4, 23.8, 18.7, 26.5, 12.8, 15.3,
+# 19.4, 27.6. On an H200 (29.6e12 instructions of lanes a second) a bf16 logit at 80 % of 4.3 TB/s leaves 17.2, at
+# 50 % 27.5.
 MOST_INSTRUCTIONS_A_LOGIT = {
     "tiles": 14.0,
     "tiles T": 17.5,
