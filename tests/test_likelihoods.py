@@ -188,3 +188,13 @@ def test_the_pages_bound_is_a_weighted_sum(page):
     expected = [-(weight * row.sum()).item() for weight, row in zip(masked.loss_weights, nll, strict=True)]
     assert page["bounds"].tolist() == pytest.approx(expected, rel=1e-5)
     assert (page["bounds"] < 0).all()
+
+
+# ---- entropies ----
+
+
+def test_the_entropies_of_the_page_are_the_samplers(page):
+    logits = page["head"](page["rows"].detach())
+    expected = F.sample_tokens(logits[None], mask_id=page["MASK"], with_entropy=True, seed=0).entropies[0]
+    torch.testing.assert_close(page["entropies"], expected)
+    assert page["trunk"].weight.grad.abs().sum() > 0
