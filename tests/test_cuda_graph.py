@@ -223,6 +223,14 @@ def test_a_graph_gives_what_the_loop_gives(case, graphs):
     assert replays == [3, 3] if "blocks" not in case else sum(replays) == 6  # each number of blocks has its own
 
 
+def test_a_graph_has_places_for_whatever_a_step_commits(graphs):
+    """Of 7 open positions with places for 8, the third of 5 steps commits 2, where of 8 it would commit 1."""
+    wrapper = wrap(steps=5)
+    given = {**prompts([7, 7, 7]), "score": "random"}
+    assert torch.equal(drawn(wrapper, 1, cuda_graph=True, **given), drawn(wrapper, 1, **given))
+    assert [graph.num_replays for graph in graphs] == [1]
+
+
 @pytest.mark.parametrize("by_rule", [False, True])
 @pytest.mark.parametrize("options", [{}, {"can_mask_prev_unmasked": True}, {"self_cond": True}], ids=str)
 def test_the_plans_shape_depends_on_the_rounded_largest_number_of_open_positions(options, by_rule):

@@ -9,7 +9,9 @@ from generating import N, V, prompts, wrap, wrap_small
 from test_generate_blocks import Counted
 from torch import nn
 
-from fastmask import Head, functional
+from fastmask import Head, functional, planning
+from fastmask.generation_options import Options
+from fastmask.upstream import FASTMASK
 
 SETTINGS = {
     "start_temperature": [1.0, 0.0, 0.3, 2.0],
@@ -64,6 +66,23 @@ def test_settings_may_be_of_any_floating_dtype_and_lie_anywhere(device):
         ids.append(wrapper.generate(2, **settings, generator=torch.Generator().manual_seed(0)))
     assert all(torch.equal(each, ids[0]) for each in ids)
     assert not torch.equal(ids[0], wrapper.generate(2, generator=torch.Generator().manual_seed(0)))
+
+
+def test_shares_of_the_vocabulary_are_those_of_numbers():
+    """Of a large one, where float32 would be some ids off."""
+    shares = [0.0, 0.3, 0.7, *(1 - k / 151936 for k in (3, 1000, 77777))]
+    options = [
+        Options(1.0, None, share, None, None, False, 1.0, None, None, None, None, None, None, None, 0).checked()
+        for share in (torch.tensor(shares, dtype=torch.float64), *shares)
+    ]
+    step = planning.Step(0, 0, 0, 1.0, 0.0, 0, 1, 1, 1)
+    together, *alone = (each.settings(step, FASTMASK, 151936)["top_k"] for each in options)
+    assert together.tolist() == alone
+
+
+def test_settings_go_to_the_networks_device():
+    settings = {name: torch.ones(2) for name in ("start_temperature", "end_temperature", "top_p", "min_p")}
+    assert wrap_small("meta").generate(2, filter_thres=torch.zeros(2), **settings).is_meta
 
 
 def test_what_is_no_temperature_gives_the_lowest_id(device):
