@@ -21,6 +21,7 @@ FLOORS = [
     ("planning",),
     ("upstream",),
     ("backbone", "critic", "diffusers", "first_look", "own_masks", "_cuda_graph"),
+    ("_entropy_bound",),
     ("functional",),
     ("ops",),
     ("_check", "_dispatch", "data", "heads", "schedules"),
