@@ -20,7 +20,7 @@ FLOORS = [
     ("evaluation", "generation"),
     ("planning",),
     ("upstream",),
-    ("backbone", "critic", "diffusers", "first_look", "own_masks", "_cuda_graph"),
+    ("backbone", "critic", "diffusers", "first_look", "hf", "own_masks", "_cuda_graph"),
     ("_entropy_bound",),
     ("functional",),
     ("ops",),
