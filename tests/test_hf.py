@@ -205,34 +205,62 @@ class Stub(theirs.DiffusionGemmaGenerationMixin):
         self.model = SimpleNamespace(decoder=SimpleNamespace(embed_tokens=embeddings))
 
 
+def step_alone(is_swapped: bool, logits, **options) -> tuple:
+    """What a step of a model gives that sees these logits, at a temperature of 1."""
+    batch, length, num_ids = logits.shape
+    config = SimpleNamespace(sampler_config=theirs.EntropyBoundSamplerConfig(0.7), max_denoising_steps=4)
+    stub = Stub(length, num_ids)
+    if is_swapped:
+        ours.swap_sampler(stub)
+    arguments = {
+        "decoder_forward": lambda cache, **inputs: SimpleNamespace(logits=logits),
+        "current_canvas": torch.zeros(batch, length, dtype=torch.int64), "argmax_canvas": None, "input_ids": None,
+        "decoder_position_ids": None, "self_conditioning_logits": None, "mask_mapping": None, "cache": None,
+        "finished_denoising": torch.zeros(batch, dtype=torch.bool), "cur_step": 3,
+        "sampler": stub._prepare_sampler(config),
+        "logits_processor": lambda ids, z, cur_step: z / (0.5 + cur_step / 6),
+        "diffusion_stopping_criteria": None,
+    }  # fmt: skip
+    return stub._denoising_step(**{**arguments, **options})
+
+
 def test_whole_steps_are_equal_in_law():
     """Ours and theirs by one table: which ids stand where after a step, many times."""
     num, length, num_ids = 4000, 3, 3
     logits = random_logits(1, length, num_ids, scale=1.5).expand(num, length, num_ids)
-    config = SimpleNamespace(sampler_config=theirs.EntropyBoundSamplerConfig(0.7), max_denoising_steps=4)
     outcomes = []
     for seed, is_swapped in enumerate((False, True)):
-        stub = Stub(length, num_ids)
-        if is_swapped:
-            ours.swap_sampler(stub)
         torch.manual_seed(seed)
-        canvas, argmax, conditioning, finished = stub._denoising_step(
-            decoder_forward=lambda cache, **options: SimpleNamespace(logits=logits),
-            current_canvas=torch.zeros(num, length, dtype=torch.int64), argmax_canvas=None, input_ids=None,
-            decoder_position_ids=None, self_conditioning_logits=None, mask_mapping=None, cache=None,
-            finished_denoising=torch.zeros(num, dtype=torch.bool), cur_step=3,
-            sampler=stub._prepare_sampler(config),
-            logits_processor=theirs.LinearTemperatureScheduleLogitsProcessor.__call__.__get__(
-                SimpleNamespace(t_min=0.5, t_max=1.5, max_denoising_steps=6)
-            ),
-            diffusion_stopping_criteria=None,
-        )  # fmt: skip
+        canvas, argmax, conditioning, finished = step_alone(is_swapped, logits)
         assert torch.equal(argmax, logits.argmax(dim=-1))
-        assert torch.equal(conditioning, logits.bfloat16())  # 0.5 + 3 / 6 is a temperature of 1
+        assert torch.equal(conditioning, logits.bfloat16())
         assert not finished.any()
         outcomes.append((canvas * torch.tensor([9, 3, 1])).sum(dim=-1).numpy())
     assert len(set(outcomes[0])) > 15
     assert_independent(np.repeat([0, 1], num), np.concatenate(outcomes), 2, 27)
+
+
+def test_what_is_finished_stays(monkeypatch):
+    """Two of four sequences are; of the others one ends in this step."""
+    draw_likeliest(monkeypatch)
+    logits = random_logits(4, N, V)
+    logits[2] *= 100.0
+    seen = []
+    for is_swapped in (False, True):
+        criterion = theirs.StableAndConfidentStoppingCriteria(stability_threshold=0, confidence_threshold=0.1)
+        torch.manual_seed(0)
+        step = step_alone(
+            is_swapped, logits, current_canvas=random_ids(4, N), argmax_canvas=random_ids(4, N, seed=1),
+            self_conditioning_logits=random_logits(4, N, V, seed=1), diffusion_stopping_criteria=criterion,
+            finished_denoising=torch.tensor([True, False, False, True]),
+        )  # fmt: skip
+        seen.append(step)
+    assert_equal(seen[1], seen[0])
+    assert seen[1][3].tolist() == [True, False, True, True]
+    for row in (0, 3):
+        assert torch.equal(seen[1][0][row], random_ids(4, N)[row])
+        assert torch.equal(seen[1][1][row], random_ids(4, N, seed=1)[row])
+        assert torch.equal(seen[1][2][row], random_logits(4, N, V, seed=1)[row].bfloat16())
 
 
 # generate
