@@ -18,7 +18,7 @@ def small_gemma():
         "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8, "num_experts": 2,
         "top_k_experts": 1, "moe_intermediate_size": 8, "sliding_window": 16, "max_position_embeddings": 128,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention"], "num_global_key_value_heads": 1,
     }  # fmt: skip
     vision = {
         "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
