@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastmask import _check, functional
+from fastmask._entropy_bound import accepted_positions
 
 try:
     from diffusers import SchedulerMixin  # noqa: F401 a pipeline that was saved with ours looks here how to load it
@@ -31,7 +32,6 @@ except ImportError as error:
 
 __all__ = ["AmusedScheduler", "BlockRefinementScheduler", "EntropyBoundScheduler", "halton_order"]
 
-_MORE_THAN_ANY_SUM_OF_ENTROPIES = 2.0**30  # nats
 _LOG_PROB_OF_GIVEN = math.log(torch.finfo(torch.float32).max)  # diffusers', of ids that were not masked
 
 
@@ -235,18 +235,7 @@ class EntropyBoundScheduler(scheduling_entropy_bound.EntropyBoundScheduler):
         pred_logits = model_output / (self.config.t_min + (self.config.t_max - self.config.t_min) * fraction)
         sampled = functional.sample_tokens(pred_logits, with_entropy=True, generator=generator)
         assert sampled.entropies is not None
-        is_open = torch.ones_like(sample, dtype=torch.bool)
-        functional.remask_(
-            sampled.ids.clone(),  # gets a mask where nothing is accepted
-            is_open,
-            sampled.ids.new_empty(0),
-            sampled.ids.new_zeros(len(sample) + 1),
-            sampled.entropies,
-            mask_id=0,
-            is_confidence=False,
-            entropy_bound=min(float(entropy_bound), _MORE_THAN_ANY_SUM_OF_ENTROPIES),
-        )
-        is_accepted = ~is_open
+        is_accepted = accepted_positions(sampled.entropies, entropy_bound)
         prev_sample = sampled.ids.where(is_accepted, _random_ids(pred_logits, generator))
         output = (prev_sample, is_accepted, sampled.ids, sampled.log_probs.exp(), pred_logits)
         return scheduling_entropy_bound.EntropyBoundSchedulerOutput(*output) if return_dict else output

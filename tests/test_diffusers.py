@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gemma import draw_likeliest, small_gemma
 from sampling import assert_independent, assert_law
 from test_generate_waits import Copies, Waits, refusing_values
 from torch import nn
@@ -23,7 +24,7 @@ from fastmask import functional
 from fastmask.reference import vocabulary_filter
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra diffusers")
-transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+pytest.importorskip("transformers", reason="needs the extra hf")
 ours = importlib.import_module("fastmask.diffusers")
 amused = importlib.import_module("diffusers.schedulers.scheduling_amused")
 
@@ -237,17 +238,12 @@ def test_block_refinement_with_given_candidates(mask_token_id, steps, editing_th
 
 def hand_in(monkeypatch) -> None:
     """The likeliest ids are drawn, by theirs and by ours, and noise that is a function of the position."""
-    sample_tokens = functional.sample_tokens
-
-    def likeliest(logits, **options):
-        return sample_tokens(logits, **{**options, "temperature": 0.0, "seed": 0})
 
     def noise(values):
         return (torch.arange(values.numel()).view_as(values) * 1.7).sin()
 
-    monkeypatch.setattr(functional, "sample_tokens", likeliest)
+    draw_likeliest(monkeypatch)
     monkeypatch.setattr(functional, "confidence_remask_keys", lambda values, **options: -noise(values))
-    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: p.argmax(dim=-1, keepdim=True))
     monkeypatch.setattr(amused, "gumbel_noise", lambda values, **options: noise(values))
 
 
@@ -342,22 +338,7 @@ class Processor:
 
 @pytest.fixture(scope="module")
 def gemma():
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8, "num_experts": 2,
-        "top_k_experts": 1, "moe_intermediate_size": 8, "sliding_window": 16, "max_position_embeddings": 128,
-        "layer_types": ["sliding_attention", "full_attention"],
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
-        "num_key_value_heads": 1, "head_dim": 8,
-    }  # fmt: skip
-    config = transformers.DiffusionGemmaConfig(
-        text_config=text, vision_config=vision, canvas_length=8, boi_token_id=37, eoi_token_id=38, image_token_id=39
-    )
-    model = transformers.DiffusionGemmaForBlockDiffusion(config).eval()
-    model.model.decoder.embed_tokens.weight.data *= 40.0  # sure of something
+    model = small_gemma()
     mask_of = model.model.decoder.create_diffusion_decoder_attention_mask
 
     def renamed(**options):  # transformers calls it cache from 5.24 on, where diffusers 0.42 does not

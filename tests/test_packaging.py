@@ -123,6 +123,20 @@ except ImportError as error:
     assert "pip install 'fastmask[diffusers]'" in told
 
 
+def test_a_transformers_without_diffusion_gemma_is_told():
+    code = """
+import sys
+sys.modules["transformers"] = type(sys)("transformers")
+try:
+    import fastmask.hf
+except ImportError as error:
+    print(error)
+"""
+    told = run_python(code)
+    assert "expected transformers of at least 5.11 for fastmask.hf" in told
+    assert "pip install 'fastmask[hf]' 'transformers>=5.11'" in told
+
+
 def test_doctor_names_versions_devices_and_a_reason_for_each_backend():
     report = __main__.doctor()
     assert f"fastmask {fastmask.__version__}" in report
