@@ -63,15 +63,17 @@ class BlockRefinementScheduler(scheduling_block_refinement.BlockRefinementSchedu
         generator: torch.Generator | None,
         use_multinomial: bool,
     ) -> tuple[Tensor, Tensor]:
-        """One token of each row of logits [B, N, V] floating point: ids [B, N] int64, probabilities float32.
+        """One token of each row of logits [..., V] floating point: ids [...] int64, probabilities float32.
 
         At temperature 0 the filters are ignored; else they, and the probabilities, are of the heated law.
         """
         if temperature < 0:
             raise ValueError(f"`temperature` must be >= 0, got {temperature}.")
+        shape = logits.shape[:-1]
+        logits = logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])  # [B, N, V] as they are
         if temperature == 0.0 or not use_multinomial:
             sampled = functional.sample_tokens(logits, temperature=0.0, seed=0)  # the generator is not drawn from
-            return sampled.ids, sampled.log_probs.exp()
+            return sampled.ids.view(shape), sampled.log_probs.exp().view(shape)
         if top_p is not None and not top_p > 0.0:
             raise ValueError(f"`top_p` must be in (0, 1], got {top_p}.")
         sampled = functional.sample_tokens(
@@ -83,7 +85,7 @@ class BlockRefinementScheduler(scheduling_block_refinement.BlockRefinementSchedu
             processed=True,
             generator=generator,
         )
-        return sampled.ids, sampled.log_probs.exp()
+        return sampled.ids.view(shape), sampled.log_probs.exp().view(shape)
 
     def step(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from oracles import draw
-from sampling import Door
+from sampling import Door, assert_law
 
 from fastmask import functional
 from fastmask.functional import LinearLogits
@@ -151,6 +152,30 @@ def test_noise_on_the_entropy_keeps_its_sign(reference):
     expected = (-h / 0.5).softmax(0)[1]
     share = (~out.is_masked)[:, 1].float().mean()
     assert abs(share - expected) < 4 * math.sqrt(0.25 / rows)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("alg_temp", [0.1, 0.4])
+def test_dreams_alg_temp_is_noise_of_that_scale(reference, score, alg_temp):
+    """Dream's multinomial without replacement of softmax(score / alg_temp): the law of the two committed, where its
+    confidence is p (ours is scored as log p: an order of one's own)."""
+    rows, places = 12_000, 5
+    logits = draw(1, places, V, seed=3, scale=2.0)
+    sure = figures(logits[0], score)
+    weights = np.exp((sure - sure.max()) / alg_temp)
+    law = np.zeros((places, places))
+    for first, second in itertools.permutations(range(places), 2):
+        chance = weights[first] / weights.sum() * weights[second] / (weights.sum() - weights[first])
+        law[min(first, second), max(first, second)] += chance
+    is_masked = torch.ones(rows, places).bool()
+    given = score if score != "confidence" else torch.from_numpy(sure).float().expand(rows, places)
+    out = Door(reference).demask_step(
+        logits.expand(rows, -1, -1), is_masked.long() * MASK, is_masked, mask_id=MASK, temperature=0.0, commits=2,
+        score=given, choice_temperature=alg_temp, seed=1,
+    )  # fmt: skip
+    pairs = (~out.is_masked).nonzero()[:, 1].view(rows, 2)
+    counts = np.bincount((places * pairs[:, 0] + pairs[:, 1]).numpy(), minlength=places**2)
+    assert_law(counts, law.flatten())
 
 
 # ---- blocks ----

@@ -416,6 +416,20 @@ def test_samples_are_equal_in_law(case):
     assert_law(torch.bincount(ids.flatten(), minlength=7), law)
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 4), (0,)], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_of_any_number_of_dimensions_are_sampled(temperature, shape):
+    """As diffusers' own tests do, of rows [M, V]: each row's id and its probability."""
+    logits, sample = random_logits(*shape, V), ours.BlockRefinementScheduler._sample_from_logits
+    ids, probs = sample(
+        logits, temperature=temperature, top_k=None, top_p=None, generator=None, use_multinomial=temperature > 0.0
+    )
+    assert ids.shape == probs.shape == shape
+    torch.testing.assert_close(probs, logits.softmax(dim=-1).gather(-1, ids[..., None])[..., 0])
+    if temperature == 0.0:
+        assert torch.equal(ids, logits.argmax(dim=-1))
+
+
 STEPS = {
     "mask": ("BlockRefinementScheduler", {"mask_token_id": 3, "temperature": 0.8, "threshold": 0.7}),
     "uniform": ("BlockRefinementScheduler", {"temperature": 1.2, "threshold": 0.8}),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from generating import MASK, FixedCritic, Known, N, V, assert_law, uniform, wrap
+from generating import MASK, FixedCritic, Known, N, V, assert_law, uniform, varied, wrap
 from torch import nn
 
 from fastmask import NonAutoregressiveWrapper
@@ -100,6 +100,26 @@ def test_nucleus_and_forbidden_ids_shape_the_sampled_law(options, device):
     assert_law(torch.bincount(ids[:, place].cpu(), minlength=V), (logits / heat).softmax(dim=-1))
     expected = logits.log_softmax(dim=-1).float().to(device)[ids[:, place]]
     torch.testing.assert_close(trajectory.log_probs[-1, :, place], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_which_positions_stay_masked_under_choice_noise(device):
+    """Of a plan's first step, by enumeration: Plackett and Luce's law of score / (scale times the share left)."""
+    batch, places, scale = 8000, 5, 1.6
+    wrapper = wrap(device, varied(places))
+    logits = wrapper.net.logits.detach().double().cpu()
+    logits[:, MASK] = -math.inf
+    weights = (logits.log_softmax(dim=-1).amax(dim=-1) / (scale / 2)).exp().tolist()
+    law = torch.zeros(2**places, dtype=torch.float64)
+    for order in itertools.permutations(range(places), 3):
+        chance, left = 1.0, sum(weights)
+        for place in order:
+            chance, left = chance * weights[place] / left, left - weights[place]
+        law[2**places - 1 - sum(2**place for place in order)] += chance
+    steps = wrapper.generate_steps(
+        batch, 0.0, None, steps=2, choice_temperature=scale, generator=torch.Generator(device).manual_seed(0)
+    )
+    codes = (next(steps).is_masked.cpu() * 2 ** torch.arange(places)).sum(dim=-1)
+    assert_law(torch.bincount(codes, minlength=2**places), law)
 
 
 # ---- many modes ----
