@@ -1,4 +1,4 @@
-"""Random calls: of the operations against float64 oracles, of a step on the kernels and on their twins; some hundreds.
+"""Random calls: operations against float64 oracles, steps on the kernels and on their twins; some hundreds.
 
 ``fuzz_operations.py`` and ``fuzz_combinations.py`` run more.
 """
