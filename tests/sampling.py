@@ -1,4 +1,4 @@
-"""The law of a sampler, how it is shown, and the exponential race by hand."""
+"""The law of a sampler, how it is shown, and the exponential race by hand; what of a selection may be a tie."""
 
 from __future__ import annotations
 
@@ -108,3 +108,14 @@ def race(row, seed, position, sample, step):
     sub_tile = winner(padded[tile].sum(1), streams.SUB_TILE_RACE, tile * 64)
     first = (tile * 64 + sub_tile) * 64
     return first + winner(padded[tile, sub_tile], streams.ELEMENT_RACE, first), max(nearest)
+
+
+def assert_same_selection(ours, theirs, scores):
+    """ids, is_masked and row_indices are equal; or what differs is as much as level in score. How many differ."""
+    if all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
+        return 0
+    differs = ours[1] != theirs[1]
+    for b in differs.any(-1).nonzero().flatten():
+        level = scores[b][differs[b]]
+        assert level.max() - level.min() < 1e-5 * (1 + level.abs().max()), (b, level)
+    return int(differs.sum())

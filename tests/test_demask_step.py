@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sampling import Door
+from sampling import Door, assert_same_selection
 
 from fastmask import functional
 from fastmask.functional import LinearLogits
@@ -153,17 +153,6 @@ def test_remask_position_by_position(door, length):
         for ours, theirs in zip(remasked(door.backend, state, row_starts, values, counts, **options), expected,
                                 strict=True):  # fmt: skip
             assert torch.equal(ours, theirs), case
-
-
-def assert_same_selection(ours, theirs, scores):
-    """ids, is_masked and row_indices are equal; or what differs is as much as level in score. How many differ."""
-    if all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
-        return 0
-    differs = ours[1] != theirs[1]
-    for b in differs.any(-1).nonzero().flatten():
-        level = scores[b][differs[b]]
-        assert level.max() - level.min() < 1e-5 * (1 + level.abs().max()), (b, level)
-    return int(differs.sum())
 
 
 @pytest.mark.ptx

@@ -1,7 +1,13 @@
-"""Random calls of the operations against float64 oracles: some hundreds; ``fuzz_operations.py`` runs more."""
+"""Random calls: operations against float64 oracles, steps on the kernels and on their twins; some hundreds.
+
+``fuzz_operations.py`` and ``fuzz_combinations.py`` run more.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+
+import fuzz_combinations
 import fuzz_tail
 import pytest
 from fuzz_operations import OPERATIONS, run_case
@@ -19,6 +25,27 @@ def test_reference(operation):
 def test_kernels(kernel):
     for number in range(SLOW_CALLS):
         run_case(number, "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("is_filtered", "calls"), [(False, 15), (True, 3)])
+def test_combinations(kernel, reference, is_filtered, calls):
+    """Every part of a step with every other; ties to rounding: none of these are today."""
+    ties = Counter()
+    for number in range(calls):
+        ties += fuzz_combinations.run_case(number, kernel, reference, is_filtered)
+    assert ties.total() <= 1, ties
+
+
+@pytest.mark.ptx
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(6))
+def test_combinations_of_few_rows(kernel, reference, block):
+    """Ten each, two of them filtered."""
+    ties = Counter()
+    for number in range(10 * block, 10 * block + 10):
+        ties += fuzz_combinations.run_case(number, kernel, reference, number % 5 == 0, is_tiny=True)
+    assert ties.total() <= 1, ties
 
 
 @pytest.mark.slow
