@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 from generating import MASK
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 
 
 class Canvas:
@@ -142,6 +142,38 @@ def eb_sampler(net, ids, bound):
         before = np.concatenate([[0.0], np.cumsum(entropy[order])[:-1]])
         canvas.commit(order[: int(np.sum(before <= bound))], p.argmax(-1))
     return canvas.result
+
+
+def p2(net, ids, steps):
+    """P2 with eta 1: what is committed is scored anew, by its own id; of all that is open the lowest are masked."""
+    return _rescored(net, ids, steps, keeps_scores=False)
+
+
+def mask_predict(net, ids, steps):
+    """Mask-Predict: what is committed keeps the probability of the pass that predicted it."""
+    return _rescored(net, ids, steps, keeps_scores=True)
+
+
+def _rescored(net, ids, steps, *, keeps_scores):
+    """The ids after each pass."""
+    ids, states = np.array(ids), []
+    is_open, is_masked = ids == MASK, ids == MASK
+    score = np.zeros(len(ids))
+    places = [i for i in range(len(ids)) if is_open[i]]
+    for step in range(steps):
+        z = np.array(net(np.where(is_masked, MASK, ids)), dtype=np.float64)
+        z[:, MASK] = -np.inf
+        log_p = log_softmax(z, axis=-1)
+        for i in places:
+            if is_masked[i]:
+                ids[i] = log_p[i].argmax()
+            if is_masked[i] or not keeps_scores:
+                score[i] = log_p[i, ids[i]]
+        is_masked[:] = False
+        left = int(len(places) * (steps - 1 - step) / steps + 1e-4)
+        is_masked[sorted(places, key=lambda i: (score[i], -i))[:left]] = True
+        states.append(np.where(is_masked, MASK, ids).tolist())
+    return states
 
 
 def in_order(net, ids, order, steps):
