@@ -34,10 +34,6 @@ def listed(ids):
     return torch.arange(ids.shape[0] * N, device=ids.device)[::2].where(ids.flatten()[::2] != 1, -1)
 
 
-def sample(ids, **options):
-    return functional.sample_tokens(figures(ids, V), mask_id=MASK, seed=1, **options)[:2]
-
-
 def sample_with_all(ids, **options):
     return functional.sample_tokens(
         figures(ids, V), mask_id=MASK, seed=1, temperature=0.7, top_k=7, top_p=0.9, forbidden=ids.new_ones(V) < 0,
@@ -81,6 +77,22 @@ def step_per_sequence(ids, **options):
     return step(ids, behind_a_head, temperature=ids[:, 0].float() / 10, top_k=ids[:, 1] + 1, **options)
 
 
+def step_by_entropies(ids, **options):
+    """In blocks, by a rule and at least so many, with edits."""
+    block = torch.stack([ids[:, 0] % 2, ids[:, 1] % 2 + 3], dim=-1)
+    return functional.demask_step(
+        figures(ids, V), ids, ids > 3, mask_id=MASK, seed=1, commits=ids[:, 2] % 2, score="entropy",
+        entropy_bound=2.0, processed=True, temperature=0.6, block=block, editing_threshold=0.2, editable=ids < 2, **options,
+    )  # fmt: skip
+
+
+def step_in_an_order(ids, **options):
+    order = ids.float().sin()
+    return functional.demask_step(
+        figures(ids, V), ids, ids > 3, mask_id=MASK, seed=1, commits=1, score=order, **options
+    )
+
+
 def remask(ids, **options):
     written = ids.clone(), ids > 3, torch.zeros_like(ids).flatten()
     starts, counts = torch.arange(ids.shape[0] + 1, device=ids.device) * 2, ids[:, 0] % 3
@@ -105,15 +117,15 @@ def keys(ids, **options):
 
 
 OPERATIONS = [
-    sample,
     sample_with_all,
     sample_per_sequence,
     sample_in_place,
     sample_behind_a_head,
     sample_behind_a_head_greedily,
-    step,
     pytest.param(step_behind_a_head, id="step_behind_a_head"),
     step_per_sequence,
+    step_by_entropies,
+    step_in_an_order,
     remask,
     keys,
 ]

@@ -178,18 +178,21 @@ def test_longer_sequences_than_the_kernels_keys_hold_are_selected_by_the_referen
     assert chosen.nonzero().tolist() == [[0, 65535], [0, 65536]]
 
 
-@pytest.mark.parametrize("operation", ["gumbel_noise", "select_to_remask", "remask_"])
+@pytest.mark.parametrize("operation", ["gumbel_noise", "select_to_remask", "remask_", "remask_ by a rule"])
 def test_the_kernels_are_torch_operations(kernel, operation):
     """torch's own checks: schema, fake tensors and tracing."""
     ids, counts, draws = torch.arange(6).view(2, 3), torch.tensor([1, 2]), Draws(torch.tensor(5), 7, 2)
     listed, remasking = RowList(torch.zeros(4).long(), torch.tensor([0, 2, 4])), Remasking(9, True, 0.5)
     windows = Windows(None, torch.tensor([[0, 2], [1, 3]]))
+    by_rule = Remasking(9, False, entropy_bound=0.5, counts_commit=True)
     arguments = {
         "gumbel_noise": (draws, 2, 3),
         "select_to_remask": (draw(2, 9), draw(2, 9) < 0, counts, -0.5),
         "remask_": (ids.clone(), ids > 2, listed, draw(2, 3), counts, None, windows, draws, remasking),
-    }[operation]
-    operator = getattr(kernel.module("remask"), operation)
+        "remask_ by a rule": (ids.clone(), ids > 2, listed, draw(2, 3).abs(), counts, None,
+                              Windows(windows.next_block, windows.next_block), draws, by_rule),
+    }[operation]  # fmt: skip
+    operator = getattr(kernel.module("remask"), operation.split()[0])
     flat = operator.signature.flat(arguments)
     flat = [x.to(kernel.device) if isinstance(x, torch.Tensor) else x for x in flat]
     torch.library.opcheck(operator.overload, tuple(flat))
