@@ -82,7 +82,8 @@ def step_by_entropies(ids, **options):
     block = torch.stack([ids[:, 0] % 2, ids[:, 1] % 2 + 3], dim=-1)
     return functional.demask_step(
         figures(ids, V), ids, ids > 3, mask_id=MASK, seed=1, commits=ids[:, 2] % 2, score="entropy",
-        entropy_bound=2.0, processed=True, temperature=0.6, block=block, editing_threshold=0.2, editable=ids < 2, **options,
+        entropy_bound=2.0, processed=True, temperature=0.6, block=block,
+        editing_threshold=0.2, editable=ids < 2, **options,
     )  # fmt: skip
 
 
