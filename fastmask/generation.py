@@ -279,9 +279,11 @@ def _advance(
         committed = _rows_of(was_masked & ~state.is_masked, step.num_rows - step.num_rows_after)
         _, condition = propose(committed)
     elif model.rescores_committed:
-        kept_ids = state.ids.masked_fill(state.is_masked, -1).flatten()
+        kept_ids, log_probs = state.ids.masked_fill(state.is_masked, -1).flatten(), state.log_probs.clone()
         rows = _open_rows(state, step)
         sampled, condition = propose(rows, kept_ids[rows])
+        is_through = state.counts[step.row_before] == 0  # the step runs for others
+        state.log_probs.copy_(log_probs.where(is_through[:, None], state.log_probs))
         _remask(state, sampled, step, model, options, inputs)
     elif options.edits:
         ids, log_probs = state.ids.clone(), state.log_probs.clone()
@@ -449,7 +451,7 @@ def followed(steps: Iterator[Done], state: State) -> Iterator[GenerationStep]:
         committed_at.masked_fill_(state.is_masked, -1)  # it may be masked again
         if state.ends is not None:
             committed_at.masked_fill_(past_end(state, state.ends)[0], -1)
-        passes += _has_work(before, done.block)
+        passes += _has_run(before, state, done.block)
         yield GenerationStep(state.ids, state.is_masked, state.log_probs, committed_at, passes)
         before = _copied(state)
 
@@ -460,12 +462,11 @@ def _copied(state: State) -> State:
     return state._replace(ids=state.ids.clone(), is_masked=state.is_masked.clone(), edits_left=edits_left)
 
 
-def _has_work(state: State, block: int) -> Tensor:
-    """Which sequences have anything left to do in a block, [B] bool."""
-    if state.edits_left is not None:
-        return state.edits_left[block] > 0
-    window = None if state.windows is None else state.windows[block]
-    return _within(state.is_masked, window).any(dim=-1)
+def _has_run(before: State, state: State, block: int) -> Tensor:
+    """Which sequences a step changed or, with edits, had to look at, [B] bool: it may have run for others."""
+    if before.edits_left is not None:
+        return before.edits_left[block] > 0
+    return ((before.ids != state.ids) | (before.is_masked != state.is_masked)).any(dim=-1)
 
 
 def replayed(owner: nn.Module, model: Model, state: State, plan: Plan, options: Options, inputs: Inputs) -> Tensor:

@@ -148,7 +148,8 @@ class GenerationMixin(nn.Module):
             batch_size: B; None for one sequence without batch dimension (or the prompt's own).
             start_temperature: annealed linearly to 0 (floor 1e-3); 0 takes the likeliest id in every step. This,
                 end_temperature, filter_thres, min_p and top_p may be [B] floating point, one for each sequence, whose
-                values nothing reads beforehand; what changes nothing is 1 for top_p, else 0.
+                values nothing reads beforehand (filter_thres of fewer than 64 bits is taken to 6 decimals); what
+                changes nothing is 1 for top_p, 0 for filter_thres and min_p.
             end_temperature: what it is annealed to, linearly; given the same, it stays.
             filter_thres: keeps the ceil((1 - filter_thres) V) largest logits; None keeps all.
             noise_level_scale: scale of the annealed Gumbel noise on the critic's scores.
@@ -179,11 +180,11 @@ class GenerationMixin(nn.Module):
                 least sure one has a probability of at least 1 - f / (n + 1).
             entropy_bound: nats, a rule likewise, of the entropy: the surest are committed, as many as have entropies
                 that sum to at most this without the last.
-            editing_threshold: each step also overwrites the committed ids, but the given ones, for which another is
-                proposed whose probability is above this; in [0, 1]. None keeps what is committed. Not with
-                can_mask_prev_unmasked.
+            editing_threshold: each step also overwrites those ids committed in its block, not the given ones, for
+                which another is proposed whose probability is above this; in [0, 1]. None keeps what is committed.
+                Not with can_mask_prev_unmasked.
             editing_steps: the most steps that only edit, of each sequence in each block, after the one that commits
-                the last of it. They end with the first that changes nothing.
+                the last of it. They end with the first that changes nothing, and with an ``eos_id``.
             cfg_scale: w of classifier-free guidance, two passes a step: logits (1 + w) z - w z_u; None for none.
             unconditional: the network's arguments of the second pass, all of them; by default the same, and the
                 prompt is masked there.
@@ -261,7 +262,8 @@ class GenerationMixin(nn.Module):
         """:meth:`generate` as an iterator: its state after each pass of the network, to stream or to stop at will.
 
         ``for step in model.generate_steps(prompt=prompt): print(step.ids)``. The tensors are views, which the next
-        step overwrites. Closing the iterator (``break`` in a loop does) restores the modules' modes.
+        step overwrites. Closing the iterator (``break`` in a loop does) restores the modules' modes. Where nothing is
+        open it yields nothing.
 
         Args:
             arguments, options: as of :meth:`generate`, but for progress, return_trajectory and cuda_graph. One
@@ -319,20 +321,12 @@ class GenerationMixin(nn.Module):
     ) -> _Prepared:
         """Checks what ``generate`` was given, and makes its start, plan and state."""
         _names.refuse(kwargs, self.net, GenerationMixin.generate)
-        order = score if isinstance(score, Tensor) else None
-        if commits is not None and numbers["choice_temperature"] is None:
-            numbers["choice_temperature"] = 0.0  # the noise is of the schedule's counts
-        options = Options(score="order" if isinstance(score, Tensor) else score, **numbers).checked()
-        options.check_with(
-            has_critic=self.token_critic is not None, may_remask=self.can_mask_prev_unmasked, order=order
-        )
         _check.flag("return_trajectory", return_trajectory)
         if cuda_graph is not None:
             _check.flag("cuda_graph", cuda_graph)
-        _progress.check(progress)
-        length = _check.integer("seq_len", self.max_seq_len if seq_len is None else seq_len, 1, self.max_seq_len + 1)
         self._formulas.check_options(
             **{**numbers, "processed": numbers["processed"] or None},
+            editing_steps=None if editing_steps == _EDITING_STEPS else editing_steps,
             forbidden=forbidden,
             score=score,
             commits=commits,
@@ -340,6 +334,15 @@ class GenerationMixin(nn.Module):
             eos_id=eos_id,
             cuda_graph=cuda_graph or None,
         )
+        order = score if isinstance(score, Tensor) else None
+        if commits is not None and numbers["choice_temperature"] is None:
+            numbers["choice_temperature"] = 0.0  # the noise is of the schedule's counts
+        options = Options(score="order" if isinstance(score, Tensor) else score, **numbers).checked()
+        options.check_with(
+            has_critic=self.token_critic is not None, may_remask=self.can_mask_prev_unmasked, order=order
+        )
+        _progress.check(progress)
+        length = _check.integer("seq_len", self.max_seq_len if seq_len is None else seq_len, 1, self.max_seq_len + 1)
         if cuda_graph and (progress or return_trajectory):
             raise ValueError(
                 "expected cuda_graph=True without progress= and return_trajectory=: a graph runs all steps at once; "
@@ -378,7 +381,13 @@ class GenerationMixin(nn.Module):
             return None
         if self.can_mask_prev_unmasked:
             raise ValueError("expected no eos_id= with can_mask_prev_unmasked=True, received both; leave one out")
-        ids = list(eos_id) if isinstance(eos_id, (list, tuple)) else [eos_id]
+        if isinstance(eos_id, Tensor):
+            raise TypeError(
+                "expected eos_id as an int or a sequence of ints, received a tensor; give eos_id.tolist()"
+            )
+        ids = list(eos_id) if isinstance(eos_id, Sequence) else [eos_id]
+        if not ids:
+            raise ValueError("expected eos_id of at least one id, received none; leave it out")
         ids = [_check.integer("eos_id", each, 0, self.num_tokens) for each in ids]
         if self.mask_id in ids:
             raise ValueError(f"expected eos_id other than mask_id, received {self.mask_id}, which is never sampled")

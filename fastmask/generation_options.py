@@ -87,8 +87,10 @@ class Options(NamedTuple):
             for name in ("score", "factor", "entropy_bound"):
                 value = getattr(self, name)
                 if value is not None:
+                    received = "a tensor" if value == "order" else repr(value)
                     raise ValueError(
-                        f"expected no {name}= with a critic, whose score is its own, received {value!r}; leave it out"
+                        f"expected no {name}= with a critic, whose score is its own, received {received}; "
+                        "leave it out"
                     )
         if may_remask:
             for name in ("factor", "entropy_bound", "editing_threshold"):
@@ -102,7 +104,11 @@ class Options(NamedTuple):
         for name in _MAY_BE_PER_SEQUENCE:
             values = getattr(self, name)
             if isinstance(values, Tensor):
-                _check.shape(name, values, [size], "B")
+                if len(values) != size:
+                    raise ValueError(
+                        f"expected {name} of shape [B] = [{size}], one for each sequence, received "
+                        f"{list(values.shape)}; give batch_size={len(values)}, or as many as there are"
+                    )
                 tensors[name] = to_device(values, device)
         return self._replace(**tensors)
 
@@ -150,17 +156,22 @@ class Options(NamedTuple):
     def _temperature(self, step: Step, formulas: Formulas) -> float | Tensor:
         """The temperature of a step, or of each sequence in it, [B] float32."""
         start, end = self.start_temperature, self.end_temperature
+        start = start.double() if isinstance(start, Tensor) else start
         if end is not None:
+            end = end.double() if isinstance(end, Tensor) else end
             temperature = start + (end - start) * step.progress
             return temperature.float() if isinstance(temperature, Tensor) else temperature
         if isinstance(start, Tensor):  # what is no temperature stays so
-            return (start.float() * step.remaining).clamp(min=MIN_TEMPERATURE).where(start > 0.0, start.float())
+            return (start * step.remaining).clamp(min=MIN_TEMPERATURE).where(start > 0.0, start).float()
         return formulas.temperature(start, step.remaining)
 
     def _top_k(self, num_tokens: int) -> int | Tensor | None:
         """How many logits filter_thres keeps, or of each sequence, [B] int64; None for all."""
         if isinstance(self.filter_thres, Tensor):
-            return ((1 - self.filter_thres.double()) * num_tokens).ceil().long()
+            shares = self.filter_thres.double()
+            if self.filter_thres.dtype != torch.float64:  # 0.9 is meant, not 0.89999998, which keeps one more of 10
+                shares = shares.round(decimals=6)
+            return ((1 - shares) * num_tokens).ceil().long()
         return None if self.filter_thres is None else math.ceil((1 - self.filter_thres) * num_tokens)
 
     @property

@@ -181,14 +181,15 @@ def places_for_any_prompt(blocks: Blocks, length: int) -> Tensor:
 class Step(NamedTuple):
     """One step of a plan.
 
-    block, number: which step of which block, both from 0. row: of the plan's tensors. remaining: the share of the
-    block's steps that follow. progress: from 0 in the first of them to 1 in the last; in those that only edit 1.
-    place: where the block's masked positions are listed. num_open, num_rows, num_rows_after: places there of all that
-    is open at first, of what is masked before the step and after it.
+    block, number: which step of which block, both from 0. row_before, row: of the plan's tensors. remaining: the
+    share of the block's steps that follow. progress: from 0 in the first of them to 1 in the last; after the last of
+    all 1. place: where the block's masked positions are listed. num_open, num_rows, num_rows_after: places there of
+    all that is open at first, of what is masked before the step and after it.
     """
 
     block: int
     number: int
+    row_before: int
     row: int
     remaining: float
     progress: float
@@ -255,6 +256,7 @@ class Plan(NamedTuple):
         return Step(
             block,
             number,
+            part.row + before,
             part.row + after,
             max(0, self.num_steps - 1 - number) / self.num_steps,
             min(1.0, number / max(1, self.num_steps - 1)),
@@ -334,9 +336,8 @@ def _as_commits(commits: Any, shapes: list[list[int]]) -> Tensor:
     _check.tensor("commits", commits, _check.INTEGER)
     if list(commits.shape) not in shapes:
         expected = " or ".join(map(str, shapes))
-        raise ValueError(
-            f"expected commits of shape {expected} (steps, or steps and B), received {list(commits.shape)}"
-        )
+        letters = "steps, or steps and B" if len(shapes) > 1 else "steps, of a function"
+        raise ValueError(f"expected commits of shape {expected} ({letters}), received {list(commits.shape)}")
     if bool((commits < 0).any()):
         raise ValueError("expected commits from 0 on, received a negative number")
     return commits.long()

@@ -359,7 +359,7 @@ class GenerationStep(NamedTuple):
     ids: [B, N] int64, mask_id where masked. is_masked: [B, N] bool. log_probs: [B, N] float32, nats, of the id last
     proposed at each position (0 where none was yet, or it was given). committed_at: [B, N] int32, the pass that
     committed or edited it, of its sequence's, from 0; -1 where it was given, is masked or lies past an end. passes:
-    [B] int64, in how many steps there was anything to do in the sequence, in the block of each.
+    [B] int64, how many steps changed the sequence; with edits also those that only looked for them in it.
     """
 
     ids: Tensor

@@ -126,7 +126,7 @@ class XTransformersFormulas(Formulas):
         received = [name for name in given if name not in _OWN_OPTIONS]
         if received:
             raise ValueError(f"expected compat=False with {', '.join(received)}=, which x-transformers does not have")
-        received = [name for name, value in given.items() if isinstance(value, Tensor)]
+        received = [name for name, value in given.items() if isinstance(value, Tensor) and value.ndim]
         if received:
             raise ValueError(f"expected compat=False with {', '.join(received)} of each sequence, received tensors")
 

@@ -7,6 +7,7 @@ what is checked is which of them a step commits, and that the figures are those 
 from __future__ import annotations
 
 import math
+import pathlib
 
 import decoders
 import numpy as np
@@ -214,3 +215,23 @@ def test_orders_that_a_random_score_gives_are_all_as_likely(device):
     codes = (last.committed_at.cpu() * 4 ** torch.arange(4)).sum(dim=-1)
     _, counts = codes.unique(return_counts=True)
     assert_law(counts.numpy(), np.full(24, 1 / 24))
+
+
+def rows_of_the_page():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "sampling.md").read_text()
+    table = page[page.index("## What a family takes") : page.index("## Ends")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    return [pytest.param(call, id=family) for family, call, _ in rows[2:] if call]
+
+
+@pytest.mark.parametrize("call", rows_of_the_page())
+def test_each_row_of_the_page_is_a_call(call, device):
+    names = {"even_split": even_split, "torch": torch, "N": N, "dict": dict}
+    options = eval(f"dict({call.strip('`')})", names)
+    ids = wrap(device, Context()).generate(2, **options)
+    assert ids.shape == (2, N)
+    assert not (ids == MASK).any()
+
+
+def test_the_page_has_a_row_for_each_family():
+    assert len(rows_of_the_page()) == 10

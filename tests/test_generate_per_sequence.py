@@ -68,16 +68,35 @@ def test_settings_may_be_of_any_floating_dtype_and_lie_anywhere(device):
     assert not torch.equal(ids[0], wrapper.generate(2, generator=torch.Generator().manual_seed(0)))
 
 
-def test_shares_of_the_vocabulary_are_those_of_numbers():
-    """Of a large one, where float32 would be some ids off."""
-    shares = [0.0, 0.3, 0.7, *(1 - k / 151936 for k in (3, 1000, 77777))]
-    options = [
-        Options(1.0, None, share, None, None, False, 1.0, None, None, None, None, None, None, None, 0).checked()
-        for share in (torch.tensor(shares, dtype=torch.float64), *shares)
+def settings_of(vocabulary=9, **given):
+    """What a sampler is told in the sixth of 18 steps."""
+    others = {"start_temperature": 1.0, "processed": False, "noise_level_scale": 1.0, "sample_offset": 0}
+    options = Options(**{**dict.fromkeys(Options._fields), **others, **given})
+    return options.settings(planning.Step(0, 5, 0, 0, 12 / 18, 5 / 17, 0, 1, 1, 1), FASTMASK, vocabulary)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("vocabulary", [10, 1000, 151936])
+def test_shares_of_the_vocabulary_are_those_of_numbers(vocabulary, dtype):
+    """Of a large one, where float32 would be some ids off; and of float32 the decimals that it stands for."""
+    shares = [0.0, 0.1, 0.3, 0.7, 0.9, 0.99, *(1 - (k - 0.5) / 151936 for k in (3, 1000, 77777))]
+    if dtype == torch.float64:
+        shares += [1 - k / 151936 for k in (3, 1000, 77777)]
+    together = settings_of(vocabulary, filter_thres=torch.tensor(shares, dtype=dtype))["top_k"]
+    assert together.tolist() == [settings_of(vocabulary, filter_thres=share)["top_k"] for share in shares]
+
+
+@pytest.mark.parametrize("has_end", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_temperatures_fall_as_numbers_do(dtype, has_end):
+    """In any dtype: rounded once."""
+    start, end = torch.tensor([1.0, 0.7], dtype=dtype), torch.tensor([0.1, 0.3], dtype=dtype)
+    whole = settings_of(start_temperature=start, end_temperature=end if has_end else None)["temperature"]
+    alone = [
+        settings_of(start_temperature=each, end_temperature=last if has_end else None)["temperature"]
+        for each, last in zip(start.tolist(), end.tolist(), strict=True)
     ]
-    step = planning.Step(0, 0, 0, 1.0, 0.0, 0, 1, 1, 1)
-    together, *alone = (each.settings(step, FASTMASK, 151936)["top_k"] for each in options)
-    assert together.tolist() == alone
+    assert torch.equal(whole, torch.tensor(alone, dtype=torch.float32))
 
 
 def test_settings_go_to_the_networks_device():
@@ -97,7 +116,7 @@ def test_what_is_no_temperature_gives_the_lowest_id(device):
     ("options", "error", "message"),
     [
         ({"min_p": torch.tensor(0.5)}, ValueError, "expected min_p"),
-        ({"top_p": torch.ones(3)}, ValueError, r"expected top_p of shape \[B\] = \[2\]"),
+        ({"top_p": torch.ones(3)}, ValueError, r"expected top_p of shape \[B\] = \[2\].*give batch_size=3"),
         ({"start_temperature": torch.ones(2).long()}, TypeError, "expected start_temperature"),
         ({"threshold": torch.ones(2)}, TypeError, "expected threshold to be a number"),
         ({"start_temperature": 0.0, "end_temperature": torch.ones(2)}, ValueError, "expected end_temperature=0"),

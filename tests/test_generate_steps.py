@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import decoders
 import pytest
 import torch
@@ -35,19 +33,12 @@ def test_what_follows_an_end_is_that_end(options, ends, device):
     if "steps" in options:
         given, decoder = {**options, "commits": even_split}, decoders.llada
     eos_id = ends[0] if len(ends) == 1 else ends
-    masks, passes_before = [~prompt["prompt_mask"]], [[0] * len(prompt["prompt"])]
-    for last in wrap(device, net).generate_steps(**prompt, **GREEDY, **given, block_length=length, eos_id=eos_id):
-        masks.append(last.is_masked.clone())
-        passes_before.append(last.passes.tolist())
+    *_, last = wrap(device, net).generate_steps(**prompt, **GREEDY, **given, block_length=length, eos_id=eos_id)
     start = prompt["prompt"].where(prompt["prompt_mask"], MASK).tolist()
     expected = [decoder(net.alone, sequence, length=length, ends=ends, **options) for sequence in start]
     assert last.ids.tolist() == [ids for ids, _, _ in expected]
-    for row, (_, at, passes) in enumerate(expected):  # the passes that committed something are counted there
-        changes = [not torch.equal(before[row], after[row]) for before, after in itertools.pairwise(masks)]
-        own = [each[row] for each, change in zip(passes_before, changes, strict=False) if change]
-        assert len(own) == passes
-        assert [own.index(number) if number >= 0 else -1 for number in last.committed_at[row].tolist()] == at
-        assert "steps" in options or last.passes[row] == passes
+    assert last.committed_at.tolist() == [at for _, at, _ in expected]
+    assert last.passes.tolist() == [passes for _, _, passes in expected]
     past = (last.committed_at < 0) & ~prompt["prompt_mask"]
     assert (last.log_probs[past] == 0).all()
     assert past.any()
@@ -108,6 +99,8 @@ def test_ends_that_never_come_change_nothing(way, device):
     [
         ({}, V, ValueError, "expected eos_id"),
         ({}, 1.5, TypeError, "expected eos_id"),
+        ({}, [], ValueError, "expected eos_id of at least one id"),
+        ({}, torch.tensor([1]), TypeError, r"received a tensor; give eos_id.tolist\(\)"),
         ({}, MASK, ValueError, "expected eos_id other than mask_id"),
         ({"can_mask_prev_unmasked": True}, 1, ValueError, "expected no eos_id= with can_mask_prev_unmasked=True"),
         ({"compat": True}, 1, ValueError, "expected compat=False with eos_id="),
@@ -143,15 +136,43 @@ def test_steps_are_what_generate_does(way, of_wrapper, device):
     is_open = ~prompt["prompt_mask"]
     before, passes = is_open, torch.zeros(len(ids), dtype=torch.int64, device=device)
     committed_at = torch.full_like(ids, -1)
-    for number, state in enumerate(states):
+    for state in states:
         assert tuple(x.tolist() for x in state[:3]) in theirs
-        passes += before.any(dim=-1)
-        committed_at[before & ~state.is_masked] = number
+        committed_at = passes[:, None].where(before & ~state.is_masked, committed_at)
         committed_at[state.is_masked] = -1
+        passes = passes + (before != state.is_masked).any(dim=-1)
         assert torch.equal(state.committed_at, committed_at.int())
         assert torch.equal(state.passes, passes)
         before = state.is_masked
     assert (committed_at[is_open] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("of_wrapper", "options"),
+    [
+        ({}, {"steps": 6, "score": "random"}),
+        ({}, {"steps": 5, "commits": 2, "block_length": 3}),
+        ({"self_cond": True}, {"steps": 7}),
+        ({"token_critic": "own"}, {"steps": 6}),
+        ({"can_mask_prev_unmasked": True}, {"steps": 6, "block_length": 3}),
+        ({"can_mask_prev_unmasked": True}, {"steps": 9, "threshold": 0.3}),
+        ({"can_mask_prev_unmasked": True, "token_critic": "own"}, {"steps": 6}),
+    ],
+    ids=str,
+)
+def test_what_is_told_of_a_sequence_does_not_depend_on_its_batch(of_wrapper, options, device):
+    """Steps that run for others alone: ids, log-probabilities, passes, the pass of each commit."""
+    wrapper, prompt = wrap_small(device, **of_wrapper), prompts(device)
+
+    def last(rows: slice):
+        given = {name: value[rows] for name, value in prompt.items()}
+        generator = torch.Generator().manual_seed(3)
+        *_, state = wrapper.generate_steps(**given, **options, generator=generator, sample_offset=rows.start)
+        return state
+
+    whole, alone = last(slice(0, 4)), [last(slice(b, b + 1)) for b in range(4)]
+    for name in GenerationStep._fields:
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(state, name) for state in alone])), name
 
 
 def test_as_many_steps_as_passes_of_the_network(device):
