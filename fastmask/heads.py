@@ -79,12 +79,13 @@ class Heads:
             return Way(_head_of(self.head), "head= of the wrapper")
         if callable(getattr(net, "linear_head", None)):
             head = net.linear_head()
-            if not isinstance(head, Head):
+            if head is not None and not isinstance(head, Head):
                 raise TypeError(
-                    f"expected net.linear_head() to return fastmask.Head(weight, bias), "
+                    f"expected net.linear_head() to return fastmask.Head(weight, bias), or None, "
                     f"received {type(head).__name__}"
                 )
-            return Way(head, "net.linear_head()")
+            absent = f"{type(net).__name__}.linear_head() is None"
+            return Way(head, getattr(net, "head_reason", absent if head is None else "net.linear_head()"))
         if not has_bare_head(net):
             return None
         linear: nn.Linear = net.to_logits
@@ -198,7 +199,7 @@ def of_transformer(net: Any) -> Way:
         return Way(None, f"{type(net).__name__} declares no head")
     if _has_own_forward(net):
         return Way(None, f"{type(net).__name__} has a forward of its own")
-    if _altered(net):
+    if is_altered(net):
         return Way(None, "hooks on the network, or a forward of its own")
     flags = (
         "output_is_log_prob",
@@ -215,7 +216,7 @@ def of_transformer(net: Any) -> Way:
 
     head: Any = net.to_logits
     if type(head) is nn.Linear:
-        if _altered(head):
+        if is_altered(head):
             return Way(None, "hooks on to_logits, or a forward of its own")
         return Way(_head_of(head), "TransformerWrapper's to_logits")
     embedding = getattr(net.token_emb, "emb", None)
@@ -235,7 +236,7 @@ def gives_embeddings(net: Any) -> bool:
     net = getattr(net, "_orig_mod", net)
     if not _is_transformer_wrapper(net) or net.to_logits is not None:
         return False
-    return not _has_own_forward(net) and not _altered(net)
+    return not _has_own_forward(net) and not is_altered(net)
 
 
 def _is_transformer_wrapper(net: object) -> bool:
@@ -248,7 +249,7 @@ def _has_own_forward(net: nn.Module) -> bool:
     return type(net).forward is not sys.modules["x_transformers.x_transformers"].TransformerWrapper.forward
 
 
-def _altered(module: nn.Module) -> bool:
+def is_altered(module: nn.Module) -> bool:
     """Whether hooks or a forward of its own stand between a module and its class."""
     return any(_hooks(module)) or "forward" in vars(module)
 
