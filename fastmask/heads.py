@@ -193,13 +193,13 @@ def of_transformer(net: Any) -> Way:
     several heads, pooling, mixtures) refuses the short way; the logits are then the network's own.
     """
     compiled, net = net, getattr(net, "_orig_mod", net)  # torch.compile's wrapping, which can have hooks too
-    if compiled is not net and any(_hooks(compiled)):
+    if compiled is not net and any(hooks(compiled)):
         return Way(None, "hooks on the compiled network")
     if not _is_transformer_wrapper(net):
         return Way(None, f"{type(net).__name__} declares no head")
     if _has_own_forward(net):
         return Way(None, f"{type(net).__name__} has a forward of its own")
-    if is_altered(net):
+    if _altered(net):
         return Way(None, "hooks on the network, or a forward of its own")
     flags = (
         "output_is_log_prob",
@@ -216,7 +216,7 @@ def of_transformer(net: Any) -> Way:
 
     head: Any = net.to_logits
     if type(head) is nn.Linear:
-        if is_altered(head):
+        if _altered(head):
             return Way(None, "hooks on to_logits, or a forward of its own")
         return Way(_head_of(head), "TransformerWrapper's to_logits")
     embedding = getattr(net.token_emb, "emb", None)
@@ -236,7 +236,7 @@ def gives_embeddings(net: Any) -> bool:
     net = getattr(net, "_orig_mod", net)
     if not _is_transformer_wrapper(net) or net.to_logits is not None:
         return False
-    return not _has_own_forward(net) and not is_altered(net)
+    return not _has_own_forward(net) and not _altered(net)
 
 
 def _is_transformer_wrapper(net: object) -> bool:
@@ -249,12 +249,13 @@ def _has_own_forward(net: nn.Module) -> bool:
     return type(net).forward is not sys.modules["x_transformers.x_transformers"].TransformerWrapper.forward
 
 
-def is_altered(module: nn.Module) -> bool:
+def _altered(module: nn.Module) -> bool:
     """Whether hooks or a forward of its own stand between a module and its class."""
-    return any(_hooks(module)) or "forward" in vars(module)
+    return any(hooks(module)) or "forward" in vars(module)
 
 
-def _hooks(module: nn.Module) -> tuple[Any, ...]:
+def hooks(module: nn.Module) -> tuple[Any, ...]:
+    """The tables of a module's hooks."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 

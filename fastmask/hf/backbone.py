@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastmask import _check, _devices
-from fastmask._modes import evaluating
 from fastmask.heads import Head, logits_in
 from fastmask.hf import head_proof
 from fastmask.hf.head_proof import Proof
@@ -141,19 +140,20 @@ class Backbone(nn.Module):
     @torch.compiler.disable
     def _try(self, stacklevel: int) -> None:
         ids, others = self._trial_ids()
-        if self._trial is None and self._is_causal(ids, others):
+        with head_proof.leaving_no_trace(self.model, ids.device):
+            is_causal = self._trial is None and self._is_causal(ids, others)
+            proof = head_proof.prove(self.model, self._logits, ids)
+        if isinstance(proof, str):
+            self._trial = _Trial(None, proof)
+        else:
+            self._trial = _Trial(proof, f"{proof.path}, as a run has shown")
+        if is_causal:
             warnings.warn(
                 f"the attention of {type(self.model).__name__} is causal: a masked token then sees what lies before "
                 "it only; give bidirectional=True",
                 stacklevel=stacklevel,
             )
-        proof = head_proof.prove(self.model, self._logits, ids)
-        if isinstance(proof, str):
-            self._trial = _Trial(None, proof)
-        else:
-            self._trial = _Trial(proof, f"{proof.path}, as a run has shown")
 
-    @torch.no_grad()
     def _is_causal(self, ids: Tensor, others: Tensor) -> bool:
         """Whether the first position does not see the last, by two runs that differ there alone.
 
@@ -162,8 +162,8 @@ class Backbone(nn.Module):
         """
         name = type(self.model).__name__
         try:
-            with evaluating(self.model):
-                first, second = (self._logits(x)[:, 0] for x in (ids, others))
+            self.model.eval()
+            first, second = (self._logits(x)[:, 0] for x in (ids, others))
         except Exception as error:  # it may want arguments that only a call has
             if self.bidirectional:
                 raise ValueError(

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmask._modes import keeping_modes
-from fastmask.heads import Head, is_altered, is_plain, logits_in
+from fastmask.heads import Head, hooks, is_plain, logits_in
 
 _aten = torch.ops.aten
 # Rows keep their order and their columns: whether they keep their number is seen from the shapes.
@@ -80,8 +80,33 @@ def _proof(model: nn.Module, path: str, law: _Law) -> Proof:
     return Proof(path, _line(model, path), float(law.scale), biases, softcap)
 
 
+class _Hook:
+    """A hook of this module's, which comes and goes, perhaps on another thread."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    @torch.compiler.disable
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+@contextmanager
+def leaving_no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """No gradients, and afterwards random numbers, modes and buffers are as before."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.no_grad(), keeping_modes(model), torch.random.fork_rng(devices, device_type=kind):
+        try:
+            yield
+        finally:
+            for buffer, values in before:
+                buffer.copy_(values)
+
+
 def prove(model: nn.Module, call: Callable[[Tensor], Any], ids: Tensor) -> Proof | str:
-    """The proof, or the reason why there is none. The model is left as it was, its buffers and modes too.
+    """The proof, or the reason why there is none. To be run where the model leaves no trace.
 
     Args:
         call: runs the model on ids.
@@ -91,19 +116,18 @@ def prove(model: nn.Module, call: Callable[[Tensor], Any], ids: Tensor) -> Proof
     named = getattr(model, "get_output_embeddings", lambda: None)()
     width = getattr(getattr(model, "config", None), "vocab_size", None)
     heads = {path: head for path, head in heads.items() if head is named or head.out_features == width}
-    with torch.no_grad(), _leaving_no_trace(model, ids.device):
-        try:
-            model.eval()
-            found = _follow(model, heads, call, ids)
-            if isinstance(found, str):
-                return found
-            model.train()  # what only training does, such as a dropout of the logits
-            if _follow(model, heads, call, ids) != found:
-                return "its logits are another function of the head's in training"
-            model.eval()
-            return _confirmed(model, found, call, ids)
-        except Exception as error:
-            return f"a trial run failed: {type(error).__name__}: {error}"
+    try:
+        model.eval()
+        found = _follow(model, heads, call, ids)
+        if isinstance(found, str):
+            return found
+        model.train()  # what only training does, such as a dropout of the logits
+        if _follow(model, heads, call, ids) != found:
+            return "its logits are another function of the head's in training"
+        model.eval()
+        return _confirmed(model, found, call, ids)
+    except Exception as error:
+        return f"a trial run failed: {type(error).__name__}: {error}"
 
 
 @torch.compiler.disable(recursive=False)  # the hook comes and goes; what the model runs may be compiled
@@ -116,14 +140,13 @@ def embeddings(model: nn.Module, path: str, call: Callable[[], Any]) -> Tensor:
     given: list[Tensor] = []
     thread = threading.get_ident()
 
-    @torch.compiler.disable
     def take(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if threading.get_ident() != thread:  # others share the model
             return None
         given.append(arguments[0])
         return (arguments[0][:, :0],)
 
-    handle = model.get_submodule(path).register_forward_pre_hook(take)
+    handle = model.get_submodule(path).register_forward_pre_hook(_Hook(take))
     try:
         call()
     finally:
@@ -152,16 +175,19 @@ def _follow(model: nn.Module, heads: dict[str, nn.Linear], call: Callable[[Tenso
     """The proof by one run, without a look at its numbers."""
     follower = _Follower(model)
     inputs: dict[str, list[Tensor]] = {path: [] for path in heads}
+    thread = threading.get_ident()
     with ExitStack() as stack:
         for path, head in heads.items():
 
             def start(module: nn.Linear, arguments: Any, output: Tensor, path: str = path) -> None:
+                if threading.get_ident() != thread:
+                    return
                 if not any(inputs.values()):
                     stack.enter_context(follower)
                 inputs[path].append(arguments[0])
                 follower.start(output, path, module)
 
-            handle = head.register_forward_hook(start)
+            handle = head.register_forward_hook(_Hook(start))
             stack.callback(handle.remove)
         logits = logits_in(call(ids))
 
@@ -276,24 +302,11 @@ def _objection(model: nn.Module, path: str) -> str | None:
     """What could change the logits from one run to the next, on the path to a head; None for nothing."""
     for name, module in _modules_to(model, path):
         where = name or type(model).__name__
-        if is_altered(module):
+        altered = any(not isinstance(hook, _Hook) for table in hooks(module) for hook in tuple(table.values()))
+        if altered or "forward" in vars(module):
             return f"hooks on {where}, or a forward of its own"
         if getattr(module, "_compiled_call_impl", None) is not None:
             return f"{where} is compiled; compile the trunk alone (model.base_model.compile())"
         if getattr(module, "base_layer", None) is not None:
             return f"the head carries an adapter ({type(module).__name__})"
     return None
-
-
-@contextmanager
-def _leaving_no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards random numbers, modes and buffers are as before."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with keeping_modes(model), torch.random.fork_rng(devices, device_type=kind):
-        try:
-            yield
-        finally:
-            for buffer, values in before:
-                buffer.copy_(values)
