@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmask import NonAutoregressiveWrapper
-from fastmask.hf import Backbone
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+Backbone = importlib.import_module("fastmask.hf").Backbone
 
 V, N, D, MASK, B = 23, 8, 16, 22, 3
 SIZES = {

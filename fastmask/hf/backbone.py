@@ -53,15 +53,17 @@ class Backbone(nn.Module):
             token_dropout, which divides by the share of ids that are not masked.
 
     Example:
-        >>> import fastmask, torch, transformers
+        >>> import torch, transformers
+        >>> from fastmask import NonAutoregressiveWrapper
+        >>> from fastmask.hf import Backbone
         >>> config = transformers.BertConfig(
         ...     vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         ...     max_position_embeddings=16,
         ... )
-        >>> net = fastmask.hf.Backbone(transformers.BertForMaskedLM(config))
+        >>> net = Backbone(transformers.BertForMaskedLM(config))
         >>> net.head_reason
         'cls.predictions.decoder, as a run has shown'
-        >>> model = fastmask.NonAutoregressiveWrapper(net, mask_id=99)
+        >>> model = NonAutoregressiveWrapper(net, mask_id=99)
         >>> loss = model(torch.randint(99, (2, 16)), attention_mask=torch.ones(2, 16)).loss
     """
 
