@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -355,6 +356,13 @@ def test_what_is_no_language_model_is_refused():
     assert Backbone(model, N).linear_head() is not None
 
 
+def test_labels_are_refused():
+    model = NonAutoregressiveWrapper(Backbone(build("BERT, tied", torch.float32)), mask_id=MASK)
+    with pytest.raises(TypeError, match="received labels=; leave them out: the clean ids are the targets"):
+        model(tokens(), labels=tokens())
+    model(tokens(), token_type_ids=torch.zeros(B, N, dtype=torch.int64)).loss.backward()  # what else it knows passes
+
+
 def refused(net: Backbone, reason: str) -> None:
     """It gives logits, as the wrapper says, and no embeddings."""
     wrapper = NonAutoregressiveWrapper(net, mask_id=MASK)
@@ -403,6 +411,14 @@ def test_an_adapter_on_the_head(merged, later):
     assert net.linear_head() is None
     model.lm_head.merged = False
     refused(net, "the head carries an adapter (Adapted)")
+
+
+def test_another_module_in_the_heads_place():
+    model = build("Llama", torch.float32)
+    net = Backbone(model, bidirectional=True)
+    assert net.linear_head() is not None
+    model.lm_head = nn.Sequential(model.lm_head, nn.Softplus())
+    refused(net, "between lm_head.0 and the logits lies the operation aten.softplus")
 
 
 def test_peft(monkeypatch):
@@ -548,7 +564,8 @@ OTHERS: dict[str, tuple[Callable[[Toy, torch.Tensor], torch.Tensor], str]] = {
     "coarser numbers": (lambda m, z: z.to(torch.bfloat16), "aten._to_copy"),
     "writing": (lambda m, z: z.mul_(2.0), "are written to"),
     "writing through another view": (lambda m, z: (z.view(-1, V).mul_(2.0), z)[1], "are written to"),
-    "writing through data": (lambda m, z: (z.data.mul_(2.0), z)[1], "head"),
+    "writing through data": (lambda m, z: (z.data.mul_(2.0), z)[1], "are written to"),
+    "writing through numpy": (lambda m, z: (np.negative(z.numpy(), out=z.numpy()), z)[1], "are not those of head"),
     "a look": (lambda m, z: -z if z.max() > 0 else z, "looks at the logits of head itself"),
     "dropout in training": (lambda m, z: F.dropout(z, 0.5, m.training), "in training"),
     "what training does otherwise": (lambda m, z: 2 * z if m.training else z, "in training"),
@@ -685,14 +702,14 @@ def test_a_model_without_values_is_tried_later():
 
 
 @pytest.mark.slow
-def test_compiled_ways_are_the_same():
+@pytest.mark.parametrize("first", [False, True])
+def test_compiled_ways_are_the_same(first):
     """Whatever was compiled first, and whichever way follows."""
-    net = backbone("Qwen3", build("Qwen3"))
-    for first in (False, True):
-        torch.compiler.reset()
-        compiled = torch.compile(net, backend="eager")
-        for options in ({"return_embeddings": first}, {"return_embeddings": not first}) * 2:
-            assert torch.equal(compiled(tokens(), **options), net(tokens(), **options))
+    net = backbone("GPT-2", build("GPT-2", num_hidden_layers=1)).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager")
+    for options in ({"return_embeddings": first}, {"return_embeddings": not first}) * 2:
+        assert torch.equal(compiled(tokens(), **options), net(tokens(), **options))
     assert compiled.linear_head().weight is net.linear_head().weight
 
 

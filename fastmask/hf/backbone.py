@@ -107,8 +107,14 @@ class Backbone(nn.Module):
             kwargs: passed to the model.
 
         Raises:
+            TypeError: labels among kwargs.
             ValueError: embeddings are wanted of a model without a linear head.
         """
+        if "labels" in kwargs:  # the model would make a loss of logits that are not there
+            raise TypeError(
+                "expected arguments of the model without its loss, received labels=; leave them out: the clean ids "
+                "are the targets, and a collator's masks are is_masked= and masked_ids="
+            )
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         if not return_embeddings:
