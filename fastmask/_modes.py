@@ -1,4 +1,4 @@
-"""Modules in evaluation mode for a while."""
+"""Modules in another mode for a while."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     if not any(part.training for part in module.modules()):
         yield
         return
+    with keeping_modes(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def keeping_modes(module: nn.Module) -> Iterator[None]:
+    """Afterwards, and after an exception, each submodule is in the mode it had."""
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
     try:
         yield
     finally:

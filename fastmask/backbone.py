@@ -179,9 +179,9 @@ def check_network(net: Any, *, needs_embeddings: bool) -> None:
     if not hasattr(net, "num_tokens") and hasattr(config, "vocab_size"):
         name = type(net).__name__
         raise TypeError(
-            f"expected a network with num_tokens and max_seq_len, received {name}, a Hugging Face model; set "
-            "net.num_tokens = net.config.vocab_size and net.max_seq_len = net.config.max_position_embeddings (a "
-            "model that sees both sides, with the mask among its ids), or wrap it (docs/networks.md)"
+            f"expected a network with num_tokens and max_seq_len, received {name}, a Hugging Face model; wrap it in "
+            "fastmask.hf.Backbone, or set net.num_tokens = net.config.vocab_size and net.max_seq_len = "
+            "net.config.max_position_embeddings (a model that sees both sides, with the mask among its ids)"
         )
     for name, low in (("num_tokens", 2), ("max_seq_len", 1)) + (("emb_dim", 1),) * needs_embeddings:
         if not hasattr(net, name):

@@ -79,12 +79,13 @@ class Heads:
             return Way(_head_of(self.head), "head= of the wrapper")
         if callable(getattr(net, "linear_head", None)):
             head = net.linear_head()
-            if not isinstance(head, Head):
+            if head is not None and not isinstance(head, Head):
                 raise TypeError(
-                    f"expected net.linear_head() to return fastmask.Head(weight, bias), "
+                    f"expected net.linear_head() to return fastmask.Head(weight, bias), or None, "
                     f"received {type(head).__name__}"
                 )
-            return Way(head, "net.linear_head()")
+            absent = f"{type(net).__name__}.linear_head() is None"
+            return Way(head, getattr(net, "head_reason", absent if head is None else "net.linear_head()"))
         if not has_bare_head(net):
             return None
         linear: nn.Linear = net.to_logits
@@ -192,7 +193,7 @@ def of_transformer(net: Any) -> Way:
     several heads, pooling, mixtures) refuses the short way; the logits are then the network's own.
     """
     compiled, net = net, getattr(net, "_orig_mod", net)  # torch.compile's wrapping, which can have hooks too
-    if compiled is not net and any(_hooks(compiled)):
+    if compiled is not net and any(hooks(compiled)):
         return Way(None, "hooks on the compiled network")
     if not _is_transformer_wrapper(net):
         return Way(None, f"{type(net).__name__} declares no head")
@@ -250,10 +251,11 @@ def _has_own_forward(net: nn.Module) -> bool:
 
 def _altered(module: nn.Module) -> bool:
     """Whether hooks or a forward of its own stand between a module and its class."""
-    return any(_hooks(module)) or "forward" in vars(module)
+    return any(hooks(module)) or "forward" in vars(module)
 
 
-def _hooks(module: nn.Module) -> tuple[Any, ...]:
+def hooks(module: nn.Module) -> tuple[Any, ...]:
+    """The tables of a module's hooks."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 

@@ -92,8 +92,17 @@ def test_remdm(capsys, monkeypatch):
 def test_bert_hugging_face(text, capsys, masks):
     pytest.importorskip("transformers", reason="needs the extra hf")
     printed = run("bert_hugging_face", capsys, text, "--steps", "101", *masks)
+    assert "linear head: cls.predictions.decoder, as a run has shown" in printed
     first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)[::2])
     assert last < first - 0.5
+
+
+def test_decoder_hugging_face(capsys):
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    printed = run("decoder_hugging_face", capsys)
+    assert "linear head: lm_head, as a run has shown" in printed
+    assert number(r"(\d+)% of the letters", printed) > 60  # by chance: 6
+    assert number(r"from (\d+) first ones", printed) > 8
 
 
 def test_diffusers_scheduler(capsys):

@@ -252,11 +252,23 @@ def test_a_head_that_is_no_plain_tensor_gives_logits(device):
     assert Heads().way(net) == (None, "the head's weight is a Split, no plain tensor")
 
 
+def test_a_network_may_declare_that_it_has_no_head(device):
+    net = Declares()
+    net.linear_head = lambda: None
+    assert Heads().way(net) == (None, "Declares.linear_head() is None")
+    net.head_reason = "an adapter on the head"
+    model = wrap(net, device)
+    assert not model.has_linear_head
+    assert "linear_head=False (an adapter on the head)" in repr(model)
+    model(clean(device)).loss.backward()
+    assert net.asked == [False]
+
+
 def test_a_declared_head_of_another_kind_is_refused(device):
     net = Declares()
     net.linear_head = lambda: net.out
     with pytest.raises(
-        TypeError, match=r"expected net.linear_head\(\) to return fastmask.Head\(weight, bias\), rec.*Lin"
+        TypeError, match=r"expected net.linear_head\(\) to return fastmask.Head\(weight, bias\), or None, rec.*Lin"
     ):
         wrap(net, device)(clean(device))
     with pytest.raises(TypeError, match=r"expected head to be an nn\.Linear of the network, received Embedding"):
@@ -398,7 +410,7 @@ def test_a_hugging_face_model_is_refused_with_the_remedy_and_then_fits(device):
 
     net = MaskedLM()
     with pytest.raises(
-        TypeError, match=r"received MaskedLM, a Hugging Face model; set net.num_tokens = net.config.voc"
+        TypeError, match=r"received MaskedLM, a Hugging Face model; wrap it in fastmask.hf.Backbone, or set net.num_t"
     ):
         wrap(net, device)
     net.num_tokens, net.max_seq_len = net.config.vocab_size, net.config.max_position_embeddings

@@ -128,12 +128,12 @@ def test_a_transformers_without_diffusion_gemma_is_told():
 import sys
 sys.modules["transformers"] = type(sys)("transformers")
 try:
-    import fastmask.hf
+    import fastmask.hf.diffusion_gemma
 except ImportError as error:
     print(error)
 """
     told = run_python(code)
-    assert "expected transformers of at least 5.11 for fastmask.hf" in told
+    assert "expected transformers of at least 5.11 for fastmask.hf.diffusion_gemma" in told
     assert "pip install 'fastmask[hf]' 'transformers>=5.11'" in told
 
 

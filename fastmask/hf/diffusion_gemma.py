@@ -31,7 +31,7 @@ try:
     from transformers.models.diffusion_gemma import generation_diffusion_gemma
 except ImportError as error:
     raise ImportError(
-        f"expected transformers of at least 5.11 for fastmask.hf, received: {error}; "
+        f"expected transformers of at least 5.11 for fastmask.hf.diffusion_gemma, received: {error}; "
         "install it with pip install 'fastmask[hf]' 'transformers>=5.11'"
     ) from error
 

@@ -1,4 +1,4 @@
-"""fastmask.hf: transformers' DiffusionGemma, with its sampler and with ours.
+"""fastmask.hf.diffusion_gemma: transformers' DiffusionGemma, with its sampler and with ours.
 
 Where candidates are handed in, equal id for id; else equal in law.
 """
@@ -32,7 +32,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 theirs = pytest.importorskip(
     "transformers.models.diffusion_gemma.generation_diffusion_gemma", reason="needs transformers of at least 5.11"
 )
-ours = importlib.import_module("fastmask.hf")
+ours = importlib.import_module("fastmask.hf.diffusion_gemma")
 
 N, V = 8, 13
 SAMPLERS = (theirs.EntropyBoundSampler, ours.EntropyBoundSampler)
