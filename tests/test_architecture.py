@@ -21,7 +21,7 @@ FLOORS = [
     ("generation_options",),
     ("planning",),
     ("upstream",),
-    ("backbone", "critic", "diffusers", "first_look", "own_masks", "_cuda_graph"),
+    ("backbone", "critic", "diffusers", "distributed", "first_look", "own_masks", "_cuda_graph"),
     ("functional",),
     ("ops",),
     ("_check", "_dispatch", "data", "heads", "schedules"),
