@@ -25,7 +25,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 from training import N, build, clean
@@ -187,20 +187,39 @@ def bound(whole: Whole, kind: str) -> float:
     return distance(ours, expected)
 
 
-def sharded(whole: Whole) -> float:
-    """FSDP2's losses and gradients."""
-    alone, model = build(CPU).double(), _sharded(whole)
+def sharded(whole: Whole, options: dict[str, Any]) -> float:
+    """FSDP2's losses and gradients over some steps."""
+    alone, model = build(CPU, **options).double(), _sharded(whole, **options)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    loss = model(whole.part(whole.tokens), process_group=whole.group, generator=generators[0], **whole.place()).loss
-    loss.backward()
-    expected = alone(whole.tokens, generator=generators[1]).loss
-    expected.backward()
-    ours = [gradient.full_tensor() for gradient in gradients(model)]
-    return largest([whole.mean(loss), *ours], [expected.detach(), *gradients(alone)])
+    worst = 0.0
+    for _ in range(STEPS):
+        group = {"process_group": whole.group, "generator": generators[0], **whole.place()}
+        loss = model(whole.part(whole.tokens), **group).loss
+        loss.backward()
+        expected = alone(whole.tokens, generator=generators[1]).loss
+        expected.backward()
+        ours = [gradient.full_tensor() for gradient in gradients(model)]
+        worst = max(worst, largest([whole.mean(loss), *ours], [expected, *gradients(alone)]))
+        for each in (model, alone):
+            each.zero_grad()
+    return worst
 
 
-def _sharded(whole: Whole, scale: float = 1.0):
-    model = build(CPU).double()
+def sharded_methods(whole: Whole) -> float:
+    """nelbo and generate of what FSDP2 has sharded."""
+    model, alone = _sharded(whole), build(CPU).double()
+    for method in ("nelbo", "generate"):
+        register_fsdp_forward_method(model, method)
+    ours = model.nelbo(whole.part(whole.tokens), seed=7, process_group=whole.group)
+    options = {"generator": torch.Generator().manual_seed(5), "steps": 4}
+    ids = model.generate(len(whole.part(whole.tokens)), sample_offset=whole.first, **options)
+    expected = alone.generate(len(whole.tokens), generator=torch.Generator().manual_seed(5), steps=4)
+    assert torch.equal(ids, whole.part(expected))
+    return distance(ours, alone.nelbo(whole.tokens, seed=7))
+
+
+def _sharded(whole: Whole, scale: float = 1.0, **options: Any):
+    model = build(CPU, **options).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
@@ -255,8 +274,10 @@ def cases() -> dict[str, tuple[int, Callable[..., float]]]:
             add("generation", ranks, sizes, generation)
             for kind in ("tensor", "data set", "batches", "sequences"):
                 add(f"nelbo of {kind}", ranks, sizes, bound, kind)
-    add("FSDP2", 2, "alike", sharded)
-    add("FSDP2", 2, "several", sharded)
+    for name in ("weighted", "self-conditioned", "self critic"):
+        for sizes in ("alike", "several"):
+            add(f"FSDP2 {name}", 2, sizes, sharded, OPTIONS[name])
+    add("FSDP2's nelbo and generate", 2, "several", sharded_methods)
     add("checkpoint", 2, "alike", checkpoint, "folder")
     return found
 
