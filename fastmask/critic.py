@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,7 +66,13 @@ def critic_logits(critic: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> Ten
 
 
 def critic_loss(logits: Tensor, is_wrong: Tensor, maskable: Tensor | None, num_maskable: Tensor | float) -> Tensor:
-    """Binary cross-entropy, nats, of logits [B, N] against is_wrong [B, N] bool: the mean over what is maskable."""
-    losses = F.binary_cross_entropy_with_logits(logits.float(), is_wrong.float(), reduction="none")
+    """Binary cross-entropy, nats, of logits [B, N] against is_wrong [B, N] bool: the mean over what is maskable.
+
+    Float32, or float64 of float64 logits.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.binary_cross_entropy_with_logits(logits, is_wrong.to(logits.dtype), reduction="none")
     losses = losses if maskable is None else losses.where(maskable, 0.0)
+    if isinstance(num_maskable, Tensor):
+        num_maskable = num_maskable.to(losses.dtype)  # which a float64 scalar would change
     return losses.sum() / num_maskable

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from fastmask import _check
 from fastmask._devices import device_of, to_device
 from fastmask._progress import Progress, track
+from fastmask.distributed import ALONE, Ranks
 from fastmask.records import CrossEntropy, Draws, MaskedTokens
 
 # Sequences of a data set that go through the network together, where nobody says.
@@ -40,10 +41,16 @@ class Batch(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where batches come from. num_batches: None where nobody can tell."""
+    """Where batches come from.
+
+    num_batches: None where nobody can tell. num_sequences: that share the seed; None where each batch has its own.
+    is_part: of a process group's, so that this rank may have no batch.
+    """
 
     batches: Iterable[Batch]
     num_batches: int | None
+    num_sequences: int | None = None
+    is_part: bool = False
 
 
 class Bound(NamedTuple):
@@ -52,10 +59,13 @@ class Bound(NamedTuple):
     nats: Tensor
     num_tokens: Tensor
 
-    def reduced(self, reduction: str, num_samples: int) -> Tensor:
-        """ "mean": nats a token, []. "none": nats a sequence, [B]. Float32."""
+    def reduced(self, reduction: str, num_samples: int, ranks: Ranks = ALONE) -> Tensor:
+        """ "mean": nats a token, [], of all ranks. "none": nats a sequence, [B]. Float32."""
         nats = self.nats / num_samples
-        return (nats if reduction == "none" else nats.sum() / self.num_tokens.sum().clamp(min=1)).float()
+        if reduction == "none":
+            return nats.float()
+        total, num_tokens = ranks.total(torch.stack([nats.sum(), self.num_tokens.sum()]))
+        return (total / num_tokens.clamp(min=1)).float()
 
 
 # The source
@@ -102,7 +112,7 @@ def _of_tensor(tokens: Tensor, chunk_size: int | None, maskable: Tensor | None, 
             given = arguments if size >= total else _rows_of(arguments, rows, total)
             yield Batch(tokens[rows], part, given, 0, first, total)
 
-    return Source(batches(), -(-max(1, total) // size))
+    return Source(batches(), -(-max(1, total) // size), total)
 
 
 def _rows_of(arguments: dict[str, Any], rows: slice, total: int) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def _of_data_set(data: Dataset[Any], size: int, arguments: dict[str, Any]) -> So
             yield Batch(*_ids(chunk), arguments, 0, first, total)
             first += size
 
-    return Source(batches(), -(-total // size))
+    return Source(batches(), -(-total // size), total)
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -175,6 +185,23 @@ def _length(batches: object) -> int | None:
         return None
 
 
+def part_of_rank(source: Source, seed: Tensor, ranks: Ranks) -> tuple[Source, Tensor]:
+    """Places a rank's batches in the whole, and gives rank 0's seed [] int64.
+
+    Sequences that share a seed are counted from rank to rank, which waits for their numbers. Other batches alternate.
+    """
+    if ranks.are_one:
+        return source, seed
+    own = torch.stack([seed, torch.full_like(seed, source.num_sequences or 0)])
+    seeds, sizes = ranks.gathered(own).unbind(dim=-1)
+    if source.num_sequences is None:
+        batches = (b._replace(number=b.number * ranks.size + ranks.rank) for b in source.batches)
+    else:
+        before, total = int(sizes[: ranks.rank].sum()), int(sizes.sum())
+        batches = (b._replace(first=before + b.first, total=total) for b in source.batches)
+    return source._replace(batches=batches, is_part=True), seeds[0]
+
+
 # The loop
 
 
@@ -196,6 +223,8 @@ def run(batches: Source, model: Model, seed: Tensor, num_samples: int, progress:
         raise ValueError("expected progress= with tokens that have a length, received a stream; leave it out")
     passes = track((batches.num_batches or 0) * num_samples, progress, "evaluating")
     nats, num_tokens = [], []
+    if batches.is_part:
+        nats, num_tokens = ([torch.zeros(0, dtype=_sum_dtype(seed.device), device=seed.device)] for _ in range(2))
     for batch in batches.batches:
         batch = _on_device_of(model.net, batch)
         draws = Draws(to_device(_seed_of(batch, seed), batch.tokens.device))

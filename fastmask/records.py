@@ -330,6 +330,36 @@ class Demasked(NamedTuple):
     row_indices: Tensor
 
 
+# Training
+
+
+class Counts(NamedTuple):
+    """Tokens of a batch, and in a process group of all its ranks'.
+
+    maskable: how many may be masked, [] int64 or a number. masked: how many are, [] int64. num_ranks: whose they are.
+    """
+
+    maskable: Tensor | int
+    masked: Tensor
+    num_ranks: int = 1
+
+    @property
+    def num_maskable(self) -> Tensor | float:
+        """Of the maskable at least 1, the ranks' mean: what a rank's loss is divided by."""
+        return self._mean(self.maskable)
+
+    @property
+    def num_masked(self) -> Tensor | float:
+        """Of the masked at least 1, the ranks' mean."""
+        return self._mean(self.masked)
+
+    def _mean(self, count: Tensor | int) -> Tensor | float:
+        if not isinstance(count, Tensor):
+            return max(1, count) / self.num_ranks
+        count = count.clamp(min=1)
+        return count.float() if self.num_ranks == 1 else count.double() / self.num_ranks
+
+
 # The wrapper's results
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmask import functional
 from fastmask.backbone import Output
-from fastmask.records import Draws, MaskedTokens, Sampled, Sampling
+from fastmask.records import Counts, Draws, MaskedTokens, Sampled, Sampling
 from fastmask.schedules import LINEAR, Schedule, exact_ratios, num_remaining, step_ratios
 
 # Neither library lets a temperature fall to 0: in generation, and in the sample that a critic is trained on.
@@ -45,6 +45,7 @@ class Formulas:
     random_may_be_mask = False
     token_may_be_mask = False
     takes_any_schedule = False
+    draws_by_rows = True
     choice_temperature = CHOICE_TEMPERATURE
 
     def check_options(self, **options: object) -> None:
@@ -60,9 +61,9 @@ class Formulas:
         """What each sequence's loss is multiplied with, [B]."""
         return masked.loss_weights
 
-    def loss_denominator(self, masked: MaskedTokens, num_maskable: Tensor | float) -> Tensor | float:
+    def loss_denominator(self, counts: Counts) -> Tensor | float:
         """What the sum of the weighted losses is divided by."""
-        return num_maskable
+        return counts.num_maskable
 
     def first_condition(self, null_embed: Tensor) -> Tensor | None:
         """The embedding that the earlier pass of a training step is conditioned on; None for none."""
@@ -119,6 +120,7 @@ class XTransformersFormulas(Formulas):
     random_may_be_mask = True
     token_may_be_mask = True
     takes_any_schedule = True
+    draws_by_rows = False
     choice_temperature = 0.0
 
     def check_options(self, **options: object) -> None:
@@ -138,8 +140,8 @@ class XTransformersFormulas(Formulas):
         """schedule' / (1 - schedule), taken on the mask ratio: negative."""
         return schedule.slope(masked.times) / (1.0 - schedule(masked.times))
 
-    def loss_denominator(self, masked: MaskedTokens, num_maskable: Tensor | float) -> Tensor | float:
-        return masked.num_masked.clamp(min=1).float()
+    def loss_denominator(self, counts: Counts) -> Tensor | float:
+        return counts.num_masked
 
     def first_condition(self, null_embed: Tensor) -> Tensor | None:
         return None

@@ -25,13 +25,17 @@ from fastmask._host_count import HostCount
 from fastmask._modes import evaluating
 from fastmask._progress import Progress
 from fastmask.critic import SelfCritic, critic_logits, critic_loss
+from fastmask.distributed import Ranks
 from fastmask.first_look import FirstLook
 from fastmask.generation_mixin import GenerationMixin
 from fastmask.heads import Heads
 from fastmask.ops.mask_sampling import check_gate
 from fastmask.ops.seeds import as_seed, check_generator
-from fastmask.records import CrossEntropy, Draws, Losses, MaskedTokens, Metrics, Sampling
+from fastmask.records import Counts, CrossEntropy, Draws, Losses, MaskedTokens, Metrics, Sampling
 from fastmask.schedules import Schedule, TensorFn, as_schedule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # which not every build of torch has
 
 _FLAGS = ("self_cond", "can_mask_prev_unmasked", "use_simple_mdlm_loss_weight", "stratified_times", "compat")
 
@@ -269,9 +273,10 @@ class NonAutoregressiveWrapper(GenerationMixin):
         complement: bool = False,
         num_tokens: Tensor | float | None = None,
         num_masked: Tensor | float | None = None,
+        process_group: ProcessGroup | None = None,
         with_metrics: bool = False,
         generator: torch.Generator | None = None,
-        sample_offset: int = 0,
+        sample_offset: int | None = None,
         global_batch_size: int | None = None,
         **kwargs: Any,
     ) -> Losses | tuple[Losses, Metrics]:
@@ -296,10 +301,15 @@ class NonAutoregressiveWrapper(GenerationMixin):
                 weight, or compat) is averaged over the parts by their share.
             num_masked: masked tokens of the whole batch, for exact parts of the mean loss: they then add up to
                 the whole's. The critic's part is by num_tokens.
+            process_group: of the ranks that have a part of the batch each, torch.distributed.group.WORLD for all. The
+                mean over ranks of the losses is then the whole batch's, and so are gradients, which torch's
+                DistributedDataParallel and fully_shard average (docs/distributed.md). The generator must be of one
+                seed on all ranks.
             with_metrics: also return what one logs.
             generator: for the masks and samples; default torch's own.
-            sample_offset: global index of the first row.
-            global_batch_size: rows of the whole batch, over which stratified times are spread.
+            sample_offset: global index of the first row; by default 0, or in a process group what it is where all
+                ranks have as many rows.
+            global_batch_size: rows of the whole batch, over which stratified times are spread; likewise.
             kwargs: passed to the network and to the critic (``mask=``, ``context=``).
 
         num_tokens and num_masked are numbers of at least 1, or tensors of one element.
@@ -310,7 +320,8 @@ class NonAutoregressiveWrapper(GenerationMixin):
 
         Raises:
             TypeError, ValueError: arguments that do not fit, and those that do not go together: masks of one's
-                own or num_masked with the weighted loss, is_masked with maskable or complement.
+                own or num_masked with the weighted loss, is_masked with maskable or complement, process_group with
+                num_tokens or num_masked, without a generator, or with compat's critic.
 
         Randomness: one seed of the generator, and where there is self-conditioning or a critic one uniform
         each of it (of torch's CPU generator if it lies on a GPU, so that nothing waits).
@@ -347,6 +358,21 @@ class NonAutoregressiveWrapper(GenerationMixin):
                 "expected num_masked= with the mean loss, received it with the weighted one, whose parts are by "
                 "num_tokens=; give that, or use_simple_mdlm_loss_weight=False to the wrapper"
             )
+        has_critic = self.token_critic is not None and not only_train_generator
+        ranks = Ranks(process_group)
+        ranks.check_training(
+            generator,
+            draws=is_masked is None or self.self_cond or has_critic,
+            draws_on_host=self.self_cond or has_critic,
+            num_tokens=num_tokens,
+            num_masked=num_masked,
+        )
+        if has_critic and not (ranks.are_one or self._formulas.draws_by_rows):
+            raise ValueError(
+                "expected compat=False with process_group= and a critic, received True, whose samples a split of the "
+                "batch changes; give only_train_generator=True, or leave compat out"
+            )
+        sample_offset, global_batch_size = ranks.place(len(x), sample_offset, global_batch_size)
         draws = Draws(functional.draw_seed(x.device, generator), sample_offset)
         if is_masked is None:
             own_masks.refuse_ids_without_masks(masked_ids)
@@ -368,18 +394,19 @@ class NonAutoregressiveWrapper(GenerationMixin):
             masked = own_masks.as_drawn(x, is_masked, masked_ids, self.mask_id)
         self._look_at("x", x, maskable if is_masked is None else is_masked)
         counted = HostCount(masked.num_masked)
-        num_maskable = _num_maskable(x, maskable)
-        share = 1.0 if num_tokens is None else num_maskable / _scalar("num_tokens", num_tokens)
+        summed = ranks.summed(Counts(x.numel() if maskable is None else maskable.sum(), masked.num_masked))
         condition = self._training_condition(masked.masked_ids, generator, kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
             out = self._run(self._formulas, masked.masked_ids, **condition, **kwargs)
+        counts = summed()
+        share = 1.0 if num_tokens is None else counts.num_maskable / _scalar("num_tokens", num_tokens)
         loss = metrics = None
         if with_metrics or not only_train_critic:
-            denominator = self._denominator(masked, num_maskable, share, num_masked)
+            denominator = self._denominator(counts, share, num_masked)
             entropy = self._generator_loss(out, x, masked, counted, denominator, with_metrics)
             loss = None if only_train_critic else entropy.loss
             metrics = _metrics(entropy, masked.num_masked) if with_metrics else None
-        if loss is not None and (self.token_critic is None or only_train_generator):
+        if loss is not None and not has_critic:
             return _with_metrics(Losses(loss, loss, None), metrics)
 
         temperature = generator_sample_temperature
@@ -390,7 +417,7 @@ class NonAutoregressiveWrapper(GenerationMixin):
             generated, is_wrong = self._formulas.critic_sample(proposal, x, masked)
         assert self.token_critic is not None
         logits = critic_logits(self.token_critic, generated, self._formulas.critic_arguments(kwargs))
-        critic = share * critic_loss(logits, is_wrong, maskable, num_maskable)
+        critic = share * critic_loss(logits, is_wrong, maskable, counts.num_maskable)
         if loss is None:
             return _with_metrics(Losses(critic, None, critic), metrics)
         return _with_metrics(Losses(loss + critic * self.critic_loss_weight, loss, critic), metrics)
@@ -430,18 +457,14 @@ class NonAutoregressiveWrapper(GenerationMixin):
         return self._condition(embeddings)
 
     def _denominator(
-        self,
-        masked: MaskedTokens,
-        num_maskable: Tensor | float,
-        share: Tensor | float,
-        num_masked: Tensor | float | None,
+        self, counts: Counts, share: Tensor | float, num_masked: Tensor | float | None
     ) -> Tensor | float:
         """What the sum of the losses is divided by, for a batch that is a share of the whole."""
         if num_masked is not None:
             return _scalar("num_masked", num_masked)
         if self.use_simple_mdlm_loss_weight:
-            return self._formulas.loss_denominator(masked, num_maskable) / share
-        return masked.num_masked.clamp(min=1).float() / share
+            return self._formulas.loss_denominator(counts) / share
+        return counts.num_masked / share
 
     def _generator_loss(
         self,
@@ -469,6 +492,7 @@ class NonAutoregressiveWrapper(GenerationMixin):
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
         progress: Progress = False,
+        process_group: ProcessGroup | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The bound that people report as (the log of) perplexity, estimated without bias.
@@ -494,10 +518,14 @@ class NonAutoregressiveWrapper(GenerationMixin):
             seed: the masks' seed, for instance a common one for models that are compared; drawn if None.
             generator: default torch's own.
             progress: True for a tqdm bar, or ``progress(done, total)``, over passes of the network.
+            process_group: of the ranks that evaluate a part of the tokens each, torch.distributed.group.WORLD for
+                all. Parts of a tensor or a data set follow one another by rank, batches of an iterable alternate;
+                the seed is rank 0's. The result is then one process's on the whole.
             kwargs: passed to the network.
 
         Returns:
-            "mean": [] float32, nats per (maskable) token. "none": float32, nats of each sequence, in order.
+            "mean": [] float32, nats per (maskable) token, of all ranks'. "none": float32, nats of each sequence of
+            this rank, in order.
             NaN where the schedule lies on a GPU and does not fall from 1 to 0, since nothing waits to refuse it.
 
         Raises:
@@ -518,12 +546,14 @@ class NonAutoregressiveWrapper(GenerationMixin):
             "NonAutoregressiveWrapper(net, mask_id=...) evaluates the same network at a linear schedule",
             may_wait=False,
         )
+        ranks = Ranks(process_group)
         source = evaluation.source(tokens, chunk_size, maskable, kwargs)
         home = tokens.device if isinstance(tokens, Tensor) else torch.get_default_device()
         draw = as_seed(seed, device_of(self.net, home), generator)
+        source, draw = evaluation.part_of_rank(source, draw, ranks)
         with evaluating(self):
             bound = evaluation.run(source, self._bound_model(), draw, num_samples, progress)
-        value = bound.reduced(reduction, num_samples)
+        value = bound.reduced(reduction, num_samples, ranks)
         return value if falls is None else value.where(falls.to(value.device), torch.nan)
 
     def _bound_model(self) -> evaluation.Model:
@@ -553,11 +583,6 @@ class NonAutoregressiveWrapper(GenerationMixin):
     def _look_at(self, name: str, tokens: Tensor, maskable: Tensor | None) -> None:
         excluded = None if self._formulas.token_may_be_mask else self.mask_id
         self._first_look(name, tokens, self.num_tokens, excluded, maskable)
-
-
-def _num_maskable(tokens: Tensor, maskable: Tensor | None) -> Tensor | float:
-    """sum_b n_b, at least 1."""
-    return max(1, tokens.numel()) if maskable is None else maskable.sum().clamp(min=1).float()
 
 
 def _scalar(name: str, count: Tensor | float) -> Tensor | float:

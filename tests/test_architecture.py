@@ -21,7 +21,7 @@ FLOORS = [
     ("generation_options",),
     ("planning",),
     ("upstream",),
-    ("backbone", "critic", "diffusers", "first_look", "hf", "own_masks", "_cuda_graph"),
+    ("backbone", "critic", "diffusers", "distributed", "first_look", "hf", "own_masks", "_cuda_graph"),
     ("_entropy_bound",),
     ("functional",),
     ("ops",),

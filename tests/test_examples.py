@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,23 @@ def test_diffusers_scheduler(capsys):
     assert "the same ids: True" in printed
     assert number(r"fastmask: (\d+)% of the letters", printed) > 30  # by chance: 10
     assert number(r"after (\d+) passes", printed) > 2
+
+
+@pytest.mark.slow
+def test_ddp(capsys, monkeypatch):
+    """Two processes as one."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as where it is run
+    one = run("ddp", capsys, "--steps", "100")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(ROOT / "examples" / "ddp.py"), "--steps", "100"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 of 2 processes: 32 of 64" in ended.stdout
+    ours, expected = (re.findall(r"([\d.]+) nats a letter", printed) for printed in (ended.stdout, one))
+    first, _, last = (float(figure) for figure in ours)
+    assert last < first - 0.5
+    assert [float(figure) for figure in ours] == pytest.approx([float(figure) for figure in expected], abs=0.02)
 
 
 def test_all_are_run():

@@ -1,0 +1,121 @@
+"""The ranks of a process group as holders of one batch: what they divide by in common, and whose rows are whose.
+
+The engines are torch's: DistributedDataParallel and fully_shard average gradients over ranks. So a rank divides by
+the ranks' mean count; the mean of their losses, and of their gradients, is then the whole batch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastmask.records import Counts
+
+
+class Ranks:
+    """Who shares a batch.
+
+    Args:
+        process_group: a torch.distributed.ProcessGroup; None where this process has all of the batch.
+
+    Raises:
+        TypeError: it is something else.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+            raise TypeError(
+                "expected process_group to be a torch.distributed.ProcessGroup with this rank in it, received "
+                f"{type(process_group).__name__}; torch.distributed.group.WORLD is that of all ranks, "
+                "mesh.get_group() a DeviceMesh's"
+            )
+        self._group = process_group
+        self.rank = 0 if process_group is None else process_group.rank()
+        self.size = 1 if process_group is None else process_group.size()
+
+    @property
+    def are_one(self) -> bool:
+        """Whether no process group was given."""
+        return self._group is None
+
+    def check_training(
+        self, generator: torch.Generator | None, *, draws: bool, draws_on_host: bool, **counts: object
+    ) -> None:
+        """Refuses what does not go with a group: counts of the whole batch, and numbers drawn by each rank alone.
+
+        Args:
+            draws: whether the step draws random numbers; draws_on_host: whether some of them on the host.
+            counts: num_tokens= and num_masked= as they were given.
+        """
+        if self.are_one:
+            return
+        given = " and ".join(f"{name}=" for name, count in counts.items() if count is not None)
+        if given:
+            raise ValueError(
+                f"expected process_group= or {given}, received both; leave {given} out, or, to accumulate gradients, "
+                "process_group=, and give the whole's count divided by the number of ranks"
+            )
+        if draws and generator is None:
+            raise ValueError(
+                "expected generator= with process_group=, received none; make one before the loop, of one seed on "
+                "all ranks: torch.Generator().manual_seed(0)"
+            )
+        if draws_on_host and generator is not None and generator.device.type != "cpu":
+            raise ValueError(
+                "expected a generator of the CPU with process_group= and self-conditioning or a critic, received one "
+                f"of {generator.device}; torch.Generator().manual_seed(0) makes one, of one seed on all ranks"
+            )
+
+    def place(self, batch: int, sample_offset: int | None, global_batch_size: int | None) -> tuple[int, int | None]:
+        """The index of a rank's first row in the whole batch, and the size of that; by default all ranks have as many
+        rows as this one.
+        """
+        if self.are_one:
+            return 0 if sample_offset is None else sample_offset, global_batch_size
+        if (sample_offset is None) != (global_batch_size is None):
+            missing = "sample_offset" if sample_offset is None else "global_batch_size"
+            raise ValueError(
+                "expected sample_offset= and global_batch_size= together with process_group=, received one; give "
+                f"{missing}= too, or leave both out where all ranks have batches of one size"
+            )
+        if sample_offset is None:
+            return self.rank * batch, self.size * batch
+        return sample_offset, global_batch_size
+
+    def summed(self, counts: Counts) -> Callable[[], Counts]:
+        """Starts to add up counts over the ranks. The function that it returns gives them, once they are needed: on a
+        GPU the device waits for them, not the host.
+        """
+        if self._group is None:
+            return lambda: counts
+        maskable, masked = counts.maskable, counts.masked
+        if not isinstance(maskable, Tensor):
+            maskable = torch.full_like(masked, maskable)
+        both = torch.stack([maskable, masked])
+        work = dist.all_reduce(both, group=self._group, async_op=True)
+
+        def arrived() -> Counts:
+            work.wait()
+            return Counts(both[0], both[1], self.size)
+
+        return arrived
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, of any shape; the tensor given may be written."""
+        if self._group is not None:
+            dist.all_reduce(values, group=self._group)
+        return values
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """What each rank has, [size, n] of values [n]."""
+        if self._group is None:
+            return values[None]
+        out = values.new_empty(self.size, len(values))
+        dist.all_gather(list(out.unbind()), values, group=self._group)
+        return out
+
+
+ALONE = Ranks(None)
