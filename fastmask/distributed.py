@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastmask.ops.seeds import check_generator
 from fastmask.records import Counts
 
 
@@ -52,6 +53,7 @@ class Ranks:
         """
         if self.are_one:
             return
+        check_generator(generator)
         given = " and ".join(f"{name}=" for name, count in counts.items() if count is not None)
         if given:
             raise ValueError(

@@ -131,6 +131,12 @@ def test_the_whole_is_counted_once(name, group):
         model(clean(CPU), process_group=group, generator=seeded(), **{name: 48})
 
 
+class OfAGPU(torch.Generator):
+    """What says so, on machines without one."""
+
+    device = torch.device("cuda")
+
+
 def test_a_generator_in_common(group):
     x = clean(CPU)
     with pytest.raises(ValueError, match=r"of one seed on all ranks: torch\.Generator\(\)\.manual_seed\(0\)"):
@@ -142,9 +148,10 @@ def test_a_generator_in_common(group):
         model = build(CPU, **options, **draws)
         with pytest.raises(ValueError, match="expected generator="):
             model(x, is_masked=is_masked, process_group=group)
-        of_a_gpu = SimpleNamespace(device=torch.device("cuda"))
         with pytest.raises(ValueError, match="a generator of the CPU"):
-            model(x, process_group=group, generator=of_a_gpu)
+            model(x, process_group=group, generator=OfAGPU())
+        with pytest.raises(TypeError, match=r"torch\.Generator, received int"):
+            model(x, process_group=group, generator=0)
 
 
 def test_the_critic_of_compat_is_refused(group):
