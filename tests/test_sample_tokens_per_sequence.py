@@ -140,7 +140,7 @@ def test_each_sequence_as_alone_on_the_reference_over_many_calls(reference):
         check_random_call(Door(reference), number, [1, 2, 5, 64, 65, 200, 4100])
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(2))
 @pytest.mark.slow_interpreted
 def test_each_sequence_as_alone_on_the_kernel(kernel, block):
     for number in range(10 * block, 10 * block + 10):

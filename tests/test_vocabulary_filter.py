@@ -119,8 +119,8 @@ TOP_K = [
 )
 @pytest.mark.slow_interpreted
 def test_top_k_keeps_what_sorting_keeps(backend, kind, vocabulary, thres, dtype):
-    if vocabulary > 100000 and dtype == torch.bfloat16 and backend.name == "interpreter":
-        pytest.skip("one dtype of the largest is enough for the interpreter")
+    if vocabulary > 10000 and dtype == torch.bfloat16 and backend.name == "interpreter":
+        pytest.skip("one dtype of the large ones is enough for the interpreter, which takes seconds for each")
     row = filter_row(kind, vocabulary, dtype)
     top_k = share(thres, vocabulary)
     expected = kept_by(row.double().numpy(), top_k) & np.isfinite(row.double().numpy())

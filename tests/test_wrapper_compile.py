@@ -75,7 +75,7 @@ def test_a_step_of_training_is_compiled_whole(kernel, critic, by_logits, dynamic
     model, counter = wrap(kernel, critic, by_logits), CompileCounterWithBackend("eager")
     run = step(model, 0.7)
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=counter)
-    for batch in BATCHES:
+    for batch in BATCHES if critic == "self" else BATCHES[:3]:
         assert_as_without(model, compiled, run, batch, kernel.device)
     assert counter.frame_count <= 2
 
