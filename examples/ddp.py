@@ -20,15 +20,8 @@ import os
 
 import torch
 import torch.distributed as dist
-from own_network import LENGTH, LETTERS, Network
-from torch import Tensor
+from own_network import LENGTH, LETTERS, new_model, sequences
 from torch.nn.parallel import DistributedDataParallel
-
-from fastmask import NonAutoregressiveWrapper
-
-
-def sequences(starts: Tensor) -> Tensor:
-    return (starts[:, None] + torch.arange(LENGTH)) % LETTERS
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,13 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{rank + 1} of {size} processes: {part.stop - part.start} of {options.batch} sequences a step")
 
     torch.manual_seed(0)
-    model = NonAutoregressiveWrapper(
-        Network(LETTERS + 1, LENGTH),
-        mask_id=LETTERS,
-        no_replace_prob=0.0,
-        random_token_prob=0.0,
-        stratified_times=True,
-    )
+    model = new_model()
     parallel = model if group is None else DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     # One seed on all ranks: each row draws what it would draw in one process.

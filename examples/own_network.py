@@ -47,24 +47,32 @@ class Network(nn.Module):
         return x if return_embeddings else self.linear_head().logits(x).of_rows(x)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
-    options = parser.parse_args(arguments)
-    torch.manual_seed(0)
-
-    model = NonAutoregressiveWrapper(
+def new_model() -> NonAutoregressiveWrapper:
+    return NonAutoregressiveWrapper(
         Network(LETTERS + 1, LENGTH),
         mask_id=LETTERS,
         no_replace_prob=0.0,
         random_token_prob=0.0,
         stratified_times=True,
     )
+
+
+def sequences(starts: Tensor) -> Tensor:
+    """Letters [B, N] that count on from the first ones [B]."""
+    return (starts[:, None] + torch.arange(LENGTH)) % LETTERS
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+
+    model = new_model()
     print("linear head:", model.has_linear_head)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(options.steps):
-        start = torch.randint(LETTERS, (64, 1))
-        loss = model((start + torch.arange(LENGTH)) % LETTERS).loss
+        loss = model(sequences(torch.randint(LETTERS, (64,)))).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

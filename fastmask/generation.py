@@ -1,6 +1,7 @@
 """One generation: the state, which lies on the device, and the loop, which goes through the host's plan.
 
-No step waits for the device but by a rule or for ends of sequences, where the next one asks whether anything is left.
+No step waits for the device but by a rule, with edits or for ends of sequences, where the next one asks whether
+anything is left.
 """
 
 from __future__ import annotations
@@ -107,8 +108,7 @@ def first_state(
     rows = _first_rows(maskable, plan)
     edits_left = None
     if plan.editing_steps:
-        windows = [None] if plan.windows is None else plan.windows
-        has_open = [_within(maskable, window).any(dim=-1) for window in windows]
+        has_open = [_within(maskable, window).any(dim=-1) for window in plan.each_window]
         edits_left = torch.stack(has_open).long() * plan.editing_steps
     return State(
         ids=ids,
@@ -132,8 +132,9 @@ def first_state(
 def _first_rows(maskable: Tensor, plan: Plan) -> Tensor:
     """Flat positions of what is open in each block, at the places that it has in the list."""
     sizes = [part.num_rows[0] for part in plan.parts]
-    windows = [None] if plan.windows is None else plan.windows
-    return torch.cat([_rows_of(_within(maskable, window), size) for window, size in zip(windows, sizes, strict=True)])
+    return torch.cat(
+        [_rows_of(_within(maskable, window), size) for window, size in zip(plan.each_window, sizes, strict=True)]
+    )
 
 
 def _rows_of(chosen: Tensor, size: int) -> Tensor:
@@ -214,11 +215,12 @@ class _Question:
     def __init__(self, state: State, step: Step) -> None:
         self.block = step.block
         if state.edits_left is None:
-            num_left, is_any_left = (_listed_rows(state, step, step.num_rows_after) >= 0).sum(), state.is_masked.any()
+            in_all, in_block = state.is_masked, _listed_rows(state, step, step.num_rows_after) >= 0
         else:
-            num_left, is_any_left = state.edits_left[step.block].sum(), state.edits_left.any()
+            in_all, in_block = state.edits_left, state.edits_left[step.block]
+        num_left = in_block.sum()
         if state.ends is not None:
-            num_left = torch.where(is_any_left, num_left, _NOWHERE)
+            num_left = torch.where(in_all.any(), num_left, _NOWHERE)
         self._count = HostCount(num_left)
 
     def answer(self) -> int | None:

@@ -205,8 +205,8 @@ class GenerationMixin(nn.Module):
             generator: default torch's own of the network's device.
             sample_offset: global index of the first sequence: a batch may be split without changing it.
             progress: True for a tqdm bar (nothing without tqdm), or a callable ``progress(done, total)``.
-            return_trajectory: also return every step, of all blocks; by a rule, or with eos_id, until nothing is
-                masked.
+            return_trajectory: also return every step, of all blocks; by a rule, with edits or with eos_id, until
+                nothing is left to do.
             cuda_graph: None is False, until a GPU has shown where it is faster. True: capture the whole loop once for
                 each batch, number of steps and set of options (and, to an eighth of N, the most positions that a
                 prompt leaves open), then replay it, with fresh randomness and new prompts; all steps run, by a rule
@@ -358,9 +358,10 @@ class GenerationMixin(nn.Module):
         start = planning.start(batch_size, prompt, prompt_mask, length, self.mask_id, self.num_tokens, device)
         blocks = planning.blocks(start, block_length, block_origin)
         options = options.of_batch(len(start.ids), device)
-        pace = self._pace(steps, commits, options.has_rule, len(start.ids), length, block_length)
-        if options.edits:
-            pace = pace._replace(always_runs=True, editing_steps=editing_steps)
+        pace = self._pace(
+            steps, commits, options.has_rule, len(start.ids), length, block_length,
+            editing_steps if options.edits else 0,
+        )  # fmt: skip
         places = None
         if cuda_graph and prompt is not None:
             places = planning.places_for_any_prompt(blocks, length)
@@ -412,7 +413,14 @@ class GenerationMixin(nn.Module):
             )
 
     def _pace(
-        self, steps: int | None, commits: Any, by_rule: bool, batch: int, length: int, block_length: int | None
+        self,
+        steps: int | None,
+        commits: Any,
+        by_rule: bool,
+        batch: int,
+        length: int,
+        block_length: int | None,
+        editing_steps: int = 0,
     ) -> planning.Pace:
         may_remask = self.can_mask_prev_unmasked
         if steps is None:  # by a rule as many as a block could need, whatever is open
@@ -427,7 +435,8 @@ class GenerationMixin(nn.Module):
             planning.Commits.checked(commits, steps, batch),
             may_remask=may_remask,
             by_rule=by_rule,
-            always_runs=self.self_cond or may_remask,
+            always_runs=self.self_cond or may_remask or editing_steps > 0,
+            editing_steps=editing_steps,
         )
 
     def _model(self) -> generation.Model:

@@ -236,6 +236,11 @@ class Plan(NamedTuple):
     windows: Tensor | None
 
     @property
+    def each_window(self) -> Sequence[Tensor | None]:
+        """The window [B, 2] of each block; None for one of everything."""
+        return [None] if self.windows is None else list(self.windows)
+
+    @property
     def block_steps(self) -> int:
         """How many steps a block has, those included that cannot change anything."""
         return self.num_steps + self.editing_steps
@@ -283,7 +288,7 @@ class Pace(NamedTuple):
     may_remask: bool
     by_rule: bool
     always_runs: bool
-    editing_steps: int = 0
+    editing_steps: int
 
     @property
     def falls(self) -> bool:

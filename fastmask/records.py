@@ -402,7 +402,7 @@ class GenerationStep(NamedTuple):
 class Trajectory(NamedTuple):
     """A generation, step by step; a step that was not run repeats the one before.
 
-    Of T steps, those of all blocks; by a rule, or once all sequences have an end, those until then.
+    Of T steps, those of all blocks; by a rule, with edits, or once all sequences have an end, those until then.
 
     ids: [T, B, N] int64, mask_id where masked; is_masked: [T, B, N] bool; log_probs: [T, B, N] float32, nats, of the
     id last proposed at each position (0 where none was yet, or it was given).

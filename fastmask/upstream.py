@@ -45,7 +45,7 @@ class Formulas:
     random_may_be_mask = False
     token_may_be_mask = False
     takes_any_schedule = False
-    draws_by_rows = True
+    draws_by_rows = True  # whatever a batch is split into
     choice_temperature = CHOICE_TEMPERATURE
 
     def check_options(self, **options: object) -> None:

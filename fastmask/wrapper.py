@@ -358,6 +358,7 @@ class NonAutoregressiveWrapper(GenerationMixin):
                 "expected num_masked= with the mean loss, received it with the weighted one, whose parts are by "
                 "num_tokens=; give that, or use_simple_mdlm_loss_weight=False to the wrapper"
             )
+        whole = None if num_tokens is None else _scalar("num_tokens", num_tokens)
         has_critic = self.token_critic is not None and not only_train_generator
         ranks = Ranks(process_group)
         ranks.check_training(
@@ -399,7 +400,7 @@ class NonAutoregressiveWrapper(GenerationMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
             out = self._run(self._formulas, masked.masked_ids, **condition, **kwargs)
         counts = summed()
-        share = 1.0 if num_tokens is None else counts.num_maskable / _scalar("num_tokens", num_tokens)
+        share = 1.0 if whole is None else counts.num_maskable / whole
         loss = metrics = None
         if with_metrics or not only_train_critic:
             denominator = self._denominator(counts, share, num_masked)

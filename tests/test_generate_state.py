@@ -263,7 +263,8 @@ def test_a_network_that_writes_into_its_ids_changes_nothing(options):
 
 
 def plan(num_maskable, steps, schedule=LINEAR, by_rule=False, always_runs=False, formulas=upstream.FASTMASK):
-    pace = planning.Pace(schedule, formulas, steps, None, may_remask=False, by_rule=by_rule, always_runs=always_runs)
+    pace = planning.Pace(schedule, formulas, steps, None, may_remask=False, by_rule=by_rule, always_runs=always_runs,
+                         editing_steps=0)  # fmt: skip
     return planning.plan(pace, planning.Blocks(None, num_maskable[None]), torch.device("cpu"))
 
 

@@ -38,6 +38,15 @@ class Waits(TorchDispatchMode):
         return out
 
 
+def assert_waits_for_nothing(monkeypatch, run) -> None:
+    """Nothing that ``run()`` does brings a value to the host, nor has a shape that depends on one."""
+    monkeypatch.setattr(vocabulary_filter, "np", None)  # a short way that only a CPU has
+    mode = Waits()
+    with mode, refusing_values(monkeypatch):
+        run()
+    assert mode.seen == []
+
+
 def inside_the_steps(monkeypatch, context) -> None:
     """Each step of a generation runs in ``context()``, what goes before and between does not."""
     loop, end = generation.run, object()

@@ -22,11 +22,9 @@ import pytest
 import torch
 from gemma import draw_likeliest, small_gemma
 from sampling import assert_independent, assert_law
-from test_generate_waits import Copies, Waits, refusing_values
+from test_generate_waits import Copies, assert_waits_for_nothing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from fastmask.reference import vocabulary_filter
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 theirs = pytest.importorskip(
@@ -422,11 +420,7 @@ def run_steps(device, given: str, steps: int = 3, length: int = N) -> list[torch
 
 @pytest.mark.parametrize("given", GIVEN)
 def test_no_step_waits_for_the_device(given, monkeypatch):
-    monkeypatch.setattr(vocabulary_filter, "np", None)  # a short way that only a CPU has
-    mode = Waits()
-    with mode, refusing_values(monkeypatch):
-        run_steps("cpu", given)
-    assert mode.seen == []
+    assert_waits_for_nothing(monkeypatch, lambda: run_steps("cpu", given))
 
 
 @pytest.mark.parametrize("given", GIVEN)

@@ -109,32 +109,27 @@ print(*sorted(sys.modules))
     assert not [name for name in loaded if name in extras or name.startswith("fastmask.kernels.")]
 
 
-def test_a_missing_diffusers_is_told():
-    code = """
+@pytest.mark.parametrize(
+    ("library", "found", "module", "expected", "remedy"),
+    [
+        ("diffusers", "None", "diffusers", "expected diffusers of at least 0.39", "'fastmask[diffusers]'"),
+        ("transformers", "type(sys)('transformers')", "hf.diffusion_gemma",
+         "expected transformers of at least 5.11 for fastmask.hf.diffusion_gemma",
+         "'fastmask[hf]' 'transformers>=5.11'"),
+    ],
+)  # fmt: skip
+def test_a_library_that_is_missing_or_too_old_is_told(library, found, module, expected, remedy):
+    code = f"""
 import sys
-sys.modules["diffusers"] = None
+sys.modules["{library}"] = {found}
 try:
-    import fastmask.diffusers
+    import fastmask.{module}
 except ImportError as error:
     print(error)
 """
     told = run_python(code)
-    assert "expected diffusers of at least 0.39" in told
-    assert "pip install 'fastmask[diffusers]'" in told
-
-
-def test_a_transformers_without_diffusion_gemma_is_told():
-    code = """
-import sys
-sys.modules["transformers"] = type(sys)("transformers")
-try:
-    import fastmask.hf.diffusion_gemma
-except ImportError as error:
-    print(error)
-"""
-    told = run_python(code)
-    assert "expected transformers of at least 5.11 for fastmask.hf.diffusion_gemma" in told
-    assert "pip install 'fastmask[hf]' 'transformers>=5.11'" in told
+    assert expected in told
+    assert f"pip install {remedy}" in told
 
 
 def test_doctor_names_versions_devices_and_a_reason_for_each_backend():

@@ -133,11 +133,11 @@ def demask_step(
         name: source, "ids": ids, "is_masked": is_masked, "editable": editable, "block": block,
         "next_block": next_block,
     })  # fmt: skip
-    if (editing_threshold is None) != (editable is None):
-        raise ValueError("expected editing_threshold and editable together, received one of them; give both")
     if isinstance(score, Tensor):
         _check.tensor("score", score, _check.FLOATING)
         _check.shape("score", score, ids.shape, "B, N")
+    if (editing_threshold is None) != (editable is None):
+        raise ValueError("expected editing_threshold and editable together, received one of them; give both")
     if editable is not None:
         _check.number("editing_threshold", editing_threshold, 0.0, 1.0)
         _check.tensor("editable", editable, [torch.bool])
@@ -149,13 +149,13 @@ def demask_step(
     check_windows(Windows(block, next_block), batch)
     max_masked = length if max_masked is None else _check.integer("max_masked", max_masked, 0, length + 1)
     seed = as_seed(seed, device, generator)
+    may_edit = editable if block is None or editable is None else editable & is_inside(block, ids)
     if row_indices is None:
         if source.ndim == 3:
             letters = "B, N, D" if isinstance(logits, LinearLogits) else "B, N, V"
             _check.shape(name, source, [batch, length, source.shape[-1]], letters)
-        is_open = is_masked if editable is None else is_masked | editable
-        if block is not None:
-            is_open = is_open & is_inside(block, ids)
+        is_open = is_masked if block is None else is_masked & is_inside(block, ids)
+        is_open = is_open if may_edit is None else is_open | may_edit
         row_indices = torch.arange(ids.numel(), device=device).where(is_open.flatten(), -1)
     counters: dict[str, Any] = {"seed": seed, "step": step, "sample_offset": sample_offset, "backend": backend}
     new = Demasked(
@@ -181,8 +181,7 @@ def demask_step(
         out=sampled,
         **counters,
     )
-    if editable is not None and editing_threshold is not None:
-        may_edit = editable if block is None else editable & is_inside(block, ids)
+    if may_edit is not None and editing_threshold is not None:
         put_back(sampled, ids, torch.zeros_like(new.log_probs), is_masked, may_edit, editing_threshold)
     remask_(
         new.ids,
