@@ -113,6 +113,22 @@ def test_shapes_broadcast():
     assert block[2, 4] == one
 
 
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
+def test_numbers_draw_what_tensors_do(seed):
+    """Of a counter that is known the words are computed in Python's integers."""
+    rng = np.random.default_rng(abs(seed) % 1000)
+    for stream in ALL_STREAMS:
+        element, position, sample, step = (int(x) for x in rng.integers(0, 2**streams.STEP_BITS, 4))
+        coordinates = {"element": element, "position": position, "sample": -sample}
+        tensors = {name: torch.tensor([value]) for name, value in coordinates.items()}
+        numbers = philox.draw(torch.tensor(seed), stream, step, **coordinates)
+        assert (
+            torch.stack(numbers).tolist()
+            == torch.cat(philox.draw(torch.tensor(seed), stream, step, **tensors)).tolist()
+        )
+        assert all(word.dtype == torch.int64 and word.shape == () for word in numbers)
+
+
 def test_counters_do_not_collide():
     """Every coordinate, stream and seed changes all four words; the last step of a stream stays in it."""
     seen = set()

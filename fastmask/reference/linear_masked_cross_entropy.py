@@ -18,9 +18,10 @@ from fastmask.reference.masked_cross_entropy import (
     RowLosses,
     chunk_losses_,
     chunk_rows,
+    coefficients_of,
     counted_indices,
     joined,
-    mean_denominator,
+    scaled,
     scatter_rows,
 )
 
@@ -122,7 +123,7 @@ class _LinearRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         if ctx.in_forward:
             indices, *gradients = ctx.saved_tensors
-            by_embeddings, by_weight, by_bias = (g if g is None else g * grad for g in gradients)
+            by_embeddings, by_weight, by_bias = (g if g is None else scaled(g, grad) for g in gradients)
         else:
             embeddings, weight, bias, targets, indices, coefficients = ctx.saved_tensors
             rows = _HeadRows(targets, indices, coefficients * grad, ctx.dtype, ctx.options)
@@ -168,15 +169,11 @@ def linear_masked_cross_entropy(
         rows = rows._replace(is_masked=is_masked.index_fill_(0, listed, True).view(targets.shape))
     indices = counted_indices(rows)
     accumulator = torch.promote_types(embeddings.dtype, torch.float32)
-    coefficients = embeddings.new_ones(len(indices), dtype=accumulator)
-    if rows.weights is not None:
-        coefficients = rows.weights.flatten()[indices].to(accumulator)
-    if reduction.kind == "mean":
-        coefficients = coefficients / mean_denominator(indices, reduction)
     device_type = embeddings.device.type
     autocast = torch.is_autocast_enabled(device_type) and embeddings.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast else embeddings.dtype
     is_reduced = reduction.kind != "none"
+    coefficients = coefficients_of(rows, indices, reduction, accumulator)
     head_rows = _HeadRows(targets.flatten(), indices, coefficients, dtype, options)
     # Autocast itself would leak into the float32 parts.
     with torch.autocast(device_type, enabled=False):

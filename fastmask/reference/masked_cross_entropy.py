@@ -64,22 +64,22 @@ def chunk_losses_(logits: Tensor, targets: Tensor, options: LossOptions, *, with
     if options.with_correct:
         correct = z.argmax(dim=-1, keepdim=True) == target
 
-    z -= z_max
     if label_smoothing > 0.0:
+        gaps = z - z_max
         if exclude_id is not None:
-            z[:, exclude_id] = 0.0
-        mean_gap = z.sum(dim=-1, keepdim=True) / num_allowed
-        if exclude_id is not None:
-            z[:, exclude_id] = -torch.inf
-    e = z.exp_()
-    e_target = e.gather(-1, target).where(is_column, torch.nan)
-    others = e.scatter_(-1, target, 0.0).sum(dim=-1, keepdim=True)
-    total = others + e_target
+            gaps[:, exclude_id] = 0.0
+        mean_gap = gaps.sum(dim=-1, keepdim=True) / num_allowed
+    # What the fused softmax's own sum has missed is in the total of its results, which divides them once more.
+    p = torch.softmax(z, dim=-1, out=z)
+    largest = p.amax(dim=-1, keepdim=True)
+    p_target = p.gather(-1, target).where(is_column, torch.nan)
+    others = p.scatter_(-1, target, 0.0).sum(dim=-1, keepdim=True)
+    total = others + p_target
 
     correct &= ~total.isnan()
-    log_total = total.log()
+    log_total = (total / largest).log()
     lse = z_max + log_total
-    ratio = others / e_target
+    ratio = others / p_target
     nll = torch.where(ratio <= 0.5, ratio.log1p(), z_max - z_target + log_total)
     loss = nll
     if label_smoothing > 0.0:
@@ -90,8 +90,10 @@ def chunk_losses_(logits: Tensor, targets: Tensor, options: LossOptions, *, with
     gradient = None
     if with_gradient:
         by_lse = 2.0 * options.z_loss * lse  # what z-loss grows by with L
-        gradient = e.mul_((1.0 + by_lse) / total).sub_(label_smoothing / num_allowed)
-        p_target = e_target / total
+        gradient = p.mul_((1.0 + by_lse) / total)
+        if label_smoothing > 0.0:
+            gradient -= label_smoothing / num_allowed
+        p_target = p_target / total
         at_target = (1.0 - label_smoothing) * -others / total + label_smoothing * (p_target - 1.0 / num_allowed)
         gradient.scatter_(-1, target, at_target + by_lse * p_target)
         if slope is not None:
@@ -108,35 +110,77 @@ def joined(parts: list[RowLosses]) -> RowLosses:
 
 
 class _MaskedRows(torch.autograd.Function):
-    """Losses of the rows ``indices`` [M] of logits [R, V]; the gradient is recomputed in backward."""
+    """coefficients_m * loss_m over the rows ``indices`` [M] of logits [R, V]: their sum where is_reduced, else [M].
+
+    A row is read once, in forward, where its gradient takes the place of its copy; of 16 bits, whose gradient would
+    underflow before a loss scale arrives, again in backward.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, indices: Tensor, options: LossOptions, inplace_grad: bool
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        indices: Tensor,
+        coefficients: Tensor,
+        options: LossOptions,
+        is_reduced: bool,
+        inplace_grad: bool,
+        with_grad: bool,
     ) -> Any:
-        ctx.save_for_backward(logits, targets, indices)
+        in_forward = with_grad and ctx.needs_input_grad[0] and logits.dtype == coefficients.dtype
+        out = _pass(logits, targets, indices, coefficients, options, with_gradient=in_forward)
+        ctx.save_for_backward(logits, targets, indices, coefficients, out.gradient)
         ctx.options, ctx.inplace_grad = options, inplace_grad
-        parts = indices.split(chunk_rows(logits))
-        out = joined(
-            [chunk_losses_(logits.index_select(0, i), targets[i], options, with_gradient=False) for i in parts]
-        )
         ctx.mark_non_differentiable(out.nll, out.correct)
-        return out.loss, out.nll, out.correct
+        loss = out.loss * coefficients
+        return loss.sum() if is_reduced else loss, out.nll, out.correct
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-        logits, targets, indices = ctx.saved_tensors
-        options = ctx.options._replace(with_correct=False)
-        grad_logits = logits.detach() if ctx.inplace_grad else torch.empty_like(logits)
-        chunk = chunk_rows(logits)
-        for part, grad_part in zip(indices.split(chunk), grad_loss.split(chunk), strict=True):
-            out = chunk_losses_(logits.index_select(0, part), targets[part], options, with_gradient=True)
-            assert out.gradient is not None
-            grad_logits.index_copy_(0, part, out.gradient.mul_(grad_part[:, None]).to(logits.dtype))
-        is_unmasked = torch.ones_like(targets, dtype=torch.bool).index_fill_(0, indices, False)
-        grad_logits.index_fill_(0, is_unmasked.nonzero().squeeze(-1), 0.0)
-        return grad_logits, None, None, None, None
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        logits, targets, indices, coefficients, gradient = ctx.saved_tensors
+        if gradient is None:
+            options = ctx.options._replace(with_correct=False)
+            gradient = _pass(logits, targets, indices, coefficients * grad, options, with_gradient=True).gradient
+        else:
+            gradient = scaled(gradient, grad)
+        if ctx.inplace_grad or len(indices) < len(logits):
+            place = logits.detach().zero_() if ctx.inplace_grad else torch.zeros_like(logits)
+            gradient = place.index_copy_(0, indices, gradient)
+        return gradient, *[None] * 7
+
+
+def _pass(
+    logits: Tensor,
+    targets: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+    options: LossOptions,
+    *,
+    with_gradient: bool,
+) -> RowLosses:
+    """Losses of the rows, unweighted, and the gradient [M, V] of sum_m coefficients_m loss_m where asked for."""
+    size = chunk_rows(logits)
+    gradient = logits.new_empty(len(indices), logits.shape[-1]) if with_gradient else None
+    places = [None] * max(1, -(-len(indices) // size)) if gradient is None else gradient.split(size)
+    losses = []
+    for part, c, place in zip(indices.split(size), coefficients.split(size), places, strict=True):
+        rows = torch.index_select(logits, 0, part, out=place)
+        out = chunk_losses_(rows, targets[part], options, with_gradient=with_gradient)
+        losses.append(out._replace(gradient=None))
+        if out.gradient is not None:
+            rows.copy_(out.gradient.mul_(c[:, None]))
+    return joined(losses)._replace(gradient=gradient)
+
+
+def scaled(gradient: Tensor, grad: Tensor) -> Tensor:
+    """A gradient [M, ...] times that of a sum, or [M] of its parts; itself where that is known to be 1."""
+    if grad.ndim == 0:
+        # Elsewhere it would have to be waited for.
+        is_known = grad.device.type == "cpu" and not torch.compiler.is_compiling()
+        return gradient if is_known and grad.item() == 1.0 else gradient * grad
+    return gradient * grad[:, None]
 
 
 def masked_cross_entropy(
@@ -151,17 +195,19 @@ def masked_cross_entropy(
     """
     shape = rows.targets.shape
     indices = counted_indices(rows)
-    inplace_grad = inplace_grad and logits.is_contiguous()
+    accumulator = torch.promote_types(logits.dtype, torch.float32)
     loss, nll, correct = _MaskedRows.apply(
-        logits.flatten(0, -2), rows.targets.flatten(), indices, options, inplace_grad
+        logits.flatten(0, -2),
+        rows.targets.flatten(),
+        indices,
+        coefficients_of(rows, indices, reduction, accumulator),
+        options,
+        reduction.kind != "none",
+        inplace_grad and logits.is_contiguous(),
+        torch.is_grad_enabled(),
     )
-    if rows.weights is not None:
-        loss = loss * rows.weights.flatten()[indices]
-    loss = scatter_rows(loss, indices, shape) if reduction.kind == "none" else loss.sum()
-    if reduction.kind == "mean":
-        loss = loss / mean_denominator(indices, reduction)
     return CrossEntropy(
-        loss,
+        loss if reduction.kind != "none" else scatter_rows(loss, indices, shape),
         scatter_rows(nll, indices, shape),
         scatter_rows(correct, indices, shape) if options.with_correct else None,
     )
@@ -175,6 +221,14 @@ def counted_indices(rows: LossRows) -> Tensor:
 def mean_denominator(indices: Tensor, reduction: Reduction) -> Tensor | float:
     """What a mean divides by: the number of rows that count (1 where none does), or what the caller gave."""
     return max(1, len(indices)) if reduction.denominator is None else reduction.denominator
+
+
+def coefficients_of(rows: LossRows, indices: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
+    """What the loss of each row that counts is multiplied by, [M]."""
+    found = indices.new_ones(len(indices), dtype=dtype)
+    if rows.weights is not None:
+        found = rows.weights.flatten()[indices].to(dtype)
+    return found / mean_denominator(indices, reduction) if reduction.kind == "mean" else found
 
 
 def scatter_rows(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:

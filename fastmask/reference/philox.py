@@ -7,6 +7,8 @@ held in int64 tensors, since PyTorch has few operations on uint32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,12 +59,31 @@ def draw(
         stream, step: which stream, and the step within it (below 2**24).
         sample, position, element: int64 tensors or ints, the counter's coordinates.
     """
+    if _is_known(seed) and not any(isinstance(c, Tensor) for c in (element, position, sample)):
+        words = _of_numbers((element, position, sample, (stream << STEP_BITS) | step), int(seed))
+        return tuple(seed.new_full((), word) for word in words)  # type: ignore[return-value]
     # Numbers are filled in on the device: copying them there would wait for it.
     element, position, sample, c3 = (
         (c if isinstance(c, Tensor) else seed.new_full((), c)) & _WORD
         for c in (element, position, sample, (stream << STEP_BITS) | step)
     )
     return philox4x32(element, position, sample, c3, seed & _WORD, (seed >> 32) & _WORD)
+
+
+def _is_known(seed: Tensor) -> bool:
+    """Whether its number may be read: nothing waits for it, and nobody traces."""
+    return type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _of_numbers(counter: tuple[Any, ...], seed: int) -> tuple[int, ...]:
+    """The words of one counter: as above, without a hundred operations on tensors of one element."""
+    c0, c1, c2, c3 = (c & _WORD for c in counter)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        a, b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & _WORD, a >> 32 ^ c3 ^ k1, a & _WORD
+        k0, k1 = k0 + _KEY_A & _WORD, k1 + _KEY_B & _WORD
+    return c0, c1, c2, c3
 
 
 def uniform(word: Tensor) -> Tensor:
