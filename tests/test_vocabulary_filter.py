@@ -267,15 +267,18 @@ def test_top_k_then_top_p(backend, kind):
         assert_nucleus(backend, row, top_p, top_k, mask_id=4, forbidden=torch.arange(300) % 3 == 0)
 
 
-@pytest.mark.ptx
-@pytest.mark.parametrize("vocabulary", [300, 2500])
+@pytest.mark.parametrize("vocabulary", [300, pytest.param(2500, marks=pytest.mark.ptx)])
+@pytest.mark.slow_interpreted
 def test_each_filter_takes_what_the_one_before_keeps(backend, vocabulary):
     """The largest logit, from which min_p counts, lies in a row's middle or at its edge; each filter decides once."""
-    row, numbers = filter_row("normal", vocabulary), []
-    forbidden = row > row.topk(4).values[-1]  # the three largest
-    for place in (vocabulary // 2, 0, vocabulary - 1):
+    normal, numbers = filter_row("normal", vocabulary), []
+    forbidden = normal > normal.topk(4).values[-1]  # the three largest
+    each_decides = (5, 0.01, 0.99), (90, 0.2, 0.99), (90, 0.01, 0.5)
+    places = dict.fromkeys((0, vocabulary - 1), each_decides[1:2])
+    for place, cases in (places | {vocabulary // 2: (*each_decides, (None, 0.3, 0.7), (9, 0.3, None))}).items():
+        row = normal.clone()
         row[place] = 3.5
-        for filters in ((5, 0.01, 0.99), (90, 0.2, 0.99), (90, 0.01, 0.5), (None, 0.3, 0.7), (9, 0.3, None)):
+        for filters in cases:
             given = dict(zip(("top_k", "min_p", "top_p"), filters, strict=True), mask_id=7, forbidden=forbidden)
             stays = kept(backend, row[None], **given)[0]
             assert np.array_equal(stays, np.isfinite(filtered(row, **given)))
