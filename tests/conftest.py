@@ -64,6 +64,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """What was imported and collected stays: the garbage collector need not look through it again and again."""
+    if _HAS_TRITON and _KERNEL_BACKEND == "interpreter":
+        importlib.import_module("interpreting").quicken()
     gc.freeze()
 
 
