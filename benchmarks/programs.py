@@ -275,13 +275,15 @@ def _vocabulary_filter() -> dict[str, Program]:
                 programs[_of_dtype(name, dtype)] = Program(
                     functools.partial(_sample, dtype=dtype, **options),
                     "_short_thresholds_kernel" if prefix else "_thresholds_kernel",
-                    int(filter == "p forbidden"),
                 )
-    own: dict[str, Any] = {"processed": True, **_FILTER_SIZES[""], **_OWN}
-    for number, filter in enumerate(("k", "p")):
-        programs[f"thresholds own {filter}"] = Program(
-            functools.partial(_sample, **own), "_thresholds_kernel", number
-        )
+    others: dict[str, dict[str, Any]] = {
+        "own": {"processed": True, **_OWN},
+        "min_p": {"min_p": 0.1},
+        "k min_p": {"top_k": 4095, "min_p": 0.1},
+    }
+    for name, options in others.items():
+        sample = functools.partial(_sample, **(options | _FILTER_SIZES[""]))
+        programs[f"thresholds {name}"] = Program(sample, "_thresholds_kernel")
     return programs
 
 

@@ -6,10 +6,11 @@ nucleus of Holtzman et al., https://arxiv.org/abs/1904.09751, with the token tha
 brackets it. One pass over the row counts what lies above the bracket, and lists what lies inside; among these few
 candidates the threshold is searched in registers. For p a pass before measures the row. A row of at most 2048 logits
 is searched in registers at once. The mathematics is in ``docs/nucleus.md``. For min_p (Nguyen et al.,
-https://arxiv.org/abs/2407.01082) the threshold lies so far below the row's largest logit.
+https://arxiv.org/abs/2407.01082) the threshold lies so far below the row's largest logit, which the pass for k finds
+beside. One launch finds them all.
 
-Bytes for each row: its V logits, as a rule once for k, once for min_p and twice for p; a sample, and the candidates,
-which stay in L2. Of a short row its logits once for each.
+Bytes for each row: its V logits, as a rule once for k or min_p or both, and twice for p; a sample, and the
+candidates, which stay in L2. Of a short row its logits once.
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ _WARPS = (
 _FEW_ROWS, _MOST_WARPS = 2, 8  # rows for each multiprocessor
 _RESIDENT_WARPS = 32  # of a multiprocessor: their candidates, 17 MB on an H100, or 35 of float32, stay in its L2
 # A sample for k is so large that a lane expects so many candidates, at which one row in ten has one without a place
-# and is read again; but a warp has registers for so many logits only. For p fewer do.
+# and is read again; but a warp has registers for so many logits only. For p a block of them does.
 _EXPECTED = 6.8
-_LEAST_SAMPLE, _MOST_SAMPLE_OF_WARP, _MASS_SAMPLE_OF_WARP = 1024, 2048, 512
+_LEAST_SAMPLE, _MOST_SAMPLE_OF_WARP = 1024, 2048
 # So many registers for each thread of a nucleus's program do on Hopper, without a spill, for logits of 16 bits: 16
-# warps find room in a multiprocessor, where of its own accord the compiler leaves it to 12 of one warp, or to 8.
+# warps find room in a multiprocessor, where of its own accord the compiler leaves it to 12 of one warp, or to 8. With
+# k before they do not.
 _HOPPER_REGISTERS = 128
 # A shorter row is searched in registers at once; its block holds its edges too.
 _SHORT, _SHORT_BLOCK = 2048, 128
@@ -149,10 +151,12 @@ def _sorted_out(z, z_low, z_high):
 
 
 @triton.jit
-def _pass(row, edges, low, high, law, candidates_ptr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _pass(row, edges, low, high, law, candidates_ptr, WITH_LARGEST: tl.constexpr, VECTOR: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
     """One pass over a row, in which each lane lists its candidates, the logits in [low, high).
 
-    Returns the number of each lane's candidates, and the weight of what is not below high.
+    Returns the number of each lane's candidates, the weight of what is not below high, and the row's largest logit,
+    or, where nobody asks for it, another.
     """
     LANES: tl.constexpr = BLOCK // VECTOR
     z_low, z_high = float_order.value(low), float_order.value(high)
@@ -163,6 +167,7 @@ def _pass(row, edges, low, high, law, candidates_ptr, VECTOR: tl.constexpr, BLOC
     tl.store(candidates_ptr + lane * _CAPACITY, edges, mask=is_candidate)
     above_high = threshold_search.counted(is_high, threshold_search.weights(edges, law)).to(tl.float32)
     size = tl.where(is_candidate, 4, 0)  # of the lane's candidates, in bytes
+    largest = edges
     fetched = _fetched(row, 0, VECTOR, BLOCK)
     for offset in range(0, row.body_length, BLOCK):
         z = _block(fetched, row, offset, VECTOR)
@@ -174,8 +179,10 @@ def _pass(row, edges, low, high, law, candidates_ptr, VECTOR: tl.constexpr, BLOC
             tl.store(place.to(tl.pointer_type(tl.float32)), columns[i], mask=is_inside)
             size += tl.where(is_inside, 4, 0)
             above_high += threshold_search.counted(is_above, threshold_search.weights(columns[i], law)).to(tl.float32)
+            if WITH_LARGEST:
+                largest = tl.maximum(largest, columns[i])
     tl.debug_barrier()  # every thread sees all candidates
-    return size // 4, tl.sum(above_high)
+    return size // 4, tl.sum(above_high), tl.max(largest)
 
 
 @triton.jit
@@ -187,15 +194,18 @@ def _listed(candidates_ptr, number):
 
 
 @triton.jit
-def _select(row, edges, search, candidates_ptr, SPACING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """The order of the threshold that is searched, by passes over the row until a bracket holds it."""
+def _select(row, edges, search, candidates_ptr, WITH_LARGEST: tl.constexpr, SPACING: tl.constexpr,
+            VECTOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The order of the threshold that is searched, by passes over the row until a bracket holds it; and what else a
+    pass finds."""
     target, law, least, most, low, high = search
     low = tl.maximum(low, least)
     high = tl.where(high > low, tl.minimum(tl.maximum(high, low + SPACING), most), most)  # it was misled
     is_found = tl.full((), 0, tl.int1)
+    largest = tl.full((), -float("inf"), tl.float32)
     turn = tl.full((), 0, tl.int32)
     while (float_order.distance(least, most) > SPACING) & (is_found == 0):
-        number, above_high = _pass(row, edges, low, high, law, candidates_ptr, VECTOR, BLOCK)
+        number, above_high, largest = _pass(row, edges, low, high, law, candidates_ptr, WITH_LARGEST, VECTOR, BLOCK)
         listed = threshold_search.weighed(_listed(candidates_ptr, number), law, above_high)
         bracket = threshold_search.ends(listed)
         # Full lists are a sample of the candidates, which weigh at least above_low then, and probably in proportion.
@@ -237,17 +247,17 @@ def _select(row, edges, search, candidates_ptr, SPACING: tl.constexpr, VECTOR: t
         low = tl.minimum(tl.maximum(low, least), most - 1)
         high = tl.minimum(tl.maximum(high, low + SPACING), most)
         turn += 1
-    return least
+    return least, largest
 
 
 @triton.jit
-def _search_of_count(z, V, num_kept, SPACING: tl.constexpr, SAMPLE: tl.constexpr):
-    """The search for the num_kept-th largest logit of a row, by a sample z of it."""
+def _search_of_count(row, V, num_kept, SPACING: tl.constexpr, VECTOR: tl.constexpr, SAMPLE: tl.constexpr):
+    """The search for the num_kept-th largest logit of a row, by a sample of it."""
     target = num_kept.to(tl.float32)
     share = target / V.to(tl.float32)  # what is excluded or -inf is an id, too
     least = tl.full((), threshold_search.LOWEST, tl.int32)
     most = tl.full((), threshold_search.BEYOND, tl.int32)
-    sample = threshold_search.weighed(z, None)
+    sample = threshold_search.weighed(_sample(row, V, VECTOR, SAMPLE), None)
     sample_error = threshold_search.SampleError(tl.full((), 0.0, tl.float32), 1.0 - share, None)
     low, high = threshold_search.probable(sample, sample_error, most, share * SAMPLE, least, most, SPACING)
     return Search(target, None, least, most, low, high)
@@ -280,9 +290,10 @@ def _measure(row, edges, floor, middle, law, VECTOR: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _search_of_mass(row, edges, z, V, top_p, factor, floor, SPACING: tl.constexpr, VECTOR: tl.constexpr,
-                    BLOCK: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
-    """The search for a row's nucleus, of what is not below the floor, by a sample z and a measure of the row."""
+def _search_of_mass(row, edges, V, top_p, factor, floor, SPACING: tl.constexpr, VECTOR: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    """The search for a row's nucleus, of what is not below the floor, by a sample and a measure of the row."""
+    z = _sample(row, V, VECTOR, BLOCK)
     least = tl.full((), threshold_search.LOWEST, tl.int32) if floor is None else floor
     if floor is not None:
         z = tl.where(z >= float_order.value(floor), z, -float("inf"))
@@ -297,7 +308,7 @@ def _search_of_mass(row, edges, z, V, top_p, factor, floor, SPACING: tl.constexp
     middle = tl.where(is_empty, least, middle)
     # All that is less likely than an even share of 1 - p is together less likely than 1 - p.
     even_share = (1.0 - top_p) / num_ids
-    sampled = SAMPLE / num_ids
+    sampled = BLOCK / num_ids
     largest, anchor, base = top, all_of_it.above_high, all_of_it.above_high  # for their types
     turn = tl.full((), 0, tl.int32)
     while turn < 3:
@@ -333,20 +344,28 @@ def _search_of_mass(row, edges, z, V, top_p, factor, floor, SPACING: tl.constexp
 
 
 @triton.jit
-def _keeps_all(num_kept, top_p, V, num_kept_ptr, top_ps_ptr):
-    """Whether a sequence's own option, if it has one, keeps all that is not below the floor."""
-    if top_ps_ptr is not None:
-        return top_p >= 1.0
-    elif num_kept_ptr is not None:
-        return num_kept >= V
-    else:
-        return False
+def _narrows(value, end, values_ptr):
+    """Whether a filter is not at its end, where it keeps all. Of one for all sequences that is known: it is not."""
+    return True if values_ptr is None else value < end
 
 
 @triton.jit
-def _floor(floors_ptr, row_index):
-    """What a row's logits must not be below already."""
-    return -float("inf") if floors_ptr is None else tl.load(floors_ptr + row_index)
+def _largest(row, edges, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest logit of a row."""
+    largest = edges
+    fetched = _fetched(row, 0, VECTOR, BLOCK)
+    for offset in range(0, row.body_length, BLOCK):
+        z = _block(fetched, row, offset, VECTOR)
+        fetched = _fetched(row, offset + BLOCK, VECTOR, BLOCK)
+        largest = tl.maximum(largest, tl.max(z, 1))
+    return tl.max(largest)
+
+
+@triton.jit
+def _found(logits, target, floor, SPACING: tl.constexpr):
+    """The order of the threshold at which logits in registers reach the target; the floor, if they do not."""
+    found = threshold_search.search(logits, threshold_search.ends(logits), target, 0.0, SPACING)
+    return tl.where(found.above_low < target, floor, found.low)
 
 
 @triton.jit(do_not_specialize=["offset_x", "num_places", "V", "num_kept", "mask_id", "seq_len"])
@@ -358,12 +377,13 @@ def _short_thresholds_kernel(
     num_places,
     forbidden_ptr,
     thresholds_ptr,
-    floors_ptr,
     V,
     num_kept,
+    gap,
     top_p,
     factor,
     num_kept_ptr,
+    gaps_ptr,
     top_ps_ptr,
     factors_ptr,
     seq_len,
@@ -379,32 +399,33 @@ def _short_thresholds_kernel(
     if logit_rows.is_stray(flat, num_places):
         return
     num_kept = sequences.own(num_kept_ptr, num_kept, flat, seq_len)
+    gap = sequences.own(gaps_ptr, gap, flat, seq_len)
     top_p = sequences.own(top_ps_ptr, top_p, flat, seq_len)
     factor = sequences.own(factors_ptr, factor, flat, seq_len)
-    if _keeps_all(num_kept, top_p, V, num_kept_ptr, top_ps_ptr):
-        tl.store(thresholds_ptr + row_index, _floor(floors_ptr, row_index))
-        return
     x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
     start = offset_x + (row_index.to(tl.int64) if IS_COMPACT else flat) * stride_x
     row = _row(x_ptr, start, V, logit_rows.Excluded(mask_id, forbidden_ptr), VECTOR)
     z = _block(_fetched(row, 0, VECTOR, BLOCK), row, 0, VECTOR)
     edges = _edges(x_ptr, start, V, row, VECTOR, BLOCK // VECTOR)
-    least = tl.full((), threshold_search.LOWEST, tl.int32)
-    if top_p is None:
-        logits = threshold_search.weighed(z, None, None, edges)
-        target = num_kept.to(tl.float32)
-    else:
-        if floors_ptr is not None:
-            floor = tl.load(floors_ptr + row_index)
-            least = float_order.order(floor)
-            z = tl.where(z >= floor, z, -float("inf"))
-            edges = tl.where(edges >= floor, edges, -float("inf"))
-        top = threshold_search.finite(tl.maximum(tl.max(z), tl.max(edges)))
-        logits = threshold_search.weighed(z, threshold_search.Law(top, factor), None, edges)
-        target = tl.maximum(threshold_search.total(logits) * top_p, 1e-30)
-    found = threshold_search.search(logits, threshold_search.ends(logits), target, 0.0, SPACING)
-    threshold = tl.where(found.above_low < target, least, found.low)
-    tl.store(thresholds_ptr + row_index, float_order.value(threshold))
+    floor = tl.full((), threshold_search.LOWEST, tl.int32)
+    if num_kept is not None:
+        if _narrows(num_kept, V, num_kept_ptr):
+            logits = threshold_search.weighed(z, None, None, edges)
+            floor = _found(logits, num_kept.to(tl.float32), floor, SPACING)
+    if gap is not None or top_p is not None:
+        largest = tl.maximum(tl.max(z), tl.max(edges))
+    if gap is not None:
+        floor = tl.maximum(floor, float_order.order(largest + gap))
+    if top_p is not None:
+        if _narrows(top_p, 1.0, top_ps_ptr):
+            z_floor = float_order.value(floor)
+            z = tl.where(z >= z_floor, z, -float("inf"))
+            edges = tl.where(edges >= z_floor, edges, -float("inf"))
+            law = threshold_search.Law(threshold_search.finite(largest), factor)
+            logits = threshold_search.weighed(z, law, None, edges)
+            target = tl.maximum(threshold_search.total(logits) * top_p, 1e-30)
+            floor = _found(logits, target, floor, SPACING)
+    tl.store(thresholds_ptr + row_index, float_order.value(floor))
 
 
 @triton.jit(do_not_specialize=["offset_x", "num_places", "num_rows", "V", "num_kept", "mask_id", "seq_len"])
@@ -416,14 +437,15 @@ def _thresholds_kernel(
     num_places,
     forbidden_ptr,
     thresholds_ptr,
-    floors_ptr,  # what the nucleus is not below, or None
-    candidates_ptr,
+    candidates_ptr,  # None where no threshold is searched
     num_rows,
     V,
-    num_kept,  # the num_kept largest stay; or, where None,
-    top_p,  # the nucleus does,
-    factor,  # at log2(e) / T; None for T = 1
+    num_kept,  # the num_kept largest stay; of these
+    gap,  # what is not further from the largest: T log(min_p); of these
+    top_p,  # the nucleus
+    factor,  # at log2(e) / T; None for T = 1. None where a filter is off
     num_kept_ptr,  # of each sequence its own; None: the number is for all
+    gaps_ptr,
     top_ps_ptr,
     factors_ptr,
     seq_len,
@@ -432,74 +454,44 @@ def _thresholds_kernel(
     SPACING: tl.constexpr,  # least distance in order of two numbers of the logits' dtype
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
-    SAMPLE: tl.constexpr,
+    SAMPLE: tl.constexpr,  # logits by which the num_kept-th is bracketed; the nucleus is by a block
 ):
     # This program finds the thresholds of one row after another, each num_programs rows on.
     x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
     excluded = logit_rows.Excluded(mask_id, forbidden_ptr)
-    candidates_ptr += tl.program_id(0).to(tl.int64) * (BLOCK // VECTOR * _CAPACITY)
+    if candidates_ptr is not None:
+        candidates_ptr += tl.program_id(0).to(tl.int64) * (BLOCK // VECTOR * _CAPACITY)
     for row_index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         flat = tl.load(row_indices_ptr + row_index)
         if not logit_rows.is_stray(flat, num_places):
             k = sequences.own(num_kept_ptr, num_kept, flat, seq_len)
+            own_gap = sequences.own(gaps_ptr, gap, flat, seq_len)
             p = sequences.own(top_ps_ptr, top_p, flat, seq_len)
-            if _keeps_all(k, p, V, num_kept_ptr, top_ps_ptr):
-                tl.store(thresholds_ptr + row_index, _floor(floors_ptr, row_index))
-            else:
-                x_row = flat * 0 + row_index if IS_COMPACT else flat  # row_index is an int in the interpreter
-                start = offset_x + x_row * stride_x
-                row = _row(x_ptr, start, V, excluded, VECTOR)
-                edges = _edges(x_ptr, start, V, row, VECTOR, BLOCK // VECTOR)
-                z = _sample(row, V, VECTOR, SAMPLE)
-                if p is None:
-                    search = _search_of_count(z, V, k, SPACING, SAMPLE)
-                else:
-                    floor = None
-                    if floors_ptr is not None:
-                        floor = float_order.order(tl.load(floors_ptr + row_index))
+            x_row = flat * 0 + row_index if IS_COMPACT else flat  # row_index is an int in the interpreter
+            start = offset_x + x_row * stride_x
+            row = _row(x_ptr, start, V, excluded, VECTOR)
+            edges = _edges(x_ptr, start, V, row, VECTOR, BLOCK // VECTOR)
+            floor = tl.full((), threshold_search.LOWEST, tl.int32)
+            largest = tl.full((), -float("inf"), tl.float32)
+            if k is not None:
+                if _narrows(k, V, num_kept_ptr):
+                    search = _search_of_count(row, V, k, SPACING, VECTOR, SAMPLE)
+                    floor, largest = _select(
+                        row, edges, search, candidates_ptr, own_gap is not None, SPACING, VECTOR, BLOCK
+                    )
+                elif own_gap is not None:
+                    largest = _largest(row, edges, VECTOR, BLOCK)
+            elif own_gap is not None:
+                largest = _largest(row, edges, VECTOR, BLOCK)
+            if own_gap is not None:
+                floor = tl.maximum(floor, float_order.order(largest + own_gap))
+            if p is not None:
+                if _narrows(p, 1.0, top_ps_ptr):
                     own_factor = sequences.own(factors_ptr, factor, flat, seq_len)
-                    search = _search_of_mass(row, edges, z, V, p, own_factor, floor, SPACING, VECTOR, BLOCK, SAMPLE)
-                threshold = _select(row, edges, search, candidates_ptr, SPACING, VECTOR, BLOCK)
-                tl.store(thresholds_ptr + row_index, float_order.value(threshold))
-
-
-@triton.jit(do_not_specialize=["offset_x", "num_places", "V", "mask_id", "seq_len"])
-def _min_p_thresholds_kernel(
-    x_ptr,
-    offset_x,
-    stride_x,
-    row_indices_ptr,
-    num_places,
-    forbidden_ptr,
-    thresholds_ptr,
-    floors_ptr,
-    V,
-    gap,  # T log(min_p)
-    gaps_ptr,  # of each sequence its own; None: the number is for all
-    seq_len,
-    mask_id,
-    IS_COMPACT: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # This program puts one row's threshold so far below its largest logit, or at its floor.
-    row_index = tl.program_id(0)
-    flat = tl.load(row_indices_ptr + row_index)
-    if logit_rows.is_stray(flat, num_places):
-        return
-    x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
-    start = offset_x + (row_index.to(tl.int64) if IS_COMPACT else flat) * stride_x
-    row = _row(x_ptr, start, V, logit_rows.Excluded(mask_id, forbidden_ptr), VECTOR)
-    largest = _edges(x_ptr, start, V, row, VECTOR, BLOCK // VECTOR)
-    fetched = _fetched(row, 0, VECTOR, BLOCK)
-    for offset in range(0, row.body_length, BLOCK):
-        z = _block(fetched, row, offset, VECTOR)
-        fetched = _fetched(row, offset + BLOCK, VECTOR, BLOCK)
-        largest = tl.maximum(largest, tl.max(z, 1))
-    threshold = tl.max(largest) + sequences.own(gaps_ptr, gap, flat, seq_len)
-    if floors_ptr is not None:
-        threshold = tl.maximum(threshold, tl.load(floors_ptr + row_index))
-    tl.store(thresholds_ptr + row_index, threshold)
+                    least = None if k is None and own_gap is None else floor
+                    search = _search_of_mass(row, edges, V, p, own_factor, least, SPACING, VECTOR, BLOCK)
+                    floor, _ = _select(row, edges, search, candidates_ptr, False, SPACING, VECTOR, BLOCK)
+            tl.store(thresholds_ptr + row_index, float_order.value(floor))
 
 
 def thresholds(
@@ -516,33 +508,33 @@ def thresholds(
     own: of which options each sequence, of seq_len positions, has its own.
     """
     own = OwnOptions() if own is None else own
-    out = rows.logits.new_empty(rows.num_rows, dtype=torch.float32)
-    floors = None
-    launch = _launch_short if rows.num_ids <= _SHORT else _launch_long
-    if own.num_kept is not None or (top_k is not None and top_k < rows.num_ids):
-        launch(rows, out, _Filter(top_k, num_kept_ptr=own.num_kept, seq_len=seq_len))
-        floors = out
-    if own.gaps is not None or min_p is not None:
-        gap = None if own.gaps is not None or min_p is None else temperature * math.log(min_p)
-        _launch_min_p(rows, out, floors, gap, own.gaps, seq_len)
-        floors = out
-    if own.top_ps is not None or top_p is not None:
+    filters = _Filters(num_kept_ptr=own.num_kept, gaps_ptr=own.gaps, top_ps_ptr=own.top_ps, seq_len=seq_len)
+    if own.num_kept is None and top_k is not None and top_k < rows.num_ids:
+        filters = filters._replace(num_kept=top_k)
+    if own.gaps is None and min_p is not None:
+        filters = filters._replace(gap=temperature * math.log(min_p))
+    if own.top_ps is None and top_p is not None:
+        filters = filters._replace(top_p=float(top_p))
+    if filters.has_nucleus:
         factor = None if temperature == 1.0 else _math.over_temperature(temperature)
-        share = None if top_p is None else float(top_p)
-        launch(rows, out, _Filter(None, share, factor, floors, None, own.top_ps, own.figure_factors, seq_len))
-        floors = out
-    return floors
+        filters = filters._replace(factor=factor, factors_ptr=own.figure_factors)
+    if not (filters.counts or filters.has_nucleus or filters.has_gap):
+        return None
+    out = rows.logits.new_empty(rows.num_rows, dtype=torch.float32)
+    launch = _launch_short if rows.num_ids <= _SHORT else _launch_long
+    launch(rows, out, filters)
+    return out
 
 
-class _Filter(NamedTuple):
-    """What a launch searches: the thresholds of the k largest, or of the nucleus of what is not below floors; by the
-    kernels' names."""
+class _Filters(NamedTuple):
+    """What a launch searches, by the kernels' names: a number for all sequences, or of each its own. None is off."""
 
     num_kept: int | None = None
+    gap: float | None = None
     top_p: float | None = None
     factor: float | None = None
-    floors_ptr: Tensor | None = None
     num_kept_ptr: Tensor | None = None
+    gaps_ptr: Tensor | None = None
     top_ps_ptr: Tensor | None = None
     factors_ptr: Tensor | None = None
     seq_len: int | None = None
@@ -550,40 +542,27 @@ class _Filter(NamedTuple):
     @property
     def counts(self) -> bool:
         """Whether the k largest stay."""
-        return self.top_p is None and self.top_ps_ptr is None
+        return self.num_kept is not None or self.num_kept_ptr is not None
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether what is likely enough beside the likeliest does."""
+        return self.gap is not None or self.gaps_ptr is not None
+
+    @property
+    def has_nucleus(self) -> bool:
+        """Whether the nucleus does."""
+        return self.top_p is not None or self.top_ps_ptr is not None
 
 
-def _launch_min_p(
-    rows: LogitRows, out: Tensor, floors: Tensor | None, gap: float | None, gaps: Tensor | None, seq_len: int | None
-) -> None:
-    num_warps = _num_warps(rows)
-    _launch.launch(
-        _min_p_thresholds_kernel,
-        (rows.num_rows,),
-        out,
-        **rows.arguments(),
-        thresholds_ptr=out,
-        floors_ptr=floors,
-        gap=gap,
-        gaps_ptr=gaps,
-        seq_len=seq_len,
-        BLOCK=_WARP_BLOCK * num_warps,
-        num_warps=num_warps,
-    )
-
-
-def _num_warps(rows: LogitRows) -> int:
-    return next(warps for longest, warps in _WARPS if rows.num_ids <= longest)
-
-
-def _launch_short(rows: LogitRows, out: Tensor, filter: _Filter) -> None:
+def _launch_short(rows: LogitRows, out: Tensor, filters: _Filters) -> None:
     """Of rows that a program holds in registers."""
     _launch.launch(
         _short_thresholds_kernel,
         (rows.num_rows,),
         out,
         **rows.arguments(),
-        **filter._asdict(),
+        **filters._asdict(),
         thresholds_ptr=out,
         SPACING=_SPACING.get(rows.logits.dtype, 1),
         BLOCK=max(_SHORT_BLOCK, triton.next_power_of_2(rows.num_ids)),
@@ -591,31 +570,34 @@ def _launch_short(rows: LogitRows, out: Tensor, filter: _Filter) -> None:
     )
 
 
-def _launch_long(rows: LogitRows, out: Tensor, filter: _Filter) -> None:
+def _launch_long(rows: LogitRows, out: Tensor, filters: _Filters) -> None:
     """Of longer ones."""
-    x, hardware, num_warps = rows.logits, _launch.hardware(rows.logits.device), _num_warps(rows)
+    x, hardware = rows.logits, _launch.hardware(rows.logits.device)
+    num_warps = next(warps for longest, warps in _WARPS if rows.num_ids <= longest)
+    most_sample = _MOST_SAMPLE_OF_WARP * num_warps
     options: dict[str, int] = {}
-    if not filter.counts:
-        sample = _MASS_SAMPLE_OF_WARP * num_warps
-        if x.element_size() == 2 and hardware.is_hopper:
+    if filters.has_nucleus:
+        if x.element_size() == 2 and hardware.is_hopper and not filters.counts:
             options = {"maxnreg": _HOPPER_REGISTERS}
-    else:
-        most_sample = _MOST_SAMPLE_OF_WARP * num_warps
-        if rows.num_rows <= _FEW_ROWS * hardware.num_multiprocessors:
-            num_warps = min(4 * num_warps, _MOST_WARPS)
+    elif filters.counts and rows.num_rows <= _FEW_ROWS * hardware.num_multiprocessors:
+        num_warps = min(4 * num_warps, _MOST_WARPS)
+    sample = None
+    if filters.counts:
         logits_of_lane = rows.num_ids * rows.vector / (_WARP_BLOCK * num_warps)
-        share = 0.5 if filter.num_kept is None else filter.num_kept / rows.num_ids  # 0.5 takes the largest sample
+        share = 0.5 if filters.num_kept is None else filters.num_kept / rows.num_ids  # 0.5 takes the largest sample
         sample = _sample_size(logits_of_lane, share, most_sample)
-    lanes = _WARP_BLOCK * num_warps // rows.vector
     programs = min(rows.num_rows, hardware.num_multiprocessors * _RESIDENT_WARPS // num_warps)
-    candidates = x.new_empty((programs, lanes, _CAPACITY.value), dtype=torch.float32)
-    assert candidates.data_ptr() % (4 * _CAPACITY.value) == 0, "the last bits of a list's address tell its places"
+    candidates = None
+    if filters.counts or filters.has_nucleus:
+        lanes = _WARP_BLOCK * num_warps // rows.vector
+        candidates = x.new_empty((programs, lanes, _CAPACITY.value), dtype=torch.float32)
+        assert candidates.data_ptr() % (4 * _CAPACITY.value) == 0, "the last bits of a list's address tell its places"
     _launch.launch(
         _thresholds_kernel,
         (programs,),
         out,
         **rows.arguments(),
-        **filter._asdict(),
+        **filters._asdict(),
         thresholds_ptr=out,
         candidates_ptr=candidates,
         num_rows=rows.num_rows,

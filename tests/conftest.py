@@ -62,8 +62,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item, is_run in zip(items, runs, strict=True) if is_run]
 
 
+# The files that take longest, in the suite or in what is slow. They begin first: a file stays in one process, and the
+# others would wait for it at the end.
+_LONGEST = (
+    "test_compiled_sample_tokens", "test_compiled_vocabulary_filter", "test_compiled_masked_cross_entropy",
+    "test_functional_settings", "test_vocabulary_filter", "test_fuzz_operations", "test_examples", "test_demask_step",
+    "test_sample_tokens_per_sequence", "test_functional_compile", "test_wrapper_compile", "test_sample_tokens_rows",
+    "test_demo", "test_cuda_graph", "test_packaging", "test_linear_masked_cross_entropy", "test_sample_tokens_filter",
+)  # fmt: skip
+
+
+@pytest.hookimpl(specname="pytest_collection_modifyitems", trylast=True)
+def pytest_longest_files_first(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def pytest_collection_finish() -> None:
     """What was imported and collected stays: the garbage collector need not look through it again and again."""
+    if _HAS_TRITON and _KERNEL_BACKEND == "interpreter":
+        importlib.import_module("interpreting").quicken()
     gc.freeze()
 
 

@@ -28,7 +28,7 @@ def share(thres: float, vocabulary: int) -> int:
     return math.ceil((1.0 - thres) * vocabulary)
 
 
-def kept(backend, rows, top_k=None, top_p=None, mask_id=None, forbidden=None) -> np.ndarray:
+def kept(backend, rows, top_k=None, top_p=None, mask_id=None, forbidden=None, min_p=None) -> np.ndarray:
     """Which of rows [M, V] a backend's filters keep, by their thresholds: a sampler would take a row for each id."""
     z = rows.float().clone()
     if mask_id is not None:
@@ -37,12 +37,12 @@ def kept(backend, rows, top_k=None, top_p=None, mask_id=None, forbidden=None) ->
         z[:, forbidden] = -math.inf
     thresholds = backend.module(OPERATION).thresholds
     if not backend.is_kernel:
-        threshold = thresholds(z, top_k, None, top_p)
+        threshold = thresholds(z, top_k, min_p, top_p)
     else:
         rows, forbidden = rows.to(backend.device), None if forbidden is None else forbidden.to(backend.device)
         row_indices = torch.arange(len(rows), device=backend.device)
         listed = backend.module("_logit_rows").LogitRows(rows, row_indices, True, mask_id, forbidden)
-        threshold = thresholds(listed, top_k, None, top_p)
+        threshold = thresholds(listed, top_k, min_p, top_p)
         threshold = None if threshold is None else threshold.cpu()[:, None]
     stays = z.isfinite() if threshold is None else z.isfinite() & (z >= threshold)
     return stays.numpy()
@@ -267,6 +267,25 @@ def test_top_k_then_top_p(backend, kind):
         assert_nucleus(backend, row, top_p, top_k, mask_id=4, forbidden=torch.arange(300) % 3 == 0)
 
 
+@pytest.mark.parametrize("vocabulary", [300, pytest.param(2500, marks=pytest.mark.ptx)])
+@pytest.mark.slow_interpreted
+def test_each_filter_takes_what_the_one_before_keeps(backend, vocabulary):
+    """The largest logit, from which min_p counts, lies in a row's middle or at its edge; each filter decides once."""
+    normal, numbers = filter_row("normal", vocabulary), []
+    forbidden = normal > normal.topk(4).values[-1]  # the three largest
+    each_decides = (5, 0.01, 0.99), (90, 0.2, 0.99), (90, 0.01, 0.5)
+    places = dict.fromkeys((0, vocabulary - 1), each_decides[1:2])
+    for place, cases in (places | {vocabulary // 2: (*each_decides, (None, 0.3, 0.7), (9, 0.3, None))}).items():
+        row = normal.clone()
+        row[place] = 3.5
+        for filters in cases:
+            given = dict(zip(("top_k", "min_p", "top_p"), filters, strict=True), mask_id=7, forbidden=forbidden)
+            stays = kept(backend, row[None], **given)[0]
+            assert np.array_equal(stays, np.isfinite(filtered(row, **given)))
+            numbers.append(stays.sum())
+    assert len(set(numbers)) > 3
+
+
 def test_the_nucleus_keeps_the_boundary_and_its_ties(backend):
     row = torch.tensor([[0.1, 0.4, 0.1, 0.2, 0.1, 0.1]]).log()
     for top_p, expected in [(0.0, [1]), (0.39, [1]), (0.41, [1, 3]), (0.59, [1, 3]), (0.61, [*range(6)])]:
@@ -340,13 +359,15 @@ def listed_rows(kernel, *shape, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("is_hopper", [True, False])
 def test_a_launch_of_16_bit_logits_asks_for_few_registers_on_hopper(kernel, launches, is_hopper):
-    """Of a nucleus, not of k."""
+    """Of a nucleus alone."""
     module, asked = kernel.module(OPERATION), launches(capability=(9, 0) if is_hopper else (8, 0))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        module.thresholds(listed_rows(kernel, 2, 8192, dtype=dtype), 820, None, 0.9)
+        rows = listed_rows(kernel, 2, 8192, dtype=dtype)
+        for top_k, min_p, top_p in ((None, 0.1, 0.9), (820, 0.1, None), (820, None, 0.9)):
+            module.thresholds(rows, top_k, min_p, top_p)
     registers = [given.get("maxnreg") for given in asked]
     most = module._HOPPER_REGISTERS if is_hopper else None
-    assert registers == [None, most, None, most, None, None]
+    assert registers == [most, None, None, most, None, None, None, None, None]
 
 
 @pytest.mark.parametrize("num_multiprocessors", [2, 132])
@@ -356,6 +377,7 @@ def test_a_launch_fits_the_multiprocessors(kernel, launches, num_multiprocessors
     monkeypatch.setattr(module, "_FEW_ROWS", 2)
     asked = launches(num_multiprocessors=num_multiprocessors)
     for num_rows in (2 * num_multiprocessors, 2 * num_multiprocessors + 1):
+        module.thresholds(listed_rows(kernel, num_rows, 2049), 820, None, None)
         module.thresholds(listed_rows(kernel, num_rows, 2049), 820, None, 0.9)
     assert [given["num_warps"] for given in asked] == [4, 1, 1, 1]
     asked.clear()

@@ -75,9 +75,11 @@ class _Utilities:
         return {"max_shared_mem": 232448}
 
     @staticmethod
-    def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[None, Program, int, int, int]:
-        """Module, function, registers and spills, of which nothing is known, and the most threads of a program."""
-        return None, Program(kernel.decode()), 0, 0, 1024
+    def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[Program, Program, int, int, int]:
+        """Module (without one Triton would load again at each launch), function, registers and spills, of which
+        nothing is known, and the most threads of a program."""
+        program = Program(kernel.decode())
+        return program, program, 0, 0, 1024
 
 
 class _Driver(DriverBase):
