@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fastmask.ops.seeds import check_generator
 from fastmask.records import Counts
+from fastmask.vocabulary_parallel import padded_vocabulary
+
+__all__ = ["ALONE", "Ranks", "padded_vocabulary"]
 
 
 class Ranks:

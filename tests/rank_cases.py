@@ -248,9 +248,9 @@ def checkpoint(whole: Whole, folder: str) -> float:
     return max(difference, largest(back, [3.0 * weight for weight in full]))
 
 
-def cases() -> dict[str, tuple[int, Callable[..., float]]]:
+def cases() -> Cases:
     """What is done, and by how many ranks, by name."""
-    found: dict[str, tuple[int, Callable[..., float]]] = {}
+    found: Cases = {}
 
     def add(
         name: str, ranks: int, sizes: str, run: Callable[..., float], *arguments: Any, padded: bool = True
@@ -282,7 +282,10 @@ def cases() -> dict[str, tuple[int, Callable[..., float]]]:
     return found
 
 
-def on_rank(rank: int, folder: str) -> None:
+Cases = dict[str, tuple[int, Callable[[dist.ProcessGroup, str], float]]]
+
+
+def on_rank(rank: int, cases: Callable[[], Cases], folder: str) -> None:
     """All cases, on one of four ranks; the first writes what it found."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -296,5 +299,10 @@ def on_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def run_ranks(cases: Callable[[], Cases], folder: str) -> None:
+    """All cases on four ranks, which are forked."""
+    torch.multiprocessing.start_processes(on_rank, (cases, folder), nprocs=4, start_method="fork")
+
+
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(on_rank, sys.argv[1:], nprocs=4, start_method="fork")
+    run_ranks(cases, sys.argv[1])

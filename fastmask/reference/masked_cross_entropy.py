@@ -12,6 +12,9 @@ in float32 (float64 for float64 logits). With a softcap c, z = c tanh(x / c) of 
 d loss / d x = (1 - (z / c)^2) d loss / d z. A leaves out ``exclude_id`` (the SUBS parametrisation of MDLM,
 https://arxiv.org/abs/2406.07524, section 3.2.3). As p_y -> 1, L - z_y and 1 - p_y cancel; nll and q are
 taken from the sum over the other columns instead and keep their relative accuracy.
+
+Where the vocabulary is split over ranks (``fastmask/vocabulary_parallel.py``), maxima and sums over columns are taken
+over the ranks' too: the equations are the same.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ from torch import Tensor
 
 from fastmask._autograd import first_order_only
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
+from fastmask.vocabulary_parallel import Columns
 
 # A chunk's temporaries stay in a CPU core's cache.
 _CHUNK_ELEMENTS = 2**19
+# Rows of which ranks that split the vocabulary speak at once: enough for messages and matrix products, few enough for
+# memory (1024 x 50257 float32: 196 MiB).
+CHUNK_ROWS = 1024
 
 
 class RowLosses(NamedTuple):
@@ -37,44 +44,49 @@ class RowLosses(NamedTuple):
     gradient: Tensor | None = None
 
 
-def chunk_rows(logits: Tensor) -> int:
+def chunk_rows(logits: Tensor, columns: Columns | None = None) -> int:
     """How many rows of [R, V] logits are worked on at once."""
-    return max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    return max(1, _CHUNK_ELEMENTS // logits.shape[-1]) if columns is None else CHUNK_ROWS
 
 
-def chunk_losses_(logits: Tensor, targets: Tensor, options: LossOptions, *, with_gradient: bool) -> RowLosses:
+def chunk_losses_(
+    logits: Tensor, targets: Tensor, options: LossOptions, columns: Columns | None = None, *, with_gradient: bool
+) -> RowLosses:
     """The module's equations with w = 1, for logits [M, V] and targets [M]; float32 logits are overwritten, and the
-    gradient lies there. A row whose target is no column is NaN."""
-    label_smoothing, exclude_id = options.label_smoothing, options.exclude_id
-    target = targets.long()[:, None]
-    is_column = (target >= 0) & (target < logits.shape[-1])
-    target = target.where(is_column, 0)
+    gradient lies there. A row whose target is no id is NaN. columns: which they are; None for all."""
+    columns = Columns.whole(logits.shape[-1]) if columns is None else columns
+    label_smoothing, excluded = options.label_smoothing, columns.place(options.exclude_id)
+    num_allowed = columns.num_tokens - (options.exclude_id is not None)
+    target, is_here = columns.local(targets[:, None])
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    num_allowed = z.shape[-1] - (exclude_id is not None)
+    if columns.width == 0:  # stands for none, and is left out
+        z, excluded = z.new_zeros(len(z), 1), 0
     slope = None
     if options.softcap is not None:
         z = z.div_(options.softcap).tanh_()
         slope = (1.0 - z) * (1.0 + z) if with_gradient else None  # 1 - z^2 would cancel near 1
         z *= options.softcap
-    if exclude_id is not None:
-        z[:, exclude_id] = -torch.inf
-    z_max = z.amax(dim=-1, keepdim=True)
-    z_target = z.gather(-1, target).where(is_column, torch.nan)
-    correct = torch.zeros_like(target, dtype=torch.bool)
+    if excluded is not None:
+        z[:, excluded] = -torch.inf
+    z_max = columns.largest(z.amax(dim=-1, keepdim=True))
+    z_target = z.gather(-1, target).where(is_here, 0.0)
+    correct = torch.zeros_like(is_here)
     if options.with_correct:
-        correct = z.argmax(dim=-1, keepdim=True) == target
+        correct = columns.argmax(z) == targets[:, None]
 
     z -= z_max
+    gaps = []
     if label_smoothing > 0.0:
-        if exclude_id is not None:
-            z[:, exclude_id] = 0.0
-        mean_gap = z.sum(dim=-1, keepdim=True) / num_allowed
-        if exclude_id is not None:
-            z[:, exclude_id] = -torch.inf
+        if excluded is not None:
+            z[:, excluded] = 0.0
+        gaps = [z.sum(dim=-1, keepdim=True)]
+        if excluded is not None:
+            z[:, excluded] = -torch.inf
     e = z.exp_()
-    e_target = e.gather(-1, target).where(is_column, torch.nan)
-    others = e.scatter_(-1, target, 0.0).sum(dim=-1, keepdim=True)
-    total = others + e_target
+    others = e.scatter_(-1, target, e.gather(-1, target).where(~is_here, 0.0)).sum(dim=-1, keepdim=True)
+    others, z_target, *gaps = columns.totals(others, z_target, *gaps)
+    e_target = (z_target - z_max).exp()
+    total = (others + e_target).where(columns.has(targets[:, None]), torch.nan)
 
     correct &= ~total.isnan()
     log_total = total.log()
@@ -83,7 +95,7 @@ def chunk_losses_(logits: Tensor, targets: Tensor, options: LossOptions, *, with
     nll = torch.where(ratio <= 0.5, ratio.log1p(), z_max - z_target + log_total)
     loss = nll
     if label_smoothing > 0.0:
-        loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_total - mean_gap)
+        loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_total - gaps[0] / num_allowed)
     if options.z_loss > 0.0:
         loss = loss + options.z_loss * lse.square()
 
@@ -93,11 +105,13 @@ def chunk_losses_(logits: Tensor, targets: Tensor, options: LossOptions, *, with
         gradient = e.mul_((1.0 + by_lse) / total).sub_(label_smoothing / num_allowed)
         p_target = e_target / total
         at_target = (1.0 - label_smoothing) * -others / total + label_smoothing * (p_target - 1.0 / num_allowed)
-        gradient.scatter_(-1, target, at_target + by_lse * p_target)
+        at_target += by_lse * p_target
+        gradient.scatter_(-1, target, at_target.where(is_here, gradient.gather(-1, target)))
         if slope is not None:
             gradient *= slope
-        if exclude_id is not None:
-            gradient[:, exclude_id] = 0.0
+        if excluded is not None:
+            gradient[:, excluded] = 0.0
+        gradient = gradient[:, : columns.width]
     return RowLosses(loss.squeeze(-1), nll.squeeze(-1), correct.squeeze(-1), gradient)
 
 
@@ -112,13 +126,21 @@ class _MaskedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, indices: Tensor, options: LossOptions, inplace_grad: bool
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        indices: Tensor,
+        options: LossOptions,
+        inplace_grad: bool,
+        columns: Columns | None,
     ) -> Any:
         ctx.save_for_backward(logits, targets, indices)
-        ctx.options, ctx.inplace_grad = options, inplace_grad
-        parts = indices.split(chunk_rows(logits))
+        ctx.options, ctx.inplace_grad, ctx.columns = options, inplace_grad, columns
         out = joined(
-            [chunk_losses_(logits.index_select(0, i), targets[i], options, with_gradient=False) for i in parts]
+            [
+                chunk_losses_(logits.index_select(0, part), targets[part], options, columns, with_gradient=False)
+                for part in indices.split(chunk_rows(logits, columns))
+            ]
         )
         ctx.mark_non_differentiable(out.nll, out.correct)
         return out.loss, out.nll, out.correct
@@ -129,14 +151,14 @@ class _MaskedRows(torch.autograd.Function):
         logits, targets, indices = ctx.saved_tensors
         options = ctx.options._replace(with_correct=False)
         grad_logits = logits.detach() if ctx.inplace_grad else torch.empty_like(logits)
-        chunk = chunk_rows(logits)
+        chunk = chunk_rows(logits, ctx.columns)
         for part, grad_part in zip(indices.split(chunk), grad_loss.split(chunk), strict=True):
-            out = chunk_losses_(logits.index_select(0, part), targets[part], options, with_gradient=True)
+            out = chunk_losses_(logits.index_select(0, part), targets[part], options, ctx.columns, with_gradient=True)
             assert out.gradient is not None
             grad_logits.index_copy_(0, part, out.gradient.mul_(grad_part[:, None]).to(logits.dtype))
         is_unmasked = torch.ones_like(targets, dtype=torch.bool).index_fill_(0, indices, False)
         grad_logits.index_fill_(0, is_unmasked.nonzero().squeeze(-1), 0.0)
-        return grad_logits, None, None, None, None
+        return grad_logits, None, None, None, None, None
 
 
 def masked_cross_entropy(
@@ -149,11 +171,23 @@ def masked_cross_entropy(
         rows: of shape [...]; targets are read at masked rows only, and weight 0 is unmasked.
         inplace_grad: backward writes the gradient where the logits lie.
     """
+    return of_columns(logits, rows, reduction, options, inplace_grad, None)
+
+
+def of_columns(
+    logits: Tensor,
+    rows: LossRows,
+    reduction: Reduction,
+    options: LossOptions,
+    inplace_grad: bool,
+    columns: Columns | None,
+) -> CrossEntropy:
+    """The same of logits [..., width], those columns of them that this rank has; None for all."""
     shape = rows.targets.shape
     indices = counted_indices(rows)
     inplace_grad = inplace_grad and logits.is_contiguous()
     loss, nll, correct = _MaskedRows.apply(
-        logits.flatten(0, -2), rows.targets.flatten(), indices, options, inplace_grad
+        logits.flatten(0, -2), rows.targets.flatten(), indices, options, inplace_grad, columns
     )
     if rows.weights is not None:
         loss = loss * rows.weights.flatten()[indices]
