@@ -1,8 +1,8 @@
 """A vocabulary split over ranks: which columns of the logits are this process's, and what ranks tell each other.
 
 It is asked for by torch's own DTensor on a mesh of one dimension: a head's weight [V, D] that is Shard(0), or logits
-[..., V] that are Shard(-1). Everything else (embeddings, targets, masks) is a plain tensor, equal on all ranks of that
-mesh. No rank ever has a row of all V logits: ranks exchange a few numbers a row.
+[..., V] that are Shard(-1). Everything else (embeddings, targets, masks) is a plain tensor, equal on all these ranks.
+No rank ever has a row of all V logits: ranks exchange a few numbers a row.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def check_tiles(tensor: Any, dim: int) -> None:
     if num_ranks > 1 and -(-num_tokens // num_ranks) % TILE:
         raise ValueError(
             f"expected a vocabulary of which each rank has a multiple of {TILE} ids to sample from, received "
-            f"{num_tokens} ids over {num_ranks} ranks; give the head {padded_vocabulary(num_tokens, num_ranks)} rows, "
-            f"as fastmask.distributed.padded_vocabulary({num_tokens}, {num_ranks}) says"
+            f"{num_tokens} ids over {num_ranks} ranks; give the head {padded_vocabulary(num_tokens, num_ranks)} "
+            f"rows (fastmask.distributed.padded_vocabulary)"
         )
 
 

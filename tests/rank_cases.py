@@ -25,10 +25,11 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 from training import N, build, clean
+
+from fastmask.distributed import shard
 
 CPU = torch.device("cpu")
 # By the size of a group, how many rows each rank has: alike, of several sizes, and none on one of them.
@@ -206,15 +207,16 @@ def sharded(whole: Whole, options: dict[str, Any]) -> float:
 
 
 def sharded_methods(whole: Whole) -> float:
-    """nelbo and generate of what FSDP2 has sharded."""
+    """nelbo, generate and generate_steps of what FSDP2 has sharded."""
     model, alone = _sharded(whole), build(CPU).double()
-    for method in ("nelbo", "generate"):
-        register_fsdp_forward_method(model, method)
     ours = model.nelbo(whole.part(whole.tokens), seed=7, process_group=whole.group)
     options = {"generator": torch.Generator().manual_seed(5), "steps": 4}
     ids = model.generate(len(whole.part(whole.tokens)), sample_offset=whole.first, **options)
     expected = alone.generate(len(whole.tokens), generator=torch.Generator().manual_seed(5), steps=4)
     assert torch.equal(ids, whole.part(expected))
+    options["generator"].manual_seed(5)
+    *_, last = model.generate_steps(len(whole.part(whole.tokens)), sample_offset=whole.first, **options)
+    assert torch.equal(last.ids, ids)
     return distance(ours, alone.nelbo(whole.tokens, seed=7))
 
 
@@ -223,9 +225,7 @@ def _sharded(whole: Whole, scale: float = 1.0, **options: Any):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
-    mesh = DeviceMesh.from_group(whole.group, "cpu")
-    fully_shard(model.net.attn_layers, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return shard(model, DeviceMesh.from_group(whole.group, "cpu"))
 
 
 def checkpoint(whole: Whole, folder: str) -> float:

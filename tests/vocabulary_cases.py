@@ -1,28 +1,28 @@
-"""What the ranks of tests/test_vocabulary_parallel.py do, and what one process with the whole vocabulary does instead.
+"""What the ranks of tests/test_vocabulary_parallel.py do, and what one process with the whole vocabulary does.
 
     python tests/vocabulary_cases.py folder
 
-writes folder/report.json: by how much the two differ, by name of the case. Ranks are forked.
+writes folder/report.json: by how much the two differ, by name of the case, and what ranks say. Ranks are forked.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_cases import distance, run_ranks
+from rank_cases import Cases, distance, largest, run_ranks
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-from training import MASK, build, clean
+from x_transformers import Encoder, TransformerWrapper
 
-from fastmask import functional
-from fastmask.distributed import padded_vocabulary
+from fastmask import NonAutoregressiveWrapper, functional, vocabulary_parallel
+from fastmask.distributed import padded_vocabulary, shard
 from fastmask.functional import LinearLogits
 
 D, ROWS = 8, 24
@@ -176,13 +176,11 @@ def low_precision(mesh: DeviceMesh) -> float:
 
 def sampling(mesh: DeviceMesh, dtype: torch.dtype, options: dict[str, Any], *, is_linear: bool) -> float:
     """How many ids differ; 1e-5 more of the figures counts as one."""
-    vocabulary, num_tokens = padded_vocabulary(10000, mesh.size()), None
+    vocabulary = padded_vocabulary(10000, mesh.size())
     if is_linear:
         tensors = seeded(4, 6, D, dtype=dtype), seeded(vocabulary, D, dtype=dtype), seeded(vocabulary, dtype=dtype)
-        mine = LinearLogits(tensors[0], *(split(x, mesh, 0) for x in tensors[1:]), softcap=5.0)
-        alone = LinearLogits(*tensors, softcap=5.0)
-        num_tokens = 10000
-        mine, alone = (x._replace(num_tokens=num_tokens) for x in (mine, alone))
+        alone = LinearLogits(*tensors, softcap=5.0, num_tokens=10000)
+        mine = alone._replace(weight=split(alone.weight, mesh, 0), bias=split(tensors[2], mesh, 0))
     else:
         logits = 2 * seeded(4, 6, vocabulary, dtype=dtype)
         logits[0, 0, 9000] = torch.nan
@@ -190,8 +188,6 @@ def sampling(mesh: DeviceMesh, dtype: torch.dtype, options: dict[str, Any], *, i
         logits[0, 2, 4096:] = -torch.inf
         logits[0, 3, 100] = logits[0, 3, 9000] = 50.0  # a tie of two ranks
         mine, alone = split(logits, mesh, -1), logits
-        forbidden = options.get("forbidden")
-        options = {**options, "forbidden": forbidden}
     ours, expected = (functional.sample_tokens(x, seed=5, step=3, sample_offset=2, **options) for x in (mine, alone))
     found = float((ours.ids != expected.ids).sum())
     for x, y in zip(ours[1:], expected[1:], strict=True):
@@ -210,16 +206,113 @@ def step(mesh: DeviceMesh) -> float:
     return float(sum((~x.isclose(y, rtol=1e-5)).sum() for x, y in zip(ours, alone, strict=True)))
 
 
-def cases() -> dict[str, tuple[int, Callable[[dist.ProcessGroup, str], float]]]:
+def model(mesh: DeviceMesh | None, ranks: int, *, tied: bool, **options: Any) -> NonAutoregressiveWrapper:
+    """A wrapper whose head is split over the mesh, its vocabulary padded; without a mesh, whole."""
+    torch.manual_seed(0)
+    layers = Encoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    padded = padded_vocabulary(5000, ranks)
+    net = TransformerWrapper(num_tokens=padded, max_seq_len=6, attn_layers=layers, tie_embedding=tied)
+    net.num_tokens = 5000
+    if mesh is not None and tied:
+        style = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+        parallelize_module(net.token_emb.emb, mesh, style)
+    elif mesh is not None:
+        net.to_logits.weight = nn.Parameter(split(net.to_logits.weight, mesh, 0))
+    return NonAutoregressiveWrapper(net, mask_id=4999, **options).double()
+
+
+def wrapper(mesh: DeviceMesh, data: DeviceMesh | None = None, *, tied: bool, **options: Any) -> float:
+    """Loss, gradients, nelbo and, id for id, generate; of a part of the batch where fully_shard has another mesh."""
+    mine, alone = (model(m, mesh.size(), tied=tied, **options) for m in (mesh, None))
+    assert mine.has_linear_head
+    x = torch.randint(4999, (4, 6), generator=torch.Generator().manual_seed(1))
+    part, group, first = x, {}, 0
+    if data is not None:
+        shard(mine, data)
+        part, group = x.chunk(data.size())[data.get_local_rank()], {"process_group": data.get_group()}
+        first = data.get_local_rank() * len(part)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    ours = mine(part, generator=generators[0], **group).loss
+    ours.backward()
+    expected = alone(x, generator=generators[1]).loss
+    expected.backward()
+    if data is not None:
+        ours = ours.detach().clone() / data.size()
+        dist.all_reduce(ours, group=data.get_group())
+    pairs = zip(mine.parameters(), alone.parameters(), strict=True)
+    both = [(whole(p.grad), q.grad) for p, q in pairs if q.grad is not None]
+    found = [distance(ours, expected), largest(*zip(*both, strict=True))]
+    found.append(distance(mine.nelbo(part, seed=1, **group), alone.nelbo(x, seed=1)))
+    for settings in ({}, {"start_temperature": 0.7, "filter_thres": None}, {"cfg_scale": 1.0, "prompt": x[:, :2]}):
+        generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+        settings = {"steps": 3, **settings}
+        theirs = alone.generate(4, generator=generators[1], **settings)[first : first + len(part)]
+        prompt = {} if "prompt" not in settings else {"prompt": settings["prompt"][first : first + len(part)]}
+        settings = {**settings, **prompt, "sample_offset": first}
+        found.append(float((mine.generate(len(part), generator=generators[0], **settings) != theirs).sum()))
+    return max(found)
+
+
+def in_two_dimensions(group: dist.ProcessGroup, *, tied: bool) -> float:
+    """The vocabulary over two ranks, and the batch by FSDP2 over two such pairs."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "vocabulary"))
+    return wrapper(mesh["vocabulary"], mesh["data"], tied=tied)
+
+
+def bytes_a_row(mesh: DeviceMesh, run: Callable[[Tensor, Tensor], Any]) -> float:
+    """What a rank tells the others of each of 24 rows of a head of width 8."""
+    said = []
+    module = vocabulary_parallel.dist
+    originals = module.all_reduce, module.all_gather
+    module.all_reduce = lambda x, *args, **kwargs: said.append(x.nbytes) or originals[0](x, *args, **kwargs)
+    module.all_gather = lambda out, x, **kwargs: said.append(x.nbytes) or originals[1](out, x, **kwargs)
+    try:
+        run(seeded(4, 6, D, dtype=torch.float32), split(seeded(8192, D, dtype=torch.float32), mesh, 0))
+    finally:
+        module.all_reduce, module.all_gather = originals
+    return sum(said) / ROWS
+
+
+def loss_of(embeddings: Tensor, weight: Tensor, **options: Any) -> None:
+    targets = torch.zeros(4, 6, dtype=torch.int64)
+    functional.linear_masked_cross_entropy(embeddings, weight, targets, **options)
+
+
+def sample_of(embeddings: Tensor, weight: Tensor, **options: Any) -> None:
+    functional.sample_tokens(LinearLogits(embeddings, weight), seed=0, **options)
+
+
+BYTES: dict[str, Callable[[Tensor, Tensor], None]] = {
+    "loss": loss_of,
+    "loss, smoothing": partial(loss_of, label_smoothing=0.1),
+    "loss, argmax": partial(loss_of, with_correct=True),
+    "loss, gradient": lambda embeddings, weight: loss_of(embeddings.requires_grad_(), weight),
+    "sample": sample_of,
+    "sample, min_p": partial(sample_of, min_p=0.1),
+    "sample, top_k": partial(sample_of, top_k=9),
+    "sample, top_p": partial(sample_of, top_p=0.9),
+}
+
+
+def cases() -> Cases:
     """What is done, and by how many ranks, by name."""
-    return {
+    found: Cases = {
         f"{name}, {ranks} ranks": (ranks, lambda group, folder, run=run: run(DeviceMesh.from_group(group, "cpu")))
         for ranks in (2, 4)
-        for name, run in each_case(ranks)
+        for name, run in each_case()
     }
+    for name, run in BYTES.items():
+        found[f"bytes of {name}"] = (
+            2,
+            lambda group, folder, run=run: bytes_a_row(DeviceMesh.from_group(group, "cpu"), run),
+        )
+    for tied_too in (False, True):
+        name = f"wrapper and FSDP2{', tied' * tied_too}, float64, 4 ranks"
+        found[name] = 4, lambda group, folder, tied=tied_too: in_two_dimensions(group, tied=tied)
+    return found
 
 
-def each_case(ranks: int) -> Iterator[tuple[str, Callable[[DeviceMesh], float]]]:
+def each_case() -> Iterator[tuple[str, Callable[[DeviceMesh], float]]]:
     for dtype in (torch.float64, torch.float32):
         suffix = str(dtype).removeprefix("torch.")
         for name, options in LOSSES.items():
@@ -237,6 +330,10 @@ def each_case(ranks: int) -> Iterator[tuple[str, Callable[[DeviceMesh], float]]]
         if "forbidden" not in options:
             yield f"sampling {name}, a head", lambda m, o=options: sampling(m, torch.float64, o, is_linear=True)
     yield "sampling and remasking", step
+    for critic in ({}, {"self_token_critic": True, "self_cond": True}):
+        for is_tied in (False, True):
+            name = f"wrapper{', critic' * bool(critic)}{', tied' * is_tied}, float64"
+            yield name, lambda m, t=is_tied, c=critic: wrapper(m, tied=t, **c)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Every tile races in the rank that has it, by its own number in the vocabulary; each rank plays on in the best of its
 tiles, and of what the ranks found the one of the highest key is taken. That is the race of one process: the same ids
-from the same seed, up to floating-point ties. Of a row ranks tell each other 4 bytes (the largest logit), 40 (sums,
-key and id) and 4 (the logit of what was taken); and to find a threshold of top_k or top_p 8 bytes 32 times.
+from the same seed, up to floating-point ties. Of a row ranks tell each other 16 bytes (the largest logit, its id), 40
+(sums, key and id) and 4 (the logit of what was taken); and to find a threshold, of top_k or top_p, 32 times 8.
 """
 
 from __future__ import annotations
