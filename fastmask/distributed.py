@@ -30,9 +30,9 @@ Wrapper = TypeVar("Wrapper", bound=nn.Module)
 def shard(wrapper: Wrapper, mesh: DeviceMesh, **options: Any) -> Wrapper:
     """Shards a wrapper over ranks by torch's fully_shard (FSDP2), for training, nelbo and generation.
 
-    Blocks are gathered one at a time, while each runs: what the network's (and a critic's) outermost nn.ModuleLists
-    list, lists within these looked through, as far as it has a matrix of weights. Everything else, embeddings and head
-    among it, is gathered for all of a call.
+    Blocks are gathered one at a time, while each runs. They are what the network's (and a critic's) outermost
+    nn.ModuleLists list, if it has a matrix of weights; lists within lists are looked through. Everything else,
+    embeddings and head among it, is gathered for all of a call.
 
     Args:
         wrapper: a NonAutoregressiveWrapper, on the mesh's device. Its parameters become DTensors, in place.
