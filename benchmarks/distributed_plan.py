@@ -20,7 +20,7 @@ BFLOAT16, FLOAT32 = 2, 4
 
 
 class Model(NamedTuple):
-    """LLaDA-8B (https://arxiv.org/abs/2502.09992, table 5): attention without grouping, SwiGLU, an untied head."""
+    """LLaDA-8B (https://arxiv.org/abs/2502.09992): attention without grouping, SwiGLU, an untied head."""
 
     width: int = 4096
     layers: int = 32
