@@ -274,7 +274,7 @@ def cases() -> Cases:
             add("generation", ranks, sizes, generation)
             for kind in ("tensor", "data set", "batches", "sequences"):
                 add(f"nelbo of {kind}", ranks, sizes, bound, kind)
-    for name in ("weighted", "self-conditioned", "self critic"):
+    for name in ("weighted", "mean", "self-conditioned", "own critic", "self critic"):
         for sizes in ("alike", "several"):
             add(f"FSDP2 {name}", 2, sizes, sharded, OPTIONS[name])
     add("FSDP2's nelbo and generate", 2, "several", sharded_methods)

@@ -55,7 +55,11 @@ def sample_tokens(
     Equal rows of logits give equal figures, bit for bit, wherever they lie in whatever batch. Behind a head that is
     left to the matrix product (BLAS), which may round by a row's place and the batch's size.
     """
-    return by_chunks(logits, rows, draws, sampling, kept_ids, out, per_sequence, _sample_chunk_)
+    if isinstance(logits, LinearLogits):
+        chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // len(logits.weight))
+    else:
+        chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    return by_chunks(logits, rows, draws, sampling, kept_ids, out, per_sequence, chunk, _sample_chunk_)
 
 
 def by_chunks(
@@ -66,14 +70,10 @@ def by_chunks(
     kept_ids: Tensor | None,
     out: Sampled | None,
     per_sequence: PerSequence | None,
+    chunk: int,
     sample_chunk_: Callable[[Tensor, SampledRows, Draws, Options, Tensor | None], Sampled],
 ) -> Sampled:
-    """The same by a function of one chunk's logits."""
-    num_columns = max(1, len(logits.weight) if isinstance(logits, LinearLogits) else logits.shape[-1])
-    if isinstance(logits, LinearLogits):
-        chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // num_columns)
-    else:
-        chunk = max(1, _CHUNK_ELEMENTS // num_columns)
+    """The same by a function of the logits of so many rows, a chunk."""
     rows = rows.without_strays()
     parts = []
     for number in range(max(1, math.ceil(len(rows.row_indices) / chunk))):  # traced, this fixes the chunks alone

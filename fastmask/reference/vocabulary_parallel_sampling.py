@@ -30,6 +30,9 @@ from fastmask.reference.sample_tokens import (
 from fastmask.reference.vocabulary_filter import exact
 from fastmask.vocabulary_parallel import Columns
 
+# Rows at once: as many on all ranks, however many columns each has, since they speak of a chunk together.
+CHUNK_ROWS = 1024
+
 
 @torch.no_grad()
 def sample_tokens(
@@ -44,7 +47,7 @@ def sample_tokens(
 ) -> Sampled:
     """As ``fastmask/reference/sample_tokens.py``, of the columns that this rank has; the same on all ranks."""
     run = partial(_sample_chunk_, columns=columns)
-    return by_chunks(logits, rows, draws, sampling, kept_ids, out, per_sequence, run)
+    return by_chunks(logits, rows, draws, sampling, kept_ids, out, per_sequence, CHUNK_ROWS, run)
 
 
 def _sample_chunk_(
