@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastmask import _check, _devices, functional
 from fastmask.heads import Heads, gives_embeddings, logits_in
 from fastmask.records import CrossEntropy, LinearLogits, MaskedTokens
+from fastmask.vocabulary_parallel import is_split
 
 
 class Output(NamedTuple):
@@ -31,7 +32,7 @@ class Output(NamedTuple):
     @property
     def num_tokens(self) -> int:
         """V."""
-        return self.logits.shape[-1] if isinstance(self.logits, Tensor) else len(self.logits.weight)
+        return self.logits.shape[-1] if isinstance(self.logits, Tensor) else self.logits.num_ids
 
     def of_tokens(self, net: Any, num_tokens: int, mask_id: int) -> Output:
         """The output for num_tokens ids of which mask_id is no prediction: columns that pad the head are cut off.
@@ -88,6 +89,7 @@ class Output(NamedTuple):
             num_masked=num_masked,
             denominator=denominator,
             softcap=logits.softcap,
+            num_tokens=logits.num_tokens,
             exclude_id=self.exclude_id,
             with_correct=with_correct,
         )
@@ -96,6 +98,11 @@ class Output(NamedTuple):
         """The logits [M, V] of the rows ``row_indices`` [M]."""
         if isinstance(self.logits, Tensor):
             return rearrange(self.logits, "b n v -> (b n) v")[row_indices]
+        if is_split(self.logits.weight):
+            raise ValueError(
+                "expected a head's weight that is a plain tensor, for guidance under a softcap and for compat, "
+                "received a DTensor, of which no rank makes whole rows of logits; leave cfg_scale or compat out"
+            )
         return self.logits.of_rows(rearrange(self.logits.embeddings, "b n d -> (b n) d")[row_indices])
 
     def to_guide(self, row_indices: Tensor) -> Output:

@@ -1,4 +1,6 @@
-"""The ranks of a process group as holders of one batch: what they divide by in common, and whose rows are whose.
+"""Several processes: a wrapper sharded over them, and ranks as holders of one batch.
+
+What they divide by in common, and whose rows are whose, is for training, evaluation and generation to know.
 
 The engines are torch's: DistributedDataParallel and fully_shard average gradients over ranks. So a rank divides by
 the ranks' mean count; the mean of their losses, and of their gradients, is then the whole batch's.
@@ -6,14 +8,61 @@ the ranks' mean count; the mean of their losses, and of their gradients, is then
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmask.ops.seeds import check_generator
 from fastmask.records import Counts
+from fastmask.vocabulary_parallel import padded_vocabulary
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh  # which not every build of torch has
+
+__all__ = ["ALONE", "Ranks", "padded_vocabulary", "shard"]
+
+Wrapper = TypeVar("Wrapper", bound=nn.Module)
+
+
+def shard(wrapper: Wrapper, mesh: DeviceMesh, **options: Any) -> Wrapper:
+    """Shards a wrapper over ranks by torch's fully_shard (FSDP2), for training, nelbo and generation.
+
+    Blocks are gathered one at a time, while each runs. They are what the network's (and a critic's) outermost
+    nn.ModuleLists list, if it has a matrix of weights; lists within lists are looked through. Everything else,
+    embeddings and head among it, is gathered for all of a call.
+
+    Args:
+        wrapper: a NonAutoregressiveWrapper, on the mesh's device. Its parameters become DTensors, in place.
+        mesh: of one dimension; of two, fully_shard replicates over the first.
+        options: fully_shard's own, as ``mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)``.
+
+    Returns:
+        The wrapper. ``nelbo``, ``generate`` and ``generate_steps`` gather its parameters as calling it does.
+
+    Source: PyTorch FSDP (https://arxiv.org/abs/2304.11277).
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for block in dict.fromkeys(_blocks(wrapper)):
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(wrapper, mesh=mesh, **options)
+    for method in ("nelbo", "generate", "generate_steps"):
+        register_fsdp_forward_method(wrapper, method)
+    return wrapper
+
+
+def _blocks(module: nn.Module, *, is_listed: bool = False) -> Iterator[nn.Module]:
+    """The blocks of a module; of one that is listed, itself."""
+    is_list = isinstance(module, nn.ModuleList)
+    if is_listed and not is_list:
+        if any(parameter.ndim > 1 for parameter in module.parameters()):
+            yield module
+        return
+    for child in module.children():
+        yield from _blocks(child, is_listed=is_list)
 
 
 class Ranks:

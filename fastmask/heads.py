@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.records import LinearLogits
+from fastmask.vocabulary_parallel import is_split
 
 # No attribute of Heads, which is copied and pickled. Reentrant, for a network that has a wrapper in it.
 _proving = threading.RLock()
@@ -72,6 +73,9 @@ class Heads:
             way = of_transformer(net)
         if way.head is None or is_plain(way.head.weight):
             return way
+        if is_split(way.head.weight):
+            obstacle = _no_split_head(net, way.head.weight)
+            return Way(None, obstacle) if obstacle else Way(way.head, f"{way.reason}, split over ranks")
         return Way(None, f"the head's weight is a {_kind(way.head.weight)}, no plain tensor")
 
     def _declared(self, net: Any) -> Way | None:
@@ -177,6 +181,22 @@ def logits_in(output: object) -> object:
 def is_plain(weight: object) -> bool:
     """Whether a weight is a tensor of numbers, neither quantised nor split over devices."""
     return type(weight) in (Tensor, nn.Parameter) and not weight.is_quantized  # type: ignore[attr-defined]
+
+
+def _no_split_head(net: Any, weight: Any) -> str | None:
+    """Why a head's weight that is a DTensor is not split over ranks by ids, for each rank to work on its own; None if
+    it is.
+
+    fully_shard makes DTensors too, of weights that a run needs whole: a module of the network gathers them while it
+    runs itself, the wrapper for all of a call.
+    """
+    if weight.device_mesh.ndim != 1 or not weight.placements[0].is_shard(0):
+        return f"the head's weight is a DTensor {list(weight.placements)}, not Shard(0) on a mesh of one dimension"
+    modules = net.modules() if isinstance(net, nn.Module) else []
+    shards = [module for module in modules if hasattr(module, "unshard")]
+    if any(parameter is weight for shard in shards for parameter in shard.parameters()):
+        return "fully_shard has split the head's weight within the network; call it on the wrapper"
+    return None
 
 
 def _kind(weight: object) -> str:

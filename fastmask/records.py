@@ -148,7 +148,10 @@ class LinearLogits(NamedTuple):
     Samplers take it wherever they take logits, and compute those of the rows they sample.
 
     embeddings: [B, N, D] or, of compact rows, [M, D]. weight: [V, D]. bias: [V] or None. Of one dtype, unless under
-    autocast. softcap: above 0, or None.
+    autocast. softcap: above 0, or None. num_tokens: how many ids there are, of V rows of which the others pad the
+    vocabulary; None for V.
+
+    The weight may be a DTensor, split over ranks by ids; see ``fastmask.functional.linear_masked_cross_entropy``.
     """
 
     embeddings: Tensor
@@ -156,6 +159,12 @@ class LinearLogits(NamedTuple):
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    num_tokens: int | None = None
+
+    @property
+    def num_ids(self) -> int:
+        """How many ids there are."""
+        return len(self.weight) if self.num_tokens is None else self.num_tokens
 
     def scaled(self, embeddings: Tensor) -> Tensor:
         """Some rows of the embeddings, times the scale."""
@@ -167,13 +176,20 @@ class LinearLogits(NamedTuple):
 
     def of_rows(self, embeddings: Tensor) -> Tensor:
         """The logits of some rows of the embeddings."""
-        logits = torch.nn.functional.linear(self.scaled(embeddings), self.weight, self.bias)
+        _, weight, bias, *_ = self.cut()
+        logits = torch.nn.functional.linear(self.scaled(embeddings), weight, bias)
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def of_ids(self, num_tokens: int) -> LinearLogits:
         """The logits of the first num_tokens ids."""
-        bias = None if self.bias is None else self.bias[:num_tokens]
-        return self._replace(weight=self.weight[:num_tokens], bias=bias)
+        return self._replace(num_tokens=num_tokens)
+
+    def cut(self) -> LinearLogits:
+        """The same by a weight and a bias without rows that pad them."""
+        if self.num_ids == len(self.weight):
+            return self._replace(num_tokens=None)
+        bias = None if self.bias is None else self.bias[: self.num_ids]
+        return self._replace(weight=self.weight[: self.num_ids], bias=bias, num_tokens=None)
 
 
 # Demasking

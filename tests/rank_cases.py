@@ -25,10 +25,11 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 from training import N, build, clean
+
+from fastmask.distributed import shard
 
 CPU = torch.device("cpu")
 # By the size of a group, how many rows each rank has: alike, of several sizes, and none on one of them.
@@ -206,15 +207,16 @@ def sharded(whole: Whole, options: dict[str, Any]) -> float:
 
 
 def sharded_methods(whole: Whole) -> float:
-    """nelbo and generate of what FSDP2 has sharded."""
+    """nelbo, generate and generate_steps of what FSDP2 has sharded."""
     model, alone = _sharded(whole), build(CPU).double()
-    for method in ("nelbo", "generate"):
-        register_fsdp_forward_method(model, method)
     ours = model.nelbo(whole.part(whole.tokens), seed=7, process_group=whole.group)
     options = {"generator": torch.Generator().manual_seed(5), "steps": 4}
     ids = model.generate(len(whole.part(whole.tokens)), sample_offset=whole.first, **options)
     expected = alone.generate(len(whole.tokens), generator=torch.Generator().manual_seed(5), steps=4)
     assert torch.equal(ids, whole.part(expected))
+    options["generator"].manual_seed(5)
+    *_, last = model.generate_steps(len(whole.part(whole.tokens)), sample_offset=whole.first, **options)
+    assert torch.equal(last.ids, ids)
     return distance(ours, alone.nelbo(whole.tokens, seed=7))
 
 
@@ -223,9 +225,7 @@ def _sharded(whole: Whole, scale: float = 1.0, **options: Any):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
-    mesh = DeviceMesh.from_group(whole.group, "cpu")
-    fully_shard(model.net.attn_layers, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return shard(model, DeviceMesh.from_group(whole.group, "cpu"))
 
 
 def checkpoint(whole: Whole, folder: str) -> float:
@@ -248,9 +248,9 @@ def checkpoint(whole: Whole, folder: str) -> float:
     return max(difference, largest(back, [3.0 * weight for weight in full]))
 
 
-def cases() -> dict[str, tuple[int, Callable[..., float]]]:
+def cases() -> Cases:
     """What is done, and by how many ranks, by name."""
-    found: dict[str, tuple[int, Callable[..., float]]] = {}
+    found: Cases = {}
 
     def add(
         name: str, ranks: int, sizes: str, run: Callable[..., float], *arguments: Any, padded: bool = True
@@ -274,7 +274,7 @@ def cases() -> dict[str, tuple[int, Callable[..., float]]]:
             add("generation", ranks, sizes, generation)
             for kind in ("tensor", "data set", "batches", "sequences"):
                 add(f"nelbo of {kind}", ranks, sizes, bound, kind)
-    for name in ("weighted", "self-conditioned", "self critic"):
+    for name in ("weighted", "mean", "self-conditioned", "own critic", "self critic"):
         for sizes in ("alike", "several"):
             add(f"FSDP2 {name}", 2, sizes, sharded, OPTIONS[name])
     add("FSDP2's nelbo and generate", 2, "several", sharded_methods)
@@ -282,7 +282,10 @@ def cases() -> dict[str, tuple[int, Callable[..., float]]]:
     return found
 
 
-def on_rank(rank: int, folder: str) -> None:
+Cases = dict[str, tuple[int, Callable[[dist.ProcessGroup, str], float]]]
+
+
+def on_rank(rank: int, cases: Callable[[], Cases], folder: str) -> None:
     """All cases, on one of four ranks; the first writes what it found."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -296,5 +299,10 @@ def on_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def run_ranks(cases: Callable[[], Cases], folder: str) -> None:
+    """All cases on four ranks, which are forked."""
+    torch.multiprocessing.start_processes(on_rank, (cases, folder), nprocs=4, start_method="fork")
+
+
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(on_rank, sys.argv[1:], nprocs=4, start_method="fork")
+    run_ranks(cases, sys.argv[1])

@@ -28,7 +28,7 @@ LIMITS = {
     **{f"{name}, {dtype}": limit for name in TRAINING for dtype, limit in (("float64", 1e-12), ("float32", 1e-5))},
     "masks of one's own": 1e-12,
     "accumulation": 1e-12,
-    **{f"FSDP2 {name}": 1e-12 for name in ("weighted", "self-conditioned", "self critic")},
+    **{f"FSDP2 {name}": 1e-12 for name in ("weighted", "mean", "self-conditioned", "own critic", "self critic")},
     "FSDP2's nelbo and generate": 1.5e-7,
     "checkpoint": 0.0,
     "generation": 0.0,

@@ -122,16 +122,36 @@ def test_ddp(capsys, monkeypatch):
     """Two processes as one."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as where it is run
     one = run("ddp", capsys, "--steps", "100")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(ROOT / "examples" / "ddp.py"), "--steps", "100"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert "2 of 2 processes: 32 of 64" in ended.stdout
-    ours, expected = (re.findall(r"([\d.]+) nats a letter", printed) for printed in (ended.stdout, one))
+    ended = with_torchrun("ddp", "--steps", "100")
+    assert "2 of 2 processes: 32 of 64" in ended
+    ours, expected = (re.findall(r"([\d.]+) nats a letter", printed) for printed in (ended, one))
     first, _, last = (float(figure) for figure in ours)
     assert last < first - 0.5
     assert [float(figure) for figure in ours] == pytest.approx([float(figure) for figure in expected], abs=0.02)
+
+
+@pytest.mark.slow
+def test_vocabulary_parallel(capsys, monkeypatch):
+    """Two processes as one."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as where it is run
+    one = run("vocabulary_parallel", capsys, "--steps", "15")
+    ended = with_torchrun("vocabulary_parallel", "--steps", "15")
+    assert "1 of 2 processes: ids 0 to 4095 of 8192, of which 17 are any" in ended
+    ours, expected = (re.findall(r"([\d.]+) nats a letter", printed) for printed in (ended, one))
+    assert len(ours) == 4
+    assert float(ours[-1]) < float(ours[0]) - 0.3
+    assert [float(figure) for figure in ours] == pytest.approx([float(figure) for figure in expected], abs=0.002)
+    assert one.splitlines()[-1] in ended
+
+
+def with_torchrun(name: str, *arguments: str) -> str:
+    """What an example prints on two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 def test_all_are_run():

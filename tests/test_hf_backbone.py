@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmask import NonAutoregressiveWrapper
@@ -732,6 +735,31 @@ def test_self_critic_and_metrics():
     assert metrics.num_masked > 0
     assert model.token_critic.to_logits.weight.shape == (1, D)
     assert model.nelbo(tokens()).isfinite()
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of one rank."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Granite"])
+def test_a_head_split_over_ranks(name, mesh):
+    """Its embeddings are taken as of any head; torch alone refuses the product of a plain tensor and a DTensor."""
+    whole, split = (backbone(name, build(name)) for _ in range(2))
+    head = split.model.get_output_embeddings()
+    head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+    x, losses = torch.randint(1, MASK, (B, N), generator=torch.Generator().manual_seed(1)), []
+    for net in (whole, split):
+        model = NonAutoregressiveWrapper(net, mask_id=MASK)
+        assert model.has_linear_head
+        losses.append(model(x, generator=torch.Generator().manual_seed(3)).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    expected = whole.model.get_output_embeddings().weight.grad
+    torch.testing.assert_close(head.weight.grad.full_tensor(), expected)
 
 
 def test_doctests():

@@ -12,7 +12,7 @@ import math
 import operator
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastmask._modes import keeping_modes
 from fastmask.heads import Head, hooks, is_plain, logits_in
+from fastmask.vocabulary_parallel import is_split
 
 _aten = torch.ops.aten
 # Rows keep their order and their columns: whether they keep their number is seen from the shapes.
@@ -132,7 +133,7 @@ def prove(model: nn.Module, call: Callable[[Tensor], Any], ids: Tensor) -> Proof
 
 @torch.compiler.disable(recursive=False)  # the hook comes and goes; what the model runs may be compiled
 def embeddings(model: nn.Module, path: str, call: Callable[[], Any]) -> Tensor:
-    """What the head is given in a call: [B, N, D]; the head itself then gets no rows.
+    """What the head is given in a call: [B, N, D]; the head itself then gets no rows, or one.
 
     Raises:
         RuntimeError: it was not run once.
@@ -144,11 +145,14 @@ def embeddings(model: nn.Module, path: str, call: Callable[[], Any]) -> Tensor:
         if threading.get_ident() != thread:  # others share the model
             return None
         given.append(arguments[0])
-        return (arguments[0][:, :0],)
+        return (arguments[0][:, :num_rows],)
 
-    handle = model.get_submodule(path).register_forward_pre_hook(_Hook(take))
+    head: Any = model.get_submodule(path)
+    num_rows = int(is_split(head.weight))  # torch's DTensor takes no empty tensor there
+    handle = head.register_forward_pre_hook(_Hook(take))
     try:
-        call()
+        with _running(head.weight):
+            call()
     finally:
         handle.remove()
     if len(given) != 1:
@@ -157,6 +161,15 @@ def embeddings(model: nn.Module, path: str, call: Callable[[], Any]) -> Tensor:
             "wrap it in fastmask.hf.Backbone anew"
         )
     return given[0]
+
+
+def _running(weight: Tensor) -> AbstractContextManager[Any]:
+    """What a head runs under: where its weight is split over ranks torch must be told that its input is whole."""
+    if not is_split(weight):
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
 
 
 def _confirmed(model: nn.Module, proof: Proof, call: Callable[[Tensor], Any], ids: Tensor) -> Proof | str:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastmask import _check, _dispatch
+from fastmask import _check, _dispatch, vocabulary_parallel
 from fastmask.ops.masked_cross_entropy import (
     LossKeywords,
     check_loss_options,
+    check_num_tokens,
     loss_reduction,
     loss_rows,
     not_ignored,
@@ -21,6 +22,7 @@ from fastmask.ops.masked_cross_entropy import (
 )
 from fastmask.records import CrossEntropy, LinearLogits, LossOptions
 from fastmask.reference import linear_masked_cross_entropy as reference
+from fastmask.vocabulary_parallel import Columns
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,6 +42,7 @@ def linear_masked_cross_entropy(
     reduction: str = "mean",
     denominator: Tensor | float | None = None,
     ignore_index: int | None = None,
+    num_tokens: int | None = None,
     check: bool = False,
     backend: str = "auto",
     **options: Unpack[LossKeywords],
@@ -55,16 +58,19 @@ def linear_masked_cross_entropy(
 
     Args:
         embeddings: [..., D] float16|bfloat16|float32|float64.
-        weight: [V, D], the head's weight, of the embeddings' dtype (any under autocast).
-        bias: [V] of the weight's dtype, or None.
+        weight: [V, D], the head's weight, of the embeddings' dtype (any under autocast). A DTensor that is Shard(0),
+            split over the ranks of a mesh of one dimension, stays split: so is its gradient. The result and the
+            embeddings' gradient are those of the whole on each rank. All other tensors are plain, and equal on these
+            ranks (docs/distributed.md).
+        bias: [V] of the weight's dtype, or None; beside such a weight plain, or a DTensor on its mesh.
         row_indices: [K] int64, in place of is_masked: the flat indices of the masked positions, each once,
             then -1; as ``mask_sampling`` returns them. What is no position counts as -1, which may stand anywhere.
         num_masked: how many positions are masked, if the host knows, or a number that they do not exceed:
             then nothing waits for the device to count them. Loss and gradients are NaN where there are more, or where
             row_indices lists one past its first num_masked entries.
             In a CUDA graph's capture, where nothing can wait, every position is computed without it.
-        targets, is_masked, weights, reduction, denominator, ignore_index, check, backend, and the options: as in
-            :func:`masked_cross_entropy`.
+        targets, is_masked, weights, reduction, denominator, ignore_index, num_tokens, check, backend, and the
+            options: as in :func:`masked_cross_entropy`.
 
     Returns, Raises, Compiled, Randomness, Source: as :func:`masked_cross_entropy`; gradients reach embeddings
     (0 where unmasked), weight and bias, in their own dtypes, accumulated in float32.
@@ -80,7 +86,8 @@ def linear_masked_cross_entropy(
     rows = loss_rows(embeddings, targets, is_masked, weights)
     reducing = loss_reduction(embeddings, reduction, denominator)
     loss_options = LossOptions(**options)
-    check_loss_options(loss_options, len(weight))
+    num_tokens = check_num_tokens(num_tokens, len(weight))
+    check_loss_options(loss_options, num_tokens)
     if row_indices is not None:
         if is_masked is not None:
             raise ValueError("expected is_masked or row_indices, received both; leave one out")
@@ -104,10 +111,23 @@ def linear_masked_cross_entropy(
             is_listed = torch.zeros(targets.numel(), dtype=torch.bool, device=targets.device)
             is_listed = is_listed.index_fill_(0, row_indices[row_indices >= 0], True).view(targets.shape)
             listed = rows._replace(is_masked=is_listed)
-        _check.clean_tokens("targets", targets, len(weight), loss_options.exclude_id, listed.counted())
+        _check.clean_tokens("targets", targets, num_tokens, loss_options.exclude_id, listed.counted())
+    logits = LinearLogits(embeddings, weight, bias, num_tokens=num_tokens)
+    if vocabulary_parallel.is_split(weight):
+        plain = {name: tensors[name] for name in ("embeddings", *rows._fields, "row_indices")}
+        vocabulary_parallel.check(backend, **plain, denominator=reducing.denominator)
+        logits, columns = local_head(logits)
+        return reference.of_columns(logits, rows, reducing, loss_options, row_indices, num_masked, columns)
     operation = reference.linear_masked_cross_entropy
     run = _dispatch.implementation(operation, embeddings.device, backend, embeddings.dtype)
-    return run(LinearLogits(embeddings, weight, bias), rows, reducing, loss_options, row_indices, num_masked)
+    return run(logits.cut(), rows, reducing, loss_options, row_indices, num_masked)
+
+
+def local_head(logits: LinearLogits) -> tuple[LinearLogits, Columns]:
+    """The logits of those ids that this rank has, of a weight that is split over ranks."""
+    weight, columns = vocabulary_parallel.local_part("weight", logits.weight, 0, logits.num_ids)
+    bias = vocabulary_parallel.local_bias(logits.bias, logits.weight, columns)
+    return logits._replace(weight=weight, bias=bias, num_tokens=None), columns
 
 
 def _rows_in_loss(row_indices: Tensor, num_rows: int, is_target: Tensor | None) -> Tensor:

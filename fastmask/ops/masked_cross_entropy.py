@@ -12,7 +12,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from fastmask import _check, _dispatch
+from fastmask import _check, _dispatch, vocabulary_parallel
 from fastmask._devices import to_device
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
 from fastmask.reference import masked_cross_entropy as reference
@@ -34,6 +34,7 @@ def masked_cross_entropy(
     exclude_id: int | None = None,
     with_correct: bool = False,
     ignore_index: int | None = None,
+    num_tokens: int | None = None,
     inplace_grad: bool = False,
     check: bool = False,
     backend: str = "auto",
@@ -50,7 +51,9 @@ def masked_cross_entropy(
     targets[is_masked])``, and 0 where nothing is masked.
 
     Args:
-        logits: [..., V] float16|bfloat16|float32|float64, unnormalised.
+        logits: [..., V] float16|bfloat16|float32|float64, unnormalised. A DTensor that is Shard(-1), split over the
+            ranks of a mesh of one dimension, stays split: so is its gradient, and the result is that of the whole on
+            each rank. All other tensors are plain, and equal on these ranks (docs/distributed.md).
         targets: [...] int32|int64; never read where unmasked.
         is_masked: [...] bool, the positions in the loss; None for all.
         weights: [...] float32|float64, w of each position, or [B] of each sequence of targets [B, N];
@@ -65,6 +68,8 @@ def masked_cross_entropy(
             to it costs +inf.
         with_correct: also compare the argmax over A (ties to the lower id) with the target.
         ignore_index: targets equal to it are as good as unmasked (-100 in Hugging Face's labels); None for none.
+        num_tokens: how many ids there are: columns from there on pad the vocabulary, leave A and get gradient 0.
+            None for V.
         inplace_grad: let the gradient take the logits' memory, in forward or backward: the caller reads them
             no more (nor recomputes them from a checkpoint) and runs backward once; what comes from above, if not
             1, then scales the rounded gradient. A permission: where it cannot be had (torch.compile, logits
@@ -105,7 +110,7 @@ def masked_cross_entropy(
     _check.flag("check", check)
     if logits.ndim < 2 or logits.shape[-1] == 0:
         raise ValueError(f"expected logits of shape [..., V] with V of at least 1, received {list(logits.shape)}")
-    num_tokens = logits.shape[-1]
+    num_tokens = check_num_tokens(num_tokens, logits.shape[-1])
     rows = loss_rows(logits, targets, is_masked, weights)
     reducing = loss_reduction(logits, reduction, denominator)
     options = LossOptions(label_smoothing, z_loss, softcap, exclude_id, with_correct)
@@ -117,11 +122,21 @@ def masked_cross_entropy(
         rows = rows._replace(is_masked=is_target if is_masked is None else is_masked & is_target)
     if check:
         _check.clean_tokens("targets", targets, num_tokens, exclude_id, rows.counted())
+    if vocabulary_parallel.is_split(logits):
+        vocabulary_parallel.check(backend, **rows._asdict(), denominator=reducing.denominator)
+        local, columns = vocabulary_parallel.local_part("logits", logits, -1, num_tokens)
+        return reference.of_columns(local, rows, reducing, options, inplace_grad, columns)
     run = _dispatch.implementation(reference.masked_cross_entropy, logits.device, backend, logits.dtype)
+    logits = logits if num_tokens == logits.shape[-1] else logits[..., :num_tokens]
     return run(logits, rows, reducing, options, inplace_grad)
 
 
 # What both losses share: their rows, their reduction and their options
+
+
+def check_num_tokens(num_tokens: int | None, num_columns: int) -> int:
+    """How many of the columns are ids."""
+    return num_columns if num_tokens is None else _check.integer("num_tokens", num_tokens, 1, num_columns + 1)
 
 
 def loss_rows(logits: Tensor, targets: Tensor, is_masked: Tensor | None, weights: Tensor | None) -> LossRows:

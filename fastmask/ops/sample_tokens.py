@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmask import _check, _dispatch
+from fastmask import _check, _dispatch, vocabulary_parallel
 from fastmask._devices import to_device
-from fastmask.ops.linear_masked_cross_entropy import check_head
+from fastmask.ops.linear_masked_cross_entropy import check_head, local_head
 from fastmask.ops.masked_cross_entropy import check_softcap
 from fastmask.ops.seeds import as_draws
 from fastmask.records import LinearLogits, PerSequence, Sampled, SampledRows, Sampling
 from fastmask.reference import sample_tokens as reference
+from fastmask.reference import vocabulary_parallel_sampling
+from fastmask.vocabulary_parallel import Columns
 
 
 def sample_tokens(
@@ -57,6 +60,9 @@ def sample_tokens(
         logits: [B, N, V] float16|bfloat16|float32|float64 (worked on in float32), one row for each
             position; or [M, V], compact rows, with ``row_indices`` and ``seq_len``. Or :class:`LinearLogits`, with
             embeddings [B, N, D] or [M, D] likewise: logits then exist for one chunk of the rows at a time.
+            A DTensor, logits that are Shard(-1) or a head's weight that is Shard(0), on a mesh of one dimension,
+            stays split over its ranks, each with a multiple of 4096 ids (``fastmask.distributed.padded_vocabulary``):
+            each has the ids of one process. All other tensors are plain, and equal on these ranks.
         temperature: T >= 0; 0 takes the argmax, ties to the lower id. Or [B] floating point: below 0 and NaN give the
             lowest allowed id and NaN.
         top_k: k >= 1: keeps the k largest logits, and all that tie with the last of them; 1 keeps the argmax alone,
@@ -137,17 +143,20 @@ def sample_tokens(
         rows = rows._replace(num_places=out.ids.numel())
     rows = _check_per_sequence(name, source, per_sequence, rows, out)
     draws = as_draws(seed, source.device, generator, step, sample_offset)
-    flat = source.flatten(0, -2)
-    run = _dispatch.implementation(reference.sample_tokens, source.device, backend)
-    sampled = run(
-        logits._replace(embeddings=flat) if isinstance(logits, LinearLogits) else flat,
-        rows,
-        draws,
-        sampling,
-        kept_ids,
-        out,
-        per_sequence,
-    )
+    run: Callable[..., Sampled]
+    if vocabulary_parallel.is_split(logits.weight if isinstance(logits, LinearLogits) else logits):
+        others = {"row_indices": row_indices, "kept_ids": kept_ids, "forbidden": sampling.forbidden}
+        vocabulary_parallel.check(backend, **others)
+        logits, columns = _local_part(logits)
+        run = partial(vocabulary_parallel_sampling.sample_tokens, columns=columns)
+    else:
+        logits = logits.cut() if isinstance(logits, LinearLogits) else logits
+        run = _dispatch.implementation(reference.sample_tokens, source.device, backend)
+    if isinstance(logits, LinearLogits):
+        flat: Tensor | LinearLogits = logits._replace(embeddings=logits.embeddings.flatten(0, -2))
+    else:
+        flat = logits.flatten(0, -2)
+    sampled = run(flat, rows, draws, sampling, kept_ids, out, per_sequence)
     if out is not None:
         return out
     return Sampled(*(None if values is None else values.view(shape) for values in sampled))  # type: ignore[arg-type]
@@ -159,9 +168,20 @@ def checked_logits(logits: Tensor | LinearLogits) -> tuple[str, Tensor, int]:
         check_head(logits.embeddings, logits.weight, logits.bias)
         _check.number("scale", logits.scale, -math.inf)
         check_softcap(logits.softcap)
-        return "embeddings", logits.embeddings, len(logits.weight)
+        if logits.num_tokens is not None:
+            _check.integer("num_tokens", logits.num_tokens, 1, len(logits.weight) + 1)
+        return "embeddings", logits.embeddings, logits.num_ids
     _check.tensor("logits", logits, _check.FLOATING)
     return "logits", logits, logits.shape[-1] if logits.ndim else 0
+
+
+def _local_part(logits: Tensor | LinearLogits) -> tuple[Tensor | LinearLogits, Columns]:
+    """What this rank has of logits, or of a head, that is split over ranks."""
+    if isinstance(logits, LinearLogits):
+        vocabulary_parallel.check_tiles(logits.weight, 0)
+        return local_head(logits)
+    vocabulary_parallel.check_tiles(logits, -1)
+    return vocabulary_parallel.local_part("logits", logits, -1)
 
 
 def _sampled_rows(

@@ -3,6 +3,9 @@
 The loss is that of ``masked_cross_entropy`` at logits = embeddings weight^T + bias. For ``sum`` and
 ``mean`` the gradients are formed in forward while the chunk's logits are alive (three matrix products
 in all); for ``none`` the incoming gradient is not known then and backward recomputes the logits.
+
+Where the vocabulary is split over ranks, each has its rows of weight and bias, and their gradients; the embeddings'
+gradient is summed over the ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch import Tensor
 from fastmask._autograd import first_order_only
 from fastmask.records import CrossEntropy, LinearLogits, LossOptions, LossRows, Reduction
 from fastmask.reference.masked_cross_entropy import (
+    CHUNK_ROWS,
     RowLosses,
     chunk_losses_,
     chunk_rows,
@@ -24,16 +28,14 @@ from fastmask.reference.masked_cross_entropy import (
     scaled,
     scatter_rows,
 )
-
-# Rows of a chunk: enough for the matrix products, few enough for memory (1024 x 50257 float32: 196 MiB).
-CHUNK_ROWS = 1024
+from fastmask.vocabulary_parallel import Columns
 
 
 class _HeadRows(NamedTuple):
     """The M rows that count, and what is made of their losses.
 
     targets: [R]. indices: [M], which rows. coefficients: [M], what each loss is multiplied by, in the dtype that the
-    gradients of weight and bias are summed in. dtype: of the products.
+    gradients of weight and bias are summed in. dtype: of the products. columns: those of this rank; None for all.
     """
 
     targets: Tensor
@@ -41,6 +43,7 @@ class _HeadRows(NamedTuple):
     coefficients: Tensor
     dtype: torch.dtype
     options: LossOptions
+    columns: Columns | None
 
 
 class _Wanted(NamedTuple):
@@ -73,10 +76,10 @@ def _head_pass(logits: LinearLogits, rows: _HeadRows, wanted: _Wanted) -> _Pass:
         chunk = slice(start, start + CHUNK_ROWS)
         x, y = embeddings[indices[chunk]].to(rows.dtype), rows.targets[indices[chunk]]
         z = torch.nn.functional.linear(x, weight, bias)
-        size = chunk_rows(z)
+        size = chunk_rows(z, rows.columns)
         coefficients = rows.coefficients[chunk].split(size)
         for z_part, y_part, c_part in zip(z.split(size), y.split(size), coefficients, strict=True):
-            out = chunk_losses_(z_part, y_part, rows.options, with_gradient=any(wanted))
+            out = chunk_losses_(z_part, y_part, rows.options, rows.columns, with_gradient=any(wanted))
             losses.append(out._replace(gradient=None))
             if out.gradient is not None:  # it takes the place of the logits
                 z_part.copy_(out.gradient.mul_(c_part[:, None]))
@@ -86,6 +89,8 @@ def _head_pass(logits: LinearLogits, rows: _HeadRows, wanted: _Wanted) -> _Pass:
             by_weight += z.mT @ x
         if by_bias is not None:
             by_bias += z.sum(dim=0, dtype=accumulator)
+    if by_embeddings is not None and rows.columns is not None:
+        rows.columns.add_up_(by_embeddings)
     return _Pass(joined(losses), by_embeddings, by_weight, by_bias)
 
 
@@ -112,7 +117,7 @@ class _LinearRows(torch.autograd.Function):
             ctx.save_for_backward(rows.indices, out.by_embeddings, out.by_weight, out.by_bias)
         else:
             ctx.save_for_backward(embeddings, weight, bias, rows.targets, rows.indices, rows.coefficients)
-            ctx.dtype, ctx.options = rows.dtype, rows.options._replace(with_correct=False)
+            ctx.dtype, ctx.options, ctx.columns = rows.dtype, rows.options._replace(with_correct=False), rows.columns
         ctx.like = embeddings.shape, embeddings.dtype, weight.dtype
         loss = out.losses.loss * rows.coefficients
         ctx.mark_non_differentiable(out.losses.nll, out.losses.correct)
@@ -126,7 +131,7 @@ class _LinearRows(torch.autograd.Function):
             by_embeddings, by_weight, by_bias = (g if g is None else scaled(g, grad) for g in gradients)
         else:
             embeddings, weight, bias, targets, indices, coefficients = ctx.saved_tensors
-            rows = _HeadRows(targets, indices, coefficients * grad, ctx.dtype, ctx.options)
+            rows = _HeadRows(targets, indices, coefficients * grad, ctx.dtype, ctx.options, ctx.columns)
             out = _head_pass(LinearLogits(embeddings, weight, bias), rows, ctx.wanted)
             by_embeddings, by_weight, by_bias = out.by_embeddings, out.by_weight, out.by_bias
         shape, embeddings_dtype, weight_dtype = ctx.like
@@ -162,6 +167,19 @@ def linear_masked_cross_entropy(
         num_masked: an upper bound of their number, or of the entries that list them; the loss is NaN where there are
             more.
     """
+    return of_columns(logits, rows, reduction, options, row_indices, num_masked, None)
+
+
+def of_columns(
+    logits: LinearLogits,
+    rows: LossRows,
+    reduction: Reduction,
+    options: LossOptions,
+    row_indices: Tensor | None,
+    num_masked: int | None,
+    columns: Columns | None,
+) -> CrossEntropy:
+    """The same of a weight [width, D] and a bias [width], for those columns that this rank has; None for all."""
     targets, embeddings = rows.targets, logits.embeddings
     if row_indices is not None:
         listed = row_indices[row_indices >= 0]
@@ -174,7 +192,7 @@ def linear_masked_cross_entropy(
     dtype = torch.get_autocast_dtype(device_type) if autocast else embeddings.dtype
     is_reduced = reduction.kind != "none"
     coefficients = coefficients_of(rows, indices, reduction, accumulator)
-    head_rows = _HeadRows(targets.flatten(), indices, coefficients, dtype, options)
+    head_rows = _HeadRows(targets.flatten(), indices, coefficients, dtype, options, columns)
     # Autocast itself would leak into the float32 parts.
     with torch.autocast(device_type, enabled=False):
         loss, nll, correct = _LinearRows.apply(

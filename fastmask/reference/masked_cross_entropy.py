@@ -12,6 +12,9 @@ in float32 (float64 for float64 logits). With a softcap c, z = c tanh(x / c) of 
 d loss / d x = (1 - (z / c)^2) d loss / d z. A leaves out ``exclude_id`` (the SUBS parametrisation of MDLM,
 https://arxiv.org/abs/2406.07524, section 3.2.3). As p_y -> 1, L - z_y and 1 - p_y cancel; nll and q are
 taken from the sum over the other columns instead and keep their relative accuracy.
+
+Where the vocabulary is split over ranks (``fastmask/vocabulary_parallel.py``), maxima and sums over columns are taken
+over the ranks' too: the equations are the same.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ from torch import Tensor
 
 from fastmask._autograd import first_order_only
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
+from fastmask.vocabulary_parallel import Columns
 
 # A chunk's temporaries stay in a CPU core's cache.
 _CHUNK_ELEMENTS = 2**19
+# Rows of which ranks that split the vocabulary speak at once: enough for messages and matrix products, few enough for
+# memory (1024 x 50257 float32: 196 MiB).
+CHUNK_ROWS = 1024
 
 
 class RowLosses(NamedTuple):
@@ -37,69 +44,80 @@ class RowLosses(NamedTuple):
     gradient: Tensor | None = None
 
 
-def chunk_rows(logits: Tensor) -> int:
+def chunk_rows(logits: Tensor, columns: Columns | None = None) -> int:
     """How many rows of [R, V] logits are worked on at once."""
-    return max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    return max(1, _CHUNK_ELEMENTS // logits.shape[-1]) if columns is None else CHUNK_ROWS
 
 
-def chunk_losses_(logits: Tensor, targets: Tensor, options: LossOptions, *, with_gradient: bool) -> RowLosses:
+def chunk_losses_(
+    logits: Tensor, targets: Tensor, options: LossOptions, columns: Columns | None = None, *, with_gradient: bool
+) -> RowLosses:
     """The module's equations with w = 1, for logits [M, V] and targets [M]; float32 logits are overwritten, and the
-    gradient lies there. A row whose target is no column is NaN."""
-    label_smoothing, exclude_id = options.label_smoothing, options.exclude_id
-    target = targets.long()[:, None]
-    is_column = (target >= 0) & (target < logits.shape[-1])
-    target = target.where(is_column, 0)
+    gradient lies there. A row whose target is no id is NaN. columns: which they are; None for all."""
+    columns = Columns.whole(logits.shape[-1]) if columns is None else columns
+    label_smoothing, excluded = options.label_smoothing, columns.place(options.exclude_id)
+    num_allowed = columns.num_tokens - (options.exclude_id is not None)
+    target, is_here = columns.local(targets[:, None])
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    num_allowed = z.shape[-1] - (exclude_id is not None)
+    if columns.width == 0:  # stands for none, and is left out
+        z, excluded = z.new_zeros(len(z), 1), 0
     slope = None
     if options.softcap is not None:
         z = z.div_(options.softcap).tanh_()
         slope = (1.0 - z) * (1.0 + z) if with_gradient else None  # 1 - z^2 would cancel near 1
         z *= options.softcap
-    if exclude_id is not None:
-        z[:, exclude_id] = -torch.inf
-    z_max = z.amax(dim=-1, keepdim=True)
-    z_target = z.gather(-1, target).where(is_column, torch.nan)
-    correct = torch.zeros_like(target, dtype=torch.bool)
+    if excluded is not None:
+        z[:, excluded] = -torch.inf
+    z_max = columns.largest(z.amax(dim=-1, keepdim=True))
+    z_target = z.gather(-1, target).where(is_here, 0.0)
+    correct = torch.zeros_like(is_here)
     if options.with_correct:
-        correct = z.argmax(dim=-1, keepdim=True) == target
+        correct = columns.argmax(z) == targets[:, None]
 
+    gaps = []
     if label_smoothing > 0.0:
-        gaps = z - z_max
-        if exclude_id is not None:
-            gaps[:, exclude_id] = 0.0
-        mean_gap = gaps.sum(dim=-1, keepdim=True) / num_allowed
-    # What the fused softmax's own sum has missed is in the total of its results, which divides them once more.
-    p = torch.softmax(z, dim=-1, out=z)
-    largest = p.amax(dim=-1, keepdim=True)
-    p_target = p.gather(-1, target).where(is_column, torch.nan)
-    others = p.scatter_(-1, target, 0.0).sum(dim=-1, keepdim=True)
-    total = others + p_target
+        gap = z - z_max
+        if excluded is not None:
+            gap[:, excluded] = 0.0
+        gaps = [gap.sum(dim=-1, keepdim=True)]
+    # e is exp(z - z_max), or all of a row a unit times as much: what the fused softmax's own sum has missed is in the
+    # total, by which e is divided.
+    if columns.group is None:
+        e = torch.softmax(z, dim=-1, out=z)
+        unit = e.amax(dim=-1, keepdim=True)
+    else:
+        e, unit = z.sub_(z_max).exp_(), torch.ones_like(z_max)
+    others = e.scatter_(-1, target, e.gather(-1, target).where(~is_here, 0.0)).sum(dim=-1, keepdim=True)
+    others, z_target, *gaps = columns.totals(others, z_target, *gaps)
+    e_target = unit * (z_target - z_max).exp()
+    total = (others + e_target).where(columns.has(targets[:, None]), torch.nan)
 
     correct &= ~total.isnan()
-    log_total = (total / largest).log()
+    log_total = (total / unit).log()
     lse = z_max + log_total
-    ratio = others / p_target
+    ratio = others / e_target
     nll = torch.where(ratio <= 0.5, ratio.log1p(), z_max - z_target + log_total)
     loss = nll
     if label_smoothing > 0.0:
-        loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_total - mean_gap)
+        loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_total - gaps[0] / num_allowed)
     if options.z_loss > 0.0:
         loss = loss + options.z_loss * lse.square()
 
     gradient = None
     if with_gradient:
         by_lse = 2.0 * options.z_loss * lse  # what z-loss grows by with L
-        gradient = p.mul_((1.0 + by_lse) / total)
+        gradient = e.mul_((1.0 + by_lse) / total)
         if label_smoothing > 0.0:
             gradient -= label_smoothing / num_allowed
-        p_target = p_target / total
+        p_target = e_target / total
         at_target = (1.0 - label_smoothing) * -others / total + label_smoothing * (p_target - 1.0 / num_allowed)
-        gradient.scatter_(-1, target, at_target + by_lse * p_target)
+        at_target += by_lse * p_target
+        gradient.scatter_(-1, target, at_target.where(is_here, gradient.gather(-1, target)))
         if slope is not None:
             gradient *= slope
-        if exclude_id is not None:
-            gradient[:, exclude_id] = 0.0
+        if excluded is not None:
+            gradient[:, excluded] = 0.0
+        gradient = gradient[:, : columns.width]
     return RowLosses(loss.squeeze(-1), nll.squeeze(-1), correct.squeeze(-1), gradient)
 
 
@@ -126,12 +144,13 @@ class _MaskedRows(torch.autograd.Function):
         options: LossOptions,
         is_reduced: bool,
         inplace_grad: bool,
+        columns: Columns | None,
         with_grad: bool,
     ) -> Any:
         in_forward = with_grad and ctx.needs_input_grad[0] and logits.dtype == coefficients.dtype
-        out = _pass(logits, targets, indices, coefficients, options, with_gradient=in_forward)
+        out = _pass(logits, targets, indices, coefficients, options, columns, with_gradient=in_forward)
         ctx.save_for_backward(logits, targets, indices, coefficients, out.gradient)
-        ctx.options, ctx.inplace_grad = options, inplace_grad
+        ctx.options, ctx.inplace_grad, ctx.columns = options, inplace_grad, columns
         ctx.mark_non_differentiable(out.nll, out.correct)
         loss = out.loss * coefficients
         return loss.sum() if is_reduced else loss, out.nll, out.correct
@@ -142,13 +161,14 @@ class _MaskedRows(torch.autograd.Function):
         logits, targets, indices, coefficients, gradient = ctx.saved_tensors
         if gradient is None:
             options = ctx.options._replace(with_correct=False)
-            gradient = _pass(logits, targets, indices, coefficients * grad, options, with_gradient=True).gradient
+            out = _pass(logits, targets, indices, coefficients * grad, options, ctx.columns, with_gradient=True)
+            gradient = out.gradient
         else:
             gradient = scaled(gradient, grad)
         if ctx.inplace_grad or len(indices) < len(logits):
             place = logits.detach().zero_() if ctx.inplace_grad else torch.zeros_like(logits)
             gradient = place.index_copy_(0, indices, gradient)
-        return gradient, *[None] * 7
+        return gradient, *[None] * 8
 
 
 def _pass(
@@ -157,17 +177,18 @@ def _pass(
     indices: Tensor,
     coefficients: Tensor,
     options: LossOptions,
+    columns: Columns | None,
     *,
     with_gradient: bool,
 ) -> RowLosses:
     """Losses of the rows, unweighted, and the gradient [M, V] of sum_m coefficients_m loss_m where asked for."""
-    size = chunk_rows(logits)
+    size = chunk_rows(logits, columns)
     gradient = logits.new_empty(len(indices), logits.shape[-1]) if with_gradient else None
     places = [None] * max(1, -(-len(indices) // size)) if gradient is None else gradient.split(size)
     losses = []
     for part, c, place in zip(indices.split(size), coefficients.split(size), places, strict=True):
         rows = torch.index_select(logits, 0, part, out=place)
-        out = chunk_losses_(rows, targets[part], options, with_gradient=with_gradient)
+        out = chunk_losses_(rows, targets[part], options, columns, with_gradient=with_gradient)
         losses.append(out._replace(gradient=None))
         if out.gradient is not None:
             rows.copy_(out.gradient.mul_(c[:, None]))
@@ -193,6 +214,18 @@ def masked_cross_entropy(
         rows: of shape [...]; targets are read at masked rows only, and weight 0 is unmasked.
         inplace_grad: backward writes the gradient where the logits lie.
     """
+    return of_columns(logits, rows, reduction, options, inplace_grad, None)
+
+
+def of_columns(
+    logits: Tensor,
+    rows: LossRows,
+    reduction: Reduction,
+    options: LossOptions,
+    inplace_grad: bool,
+    columns: Columns | None,
+) -> CrossEntropy:
+    """The same of logits [..., width], those columns of them that this rank has; None for all."""
     shape = rows.targets.shape
     indices = counted_indices(rows)
     accumulator = torch.promote_types(logits.dtype, torch.float32)
@@ -204,6 +237,7 @@ def masked_cross_entropy(
         options,
         reduction.kind != "none",
         inplace_grad and logits.is_contiguous(),
+        columns,
         torch.is_grad_enabled(),
     )
     return CrossEntropy(

@@ -10,7 +10,7 @@ summation up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,13 +59,28 @@ def sample_tokens(
         chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // len(logits.weight))
     else:
         chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    return by_chunks(logits, rows, draws, sampling, kept_ids, out, per_sequence, chunk, _sample_chunk_)
+
+
+def by_chunks(
+    logits: Tensor | LinearLogits,
+    rows: SampledRows,
+    draws: Draws,
+    sampling: Sampling,
+    kept_ids: Tensor | None,
+    out: Sampled | None,
+    per_sequence: PerSequence | None,
+    chunk: int,
+    sample_chunk_: Callable[[Tensor, SampledRows, Draws, Options, Tensor | None], Sampled],
+) -> Sampled:
+    """The same by a function of the logits of so many rows, a chunk."""
     rows = rows.without_strays()
     parts = []
     for number in range(max(1, math.ceil(len(rows.row_indices) / chunk))):  # traced, this fixes the chunks alone
         part = slice(number * chunk, (number + 1) * chunk)
         kept = None if kept_ids is None else kept_ids[part]
         options = _options(sampling, per_sequence, rows.part(part))
-        parts.append(_sample_chunk_(_logits_of(rows, logits, part), rows.part(part), draws, options, kept))
+        parts.append(sample_chunk_(_logits_of(rows, logits, part), rows.part(part), draws, options, kept))
     sampled = Sampled(*_joined(parts))
     return sampled if out is None else _written(sampled, rows, out)
 
@@ -92,7 +107,7 @@ def _joined(parts: Sequence[Iterable[Tensor | None]]) -> Iterator[Any]:
     return (None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """How a chunk's rows are sampled: numbers, and [M, 1] where each row has its own; see ``Sampling``.
 
     heat: the temperature of the samples where the figures', figures_at, has been divided by. is_greedy: whether the
@@ -109,19 +124,19 @@ class _Options(NamedTuple):
     keeps_one: bool | Tensor
     is_lawful: Tensor | None = None
 
-    def part(self, part: slice) -> _Options:
+    def part(self, part: slice) -> Options:
         """Of some of the rows."""
-        return _Options(*(x[part] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+        return Options(*(x[part] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
 
-def _options(sampling: Sampling, per_sequence: PerSequence | None, rows: SampledRows) -> _Options:
+def _options(sampling: Sampling, per_sequence: PerSequence | None, rows: SampledRows) -> Options:
     """Of the rows, what their sequences have of their own, and else what is for all.
 
     NaN and a temperature below 0 are no law; what else is outside of its range is as the range's end.
     """
     figures_at, top_k, min_p, top_p = sampling.temperature_of_figures, sampling.top_k, sampling.min_p, sampling.top_p
     is_greedy: bool | Tensor = bool(sampling.is_greedy)
-    options = _Options(
+    options = Options(
         sampling, sampling.temperature / figures_at, figures_at, top_k, min_p, top_p, is_greedy, bool(top_k == 1)
     )
     given = {} if per_sequence is None else per_sequence.given()
@@ -169,7 +184,7 @@ class _Figures(NamedTuple):
     entropies: Tensor | None
 
 
-def _sample_chunk_(z: Tensor, rows: SampledRows, draws: Draws, options: _Options, kept_ids: Tensor | None) -> Sampled:
+def _sample_chunk_(z: Tensor, rows: SampledRows, draws: Draws, options: Options, kept_ids: Tensor | None) -> Sampled:
     """Of logits z [M, V] float32, which are filtered in place."""
     is_whole = z.device.type != "cpu" or torch.compiler.is_compiling()
     parts = [(z[part], options.part(part)) for part in ([slice(None)] if is_whole else _blocks(z))]
@@ -178,7 +193,7 @@ def _sample_chunk_(z: Tensor, rows: SampledRows, draws: Draws, options: _Options
     if sub_tiles is not None:
         raced = _race(z, sub_tiles, options.heat, rows, draws)
         ids = ids.where(options.is_greedy, raced) if isinstance(options.is_greedy, Tensor) else raced
-    ids = ids.where(is_valid, _lowest_allowed(options.sampling, z.shape[-1]))
+    ids = ids.where(is_valid, lowest_allowed(options.sampling, z.shape[-1]))
     if kept_ids is not None:
         ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
 
@@ -196,7 +211,7 @@ def _blocks(z: Tensor) -> Sequence[slice]:
     return [slice(first, first + rows) for first in range(0, max(1, len(z)), rows)]
 
 
-def _filter_(z: Tensor, options: _Options) -> Tensor:
+def _filter_(z: Tensor, options: Options) -> Tensor:
     """Leaves in z [M, V] what may be sampled, less the row's largest and over the figures' temperature, else -inf;
     whether the row has a law, [M, 1]."""
     sampling = options.sampling
@@ -218,19 +233,19 @@ def _filter_(z: Tensor, options: _Options) -> Tensor:
     z.sub_(largest)
     if stays is not None:  # made 1 or -inf, where z is at most 0: many times as fast on a CPU as masked_fill_
         torch.minimum(z, F.threshold(stays, 0.5, -torch.inf, inplace=True), out=z)
-    if not _is_one(temperature):
-        z.mul_(_over(temperature))
+    if not is_one(temperature):
+        z.mul_(over(temperature))
     return is_valid
 
 
-def _figures(z: Tensor, is_valid: Tensor, options: _Options) -> _Figures:
+def _figures(z: Tensor, is_valid: Tensor, options: Options) -> _Figures:
     """Of z [M, V] as :func:`_filter_` leaves it."""
     missing = -z.shape[-1] % streams.SUB_TILE
     z = F.pad(z, (0, missing), value=-torch.inf) if missing else z
     law = z.softmax(dim=-1)
     sub_tiles = None
     if options.is_greedy is not True:
-        sub_tiles = _sub_tiles(law if _is_one(options.heat) else _heated(z, options.heat))
+        sub_tiles = sub_tiles_of(law if is_one(options.heat) else heated(z, options.heat))
     energy = _sum(law * z.clamp(min=-1e30)) if options.sampling.with_entropy else None  # 0 times infinity is NaN
     # Summed without the largest's own 1, which would round them away.
     largest_ids = z.argmax(dim=-1, keepdim=True)
@@ -248,17 +263,17 @@ def _figures(z: Tensor, is_valid: Tensor, options: _Options) -> _Figures:
     )
 
 
-def _sub_tiles(x: Tensor) -> Tensor:
+def sub_tiles_of(x: Tensor) -> Tensor:
     """The sums of x [M, 64 S] over sub-tiles, [M, S]."""
     return x.unflatten(-1, (-1, streams.SUB_TILE)).sum(dim=-1)
 
 
 def _sum(x: Tensor) -> Tensor:
     """The sum of each row of x [M, 64 S], [M, 1]: by sub-tiles, since a CPU splits a row that is alone."""
-    return _sub_tiles(x).sum(dim=-1, keepdim=True)
+    return sub_tiles_of(x).sum(dim=-1, keepdim=True)
 
 
-def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
+def lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
     """The lowest id that may be sampled; 0 where none may."""
     if sampling.forbidden is None:
         return int(sampling.mask_id == 0 and num_tokens > 1)
@@ -268,12 +283,12 @@ def _lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
     return excluded.argmin()
 
 
-def _heated(z: Tensor, temperature: float | Tensor) -> Tensor:
+def heated(z: Tensor, temperature: float | Tensor) -> Tensor:
     """softmax(z / temperature), [M, V], of z <= 0. Of what a CPU has, softmax alone rounds by nothing but the row."""
-    return (z * _over(temperature)).softmax(dim=-1)
+    return (z * over(temperature)).softmax(dim=-1)
 
 
-def _over(temperature: float | Tensor) -> float | Tensor:
+def over(temperature: float | Tensor) -> float | Tensor:
     """1 / T, but finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf."""
     limits = torch.finfo(torch.float32)
     if isinstance(temperature, Tensor):
@@ -281,7 +296,7 @@ def _over(temperature: float | Tensor) -> float | Tensor:
     return max(limits.tiny, min(1.0 / temperature, limits.max))
 
 
-def _is_one(temperature: float | Tensor) -> bool:
+def is_one(temperature: float | Tensor) -> bool:
     """Whether it is 1 for all."""
     return not isinstance(temperature, Tensor) and temperature == 1.0
 
@@ -290,21 +305,41 @@ def _race(z: Tensor, sub_tiles: Tensor, temperature: float | Tensor, rows: Sampl
     """Ids [M, 1] of z [M, V], by their heated law, of which sub_tiles [M, S] are sums."""
     per_tile = min(streams.TILE // streams.SUB_TILE, sub_tiles.shape[-1])
     sub_tiles = F.pad(sub_tiles, (0, -sub_tiles.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))
-    row = torch.arange(len(z), device=z.device)
-    tile = _winner(sub_tiles.sum(dim=-1), streams.TILE_RACE, rows, draws, torch.zeros_like(row))
-    first = tile * per_tile
-    sub_tile = first + _winner(sub_tiles[row, tile], streams.SUB_TILE_RACE, rows, draws, first)
-    first = sub_tile * streams.SUB_TILE
+    tile = _winner(sub_tiles.sum(dim=-1), streams.TILE_RACE, rows, draws, torch.zeros_like(rows.row_indices))
+    return race_in_tile(z, sub_tiles, tile, temperature, rows, draws)
+
+
+def race_in_tile(
+    z: Tensor,
+    sub_tiles: Tensor,
+    tile: Tensor,
+    temperature: float | Tensor,
+    rows: SampledRows,
+    draws: Draws,
+    first_tile: int = 0,
+) -> Tensor:
+    """Ids [M, 1] by the sub-tiles [M, tiles, sub-tiles] of each row's tile [M], and then its ids; the first tile that
+    there is of z [M, V] is the vocabulary's first_tile."""
+    row, per_tile = torch.arange(len(z), device=z.device), sub_tiles.shape[-1]
+    first, offset = tile * per_tile, first_tile * streams.TILE // streams.SUB_TILE
+    sub_tile = first + _winner(sub_tiles[row, tile], streams.SUB_TILE_RACE, rows, draws, first + offset)
+    first, offset = sub_tile * streams.SUB_TILE, first_tile * streams.TILE
     ids = first[:, None] + torch.arange(streams.SUB_TILE, device=z.device)
     is_id = ids < z.shape[-1]
     z = z.gather(-1, ids.where(is_id, 0)).where(is_id, -torch.inf)
-    return (first + _winner(_heated(z, temperature), streams.ELEMENT_RACE, rows, draws, first))[:, None]
+    first = first + offset
+    return (first + _winner(heated(z, temperature), streams.ELEMENT_RACE, rows, draws, first))[:, None]
 
 
 def _winner(weights: Tensor, stream: int, rows: SampledRows, draws: Draws, first: Tensor) -> Tensor:
     """argmax_i weights_i / E_i, [M], over weights [M, G] whose counters start at ``first`` [M]."""
     if weights.shape[-1] == 1:
         return torch.zeros_like(first)
+    return race_keys(weights, stream, rows, draws, first).argmax(dim=-1)
+
+
+def race_keys(weights: Tensor, stream: int, rows: SampledRows, draws: Draws, first: Tensor) -> Tensor:
+    """weights_i / E_i, [M, G]; the largest wins."""
     element = first[:, None] + torch.arange(weights.shape[-1], device=weights.device)
     high, low, _, _ = philox.draw(
         draws.seed,
@@ -314,4 +349,4 @@ def _winner(weights: Tensor, stream: int, rows: SampledRows, draws: Draws, first
         position=(rows.row_indices % rows.seq_len)[:, None],
         element=element,
     )
-    return (weights / philox.exponential(high, low)).argmax(dim=-1)
+    return weights / philox.exponential(high, low)
