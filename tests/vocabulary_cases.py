@@ -324,7 +324,7 @@ def each_case(ranks: int) -> Iterator[tuple[str, Callable[[DeviceMesh], float]]]
         yield f"few ids {name}, float64", lambda m, o=LOSSES[name]: linear_loss(m, 5, torch.float64, o, "split")
         yield f"few columns {name}, float64", lambda m, o=LOSSES[name]: dense_loss(m, 5, torch.float64, o)
     yield "tied, float64", lambda m: tied(m, 50)
-    yield "edges", edges
+    yield "edges, float64", edges
     yield "bfloat16", low_precision
     for name, options in SAMPLINGS.items():
         if ranks == 4 and name not in ("argmax", "heated", "all filters", "kept"):
