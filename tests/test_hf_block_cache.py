@@ -6,6 +6,8 @@ import copy
 import importlib
 import pickle
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +183,17 @@ def test_in_bfloat16_and_under_autocast():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             net = Backbone(build("Llama").to(dtype), block_length=4)
             assert wrapped(net).generate(**ragged(), block_length=4, cache=True).max() < V
+
+
+def test_the_page_runs(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "caches.md").read_text(encoding="utf-8")
+    build("Llama").save_pretrained(tmp_path)
+    given = {"path": tmp_path, "mask_id": MASK, "prompt": torch.tensor([3, 4, 6])}
+    first, second = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(compile(first, "docs/caches.md", "exec"), given)
+    given["model"] = build("Llama")
+    exec(compile(second, "docs/caches.md", "exec"), given)
+    assert given["ids"].shape == given["same"].shape == (N,)
 
 
 # ---- Fast-dLLM's prefix cache ----
