@@ -14,6 +14,7 @@ import pytest
 import torch
 from block_causal import assert_same_states, random_generation, random_prompt, states, wrapped
 from generating import MASK, V
+from test_cuda_graph import drawn, graphs  # noqa: F401
 from test_generate_waits import assert_waits_for_nothing
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -168,6 +169,17 @@ def test_nothing_waits(static, monkeypatch):
     prompt = ragged()
     steps = wrapper.generate_steps(**prompt, block_length=4, cache=True, filter_thres=None)
     assert_waits_for_nothing(monkeypatch, lambda: [None for _ in steps])
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_graph(static, graphs):  # noqa: F811
+    """With other ids in the prompts, which it is replayed with."""
+    wrapper, prompt = wrapped(Backbone(build("Llama"), block_length=4, static_cache=static)), ragged()
+    for seed in range(2):
+        options = {**prompt, "block_length": 4, "filter_thres": None, "cache": True}
+        assert torch.equal(drawn(wrapper, seed, cuda_graph=True, **options), drawn(wrapper, seed, **options))
+        prompt["prompt"] = prompt["prompt"].flip(1)
+    assert [graph.num_replays for graph in graphs] == [2]
 
 
 def test_copies():

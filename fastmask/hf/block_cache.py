@@ -35,10 +35,12 @@ class BlockCache:
     def seen(self, blocks: Tensor) -> Tensor:
         """The blocks [B, K] of all columns that a pass over columns of these blocks [B, W] finds in the cache: those
         kept, its own, and of a StaticCache the free ones. What the last pass wrote is dropped if it was not kept."""
-        if self._last is not None:
-            self._drop(self._last.shape[1])
+        if self._length is None:
+            self._crop(0 if self._last is None else self._last.shape[1])
+        else:
+            self._rewind(blocks.device)
         self._last = blocks
-        seen = blocks if self._kept is None else torch.cat([self._kept, blocks], dim=1)
+        seen = self._with_kept(blocks)
         if self._length is None:
             return seen
         return torch.nn.functional.pad(seen, (0, self._length - seen.shape[1]), value=_UNSEEN)
@@ -47,19 +49,27 @@ class BlockCache:
         """Keeps the first so many columns of the last pass."""
         assert self._last is not None
         last, self._last = self._last, None
-        self._drop(last.shape[1] - length)
-        last = last[:, :length]
-        self._kept = last if self._kept is None else torch.cat([self._kept, last], dim=1)
-
-    def _drop(self, length: int) -> None:
-        """Drops the last columns of keys and values."""
         if self._length is None:
-            if length:
-                self.key_values.crop(-length)
-            return
-        for layer in self.key_values.layers:  # overwritten by the next pass; older versions are told where
-            if hasattr(layer, "cumulative_length"):
-                layer.cumulative_length.sub_(length)
+            self._crop(last.shape[1] - length)
+        self._kept = self._with_kept(last[:, :length])
+
+    def _with_kept(self, blocks: Tensor) -> Tensor:
+        return blocks if self._kept is None else torch.cat([self._kept, blocks], dim=1)
+
+    def _crop(self, length: int) -> None:
+        """Takes the last columns of a DynamicCache away."""
+        if length:
+            self.key_values.crop(-length)
+
+    def _rewind(self, device: torch.device) -> None:
+        """Lets the next pass write behind what a StaticCache keeps. (transformers 4 is told where at each pass.)"""
+        for layer in self.key_values.layers:
+            if not hasattr(layer, "cumulative_length"):
+                continue
+            if layer.is_initialized:
+                layer.cumulative_length.fill_(self.num_kept)
+            else:  # it would be copied to the device, which waits
+                layer.cumulative_length = torch.zeros((), dtype=torch.int64, device=device)
 
 
 def hide(blocks: Tensor, attention_mask: Tensor, positions: Tensor | None) -> Tensor:
