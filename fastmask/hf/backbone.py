@@ -192,7 +192,7 @@ class Backbone(nn.Module):
     ) -> dict[str, Any]:
         """The model's arguments for queries in these blocks [B, N]."""
         if attention_mask is not None:
-            _check.tensor("attention_mask", attention_mask, [*_check.INTEGER, torch.bool], ndim=2)
+            _check.tensor("attention_mask", attention_mask, [torch.bool, *_check.INTEGER, *_check.FLOATING], ndim=2)
             blocks = hide(blocks, attention_mask, positions)
         if cache is None:
             return {"attention_mask": additive_mask(blocks, blocks, self.model.dtype)}

@@ -109,31 +109,29 @@ def refuse_windows(model: Any, config: Any, max_seq_len: int, *, is_static: bool
 
 def check_blocks(net: Any, ids: Tensor, others: Tensor) -> None:
     """Runs a Backbone on sequences [B, N], and on the same with other last ids, as two blocks, the first of one
-    position.
+    position; and once more beside a cache, where the first block cannot see the second.
 
     Raises:
-        ValueError: a position sees a later block, or not its own, or other things beside a cache.
+        ValueError: a position does not see all of its own block, or other things than beside a cache.
     """
     if ids.shape[1] < 3:
         return
     remedy = "load it with attn_implementation='sdpa' or 'eager', or take another model"
-    expected = (
-        f"expected a decoder with block-causal attention for block_length=, received {type(net.model).__name__}"
-    )
+    expected = f"expected block-causal attention for block_length=, received {type(net.model).__name__}"
     blocks, positions = (torch.tensor([x], device=ids.device).expand(ids.shape) for x in ([0, 1, 1], [0, 1, 2]))
     try:
         net.model.eval()
-        first, second = (net(x, blocks=blocks) for x in (ids, others))
-        cache = net.start_cache(ids.shape[1])
+        whole, other = (net(x, blocks=blocks) for x in (ids, others))
+        cache, parts = net.start_cache(ids.shape[1]), []
         for part in (slice(0, 1), slice(1, 3)):
-            beside = net(ids[:, part], positions=positions[:, part], blocks=blocks[:, part], cache=cache)
+            parts.append(net(ids[:, part], positions=positions[:, part], blocks=blocks[:, part], cache=cache))
             cache.commit(part.stop - part.start)
     except Exception as error:
         raise ValueError(f"{expected}, which raised {type(error).__name__}: {error}; {remedy}") from error
-    if not torch.equal(first[:, 0], second[:, 0]) or torch.equal(first[:, 1], second[:, 1]):
-        raise ValueError(f"{expected}, whose positions do not see their own block and those before alone; {remedy}")
-    difference = (beside - first[:, 1:]).double().norm() / first[:, 1:].double().norm()
-    if not difference <= torch.finfo(first.dtype).eps ** 0.5:
+    if torch.equal(whole[:, 1], other[:, 1]):
+        raise ValueError(f"{expected}, whose positions do not see their own block; {remedy}")
+    difference = (torch.cat(parts, dim=1) - whole).double().norm() / whole.double().norm()
+    if not difference <= torch.finfo(whole.dtype).eps ** 0.5:
         raise ValueError(
             f"{expected}, whose logits beside a cache differ by {difference:.1e} of their norm; {remedy}"
         )
