@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "cfg_scale": ("cfg", "cond_scale", "guidance", "guidance_scale", "w"),
     "unconditional": ("negative_prompt", "negative_prompt_ids", "uncond", "unconditional_input_ids"),
     "block_length": ("block_len", "block_size"),
+    "cache": ("kv_cache", "use_cache", "use_kv_cache"),
     "eos_id": ("eos", "eos_token", "eos_token_id", "stop_token_id", "stop_token_ids"),
     "commits": ("num_transfer_tokens", "tokens_per_step", "transfer_schedule"),
     "steps": (

@@ -105,6 +105,14 @@ class Output(NamedTuple):
             )
         return self.logits.of_rows(rearrange(self.logits.embeddings, "b n d -> (b n) d")[row_indices])
 
+    def of_rows(self, row_indices: Tensor) -> Output:
+        """The same of these rows alone, compact, [M, V] or [M, D]; -1 is no row. Itself where it is so already."""
+        rows = row_indices.clamp(min=0)
+        if isinstance(self.logits, Tensor):
+            return self if self.logits.ndim == 2 else Output(self.logits_of(rows), None, self.exclude_id)
+        embeddings = rearrange(self.logits.embeddings, "b n d -> (b n) d")[rows]
+        return Output(self.logits._replace(embeddings=embeddings), None, self.exclude_id)
+
     def to_guide(self, row_indices: Tensor) -> Output:
         """What guidance combines: the embeddings where the logits are linear in them, else these rows' logits [M, V];
         -1 is no row."""
@@ -135,15 +143,25 @@ def _embedding_widths(net: Any) -> set[object]:
     return {getattr(net, "emb_dim", None), *(m.embedding_dim for m in modules if isinstance(m, nn.Embedding))}
 
 
-def run(net: Any, heads: Heads, ids: Tensor, *, with_embeddings: bool = False, **kwargs: Any) -> Output:
+def run(
+    net: Any,
+    heads: Heads,
+    ids: Tensor,
+    *,
+    with_embeddings: bool = False,
+    place: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Output:
     """The network on ids [B, N]: embeddings and head where the head is linear, else logits.
 
     Args:
         with_embeddings: embeddings are wanted even beside logits (self-conditioning).
+        place: more arguments of the network, which say where the ids lie in a cache (docs/caches.md).
         kwargs: passed to the network.
     """
     heads.warn_of_borrowed(net)
     heads.prove(net, ids, kwargs)
+    kwargs = {**kwargs, **(place or {})}
     ids = ids.clone()  # a network may write into them
     # x-transformers cuts prepended embeddings off again on its way to logits only.
     head = None if kwargs.get("excise_prepend_embeds") else heads.way(net).head

@@ -6,9 +6,9 @@ anything is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,45 +20,11 @@ from fastmask._progress import Progress, track
 from fastmask.critic import critic_logits
 from fastmask.generation_options import Options
 from fastmask.ops.judging import put_back
+from fastmask.passes import Inputs, Model, Passes
 from fastmask.planning import Plan, Start, Step
 from fastmask.records import Draws, GenerationStep, Sampled, Sampling, Trajectory
 from fastmask.reference.remask import is_inside
-from fastmask.upstream import Formulas, Proposal
-
-# What is handed in
-
-
-class Model(NamedTuple):
-    """Who proposes ids, and who judges them.
-
-    run: the network, of ids [B, N] and its arguments. critic: None where the network's confidence judges.
-    condition: embeddings to the network's arguments that condition it on them. null_embed: [D], what the first step
-    is conditioned on; None without self-conditioning. may_remask: whether what is committed may be masked again.
-    """
-
-    run: Callable[..., backbone.Output]
-    critic: nn.Module | None
-    condition: Callable[[Tensor], dict[str, Any]]
-    null_embed: Tensor | None
-    mask_id: int
-    may_remask: bool
-    formulas: Formulas
-
-    @property
-    def rescores_committed(self) -> bool:
-        """Whether what is committed needs a probability too, since it competes to be masked again."""
-        return self.may_remask and self.critic is None
-
-
-class Inputs(NamedTuple):
-    """What the network is given beside the ids.
-
-    arguments: its own. unconditional: those of the second pass of guidance; None for the same, the prompt masked.
-    """
-
-    arguments: dict[str, Any]
-    unconditional: dict[str, Any] | None
-
+from fastmask.upstream import Proposal
 
 # The state
 
@@ -74,8 +40,8 @@ class State(NamedTuple):
 
     Read:
         maskable: [B, N] bool; maskable_rows: its flat positions. order: [B, N] float32, the score; None for another.
-        counts, commits, row_starts, windows: the plan's. seed: [] int64. forbidden: [V] bool or None. ends: [E]
-        int64, ids that end a sequence; None for none.
+        counts, commits, row_starts, windows, origins: the plan's. seed: [] int64. forbidden: [V] bool or None. ends:
+        [E] int64, ids that end a sequence; None for none.
     """
 
     ids: Tensor
@@ -89,6 +55,7 @@ class State(NamedTuple):
     commits: Tensor | None
     row_starts: Tensor
     windows: Tensor | None
+    origins: Tensor | None
     seed: Tensor
     forbidden: Tensor | None
     order: Tensor | None
@@ -122,6 +89,7 @@ def first_state(
         commits=plan.commits,
         row_starts=plan.row_starts,
         windows=plan.windows,
+        origins=plan.origins,
         seed=seed,
         forbidden=forbidden,
         order=order,
@@ -168,6 +136,7 @@ def run(
     has_own_end = options.has_rule or options.edits
     stops = may_stop and not model.may_remask and (has_own_end or state.ends is not None)
     asked: _Question | None = None
+    passes = Passes(model, inputs, state.ids, state.maskable, plan.columns, state.origins, options.cfg_scale)
     for block in range(len(plan.parts)):
         condition = model.null_embed  # a block knows nothing of how long others took
         for number in range(plan.block_steps):
@@ -178,7 +147,7 @@ def run(
                     break  # as many steps as there are positions have run
                 yield Done(through, None)
                 continue
-            next_condition = _advance(state, step, plan, model, options, condition, inputs, generator)
+            next_condition = _advance(state, step, plan, model, options, condition, passes, generator)
             num_left = None if asked is None else asked.answer()
             if num_left == _NOWHERE:
                 return  # nothing was left before this step: it changed nothing
@@ -267,17 +236,17 @@ def _advance(
     model: Model,
     options: Options,
     condition: Tensor | None,
-    inputs: Inputs,
+    passes: Passes,
     generator: torch.Generator | None,
 ) -> Tensor | None:
     """A step: one pass of the network, and of the critic. Returns what conditions the next.
 
     Where the order does not depend on what is sampled, what is committed is chosen first and sampled alone.
     """
-    propose = partial(_propose, state, step, model, options, condition, inputs, generator)
+    propose = partial(_propose, state, step, model, options, condition, passes, generator)
     if options.order_is_known and not (model.may_remask or plan.is_of_any_prompt):
         was_masked = state.is_masked.clone()
-        _remask(state, Sampled(state.ids, state.log_probs), step, model, options, inputs)
+        _remask(state, Sampled(state.ids, state.log_probs), step, model, options, passes.inputs)
         committed = _rows_of(was_masked & ~state.is_masked, step.num_rows - step.num_rows_after)
         _, condition = propose(committed)
     elif model.rescores_committed:
@@ -286,15 +255,15 @@ def _advance(
         sampled, condition = propose(rows, kept_ids[rows])
         is_through = state.counts[step.row_before] == 0  # the step runs for others
         state.log_probs.copy_(log_probs.where(is_through[:, None], state.log_probs))
-        _remask(state, sampled, step, model, options, inputs)
+        _remask(state, sampled, step, model, options, passes.inputs)
     elif options.edits:
         ids, log_probs = state.ids.clone(), state.log_probs.clone()
         sampled, condition = propose(_open_rows(state, step))
         _edit(state, ids, log_probs, sampled, step, options)
-        _remask(state, sampled, step, model, options, inputs)
+        _remask(state, sampled, step, model, options, passes.inputs)
     else:
         sampled, condition = propose(_listed_rows(state, step, step.num_rows))
-        _remask(state, sampled, step, model, options, inputs)
+        _remask(state, sampled, step, model, options, passes.inputs)
     if state.ends is not None:
         _end(state, state.ends)
     return condition
@@ -322,7 +291,7 @@ def _propose(
     model: Model,
     options: Options,
     condition: Tensor | None,
-    inputs: Inputs,
+    passes: Passes,
     generator: torch.Generator | None,
     rows: Tensor,
     kept_ids: Tensor | None = None,
@@ -331,29 +300,9 @@ def _propose(
 
     The logits are let go when it returns, before the critic or the network makes others.
     """
-    out = _network(model, state, rows, options, condition, inputs)
+    out = passes.output(step.block, rows, condition)
     sampled = _sample(out, rows, kept_ids, state, step, model, options, generator)
     return sampled, None if condition is None else out.embeddings
-
-
-def _network(
-    model: Model, state: State, rows: Tensor, options: Options, condition: Tensor | None, inputs: Inputs
-) -> backbone.Output:
-    """What the network says; with guidance, of these rows alone where its head is not linear."""
-    out = _pass(model, state.ids, condition, inputs.arguments)
-    if not options.cfg_scale:
-        return out
-    out = out.to_guide(rows)  # the other logits are let go before the second pass makes its own
-    ids, arguments = state.ids, inputs.unconditional
-    if arguments is None:
-        ids, arguments = ids.where(state.maskable, model.mask_id), inputs.arguments
-    return out.guided(_pass(model, ids, condition, arguments).to_guide(rows), options.cfg_scale)
-
-
-def _pass(model: Model, ids: Tensor, condition: Tensor | None, arguments: dict[str, Any]) -> backbone.Output:
-    if condition is None:
-        return model.run(ids, **arguments)
-    return model.run(ids, with_embeddings=True, **model.condition(condition), **arguments)
 
 
 def _sample(
@@ -485,6 +434,7 @@ def replayed(owner: nn.Module, model: Model, state: State, plan: Plan, options: 
             pass
         return [static_state.ids]
 
-    own = (model.mask_id, model.may_remask, model.null_embed is not None)
+    columns = None if model.start_cache is None else plan.columns
+    own = (model.mask_id, model.may_remask, model.null_embed is not None, model.is_block_causal, columns)
     key = (own, plan.num_steps, plan.editing_steps, plan.parts, plan.always_runs, others, str(structure))
     return _cuda_graph.replay(owner, key, function, tensors)[0]

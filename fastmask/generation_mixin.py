@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from fastmask import _check, _names, _progress, backbone, functional, generation, planning, upstream
+from fastmask import _check, _names, _progress, backbone, functional, generation, passes, planning, upstream
 from fastmask._devices import to_device
 from fastmask._modes import evaluating
 from fastmask._progress import Progress
@@ -26,10 +26,11 @@ _EDITING_STEPS = 16  # LLaDA2.1's
 class _Prepared(NamedTuple):
     """All that a generation needs. is_single: whether it returns one sequence without batch dimension."""
 
+    model: passes.Model
     state: generation.State
     plan: planning.Plan
     options: Options
-    inputs: generation.Inputs
+    inputs: passes.Inputs
     generator: torch.Generator | None
     is_single: bool
 
@@ -117,6 +118,7 @@ class GenerationMixin(nn.Module):
         prompt_mask: Tensor | None = None,
         block_length: int | None = None,
         block_origin: str = "prompt",
+        cache: bool | str | None = None,
         eos_id: int | Sequence[int] | None = None,
         steps: int | None = None,
         generator: torch.Generator | None = None,
@@ -139,7 +141,8 @@ class GenerationMixin(nn.Module):
         order     score                               alg, remasking, remasking_strategy
         speed     fewer steps, threshold, factor,     num_steps; confidence_threshold, gamma
                   entropy_bound; cuda_graph
-        blocks    block_length, block_origin, commits block_size; num_transfer_tokens
+        blocks    block_length, block_origin,         block_size; num_transfer_tokens; use_cache
+                  commits, cache
         editing   editing_threshold, editing_steps    edit_threshold; max_post_steps
         guidance  cfg_scale, unconditional            guidance_scale; negative_prompt
         ========= =================================== ==============================================
@@ -197,6 +200,11 @@ class GenerationMixin(nn.Module):
                 schedule's counts are of a block, and temperature and noise are annealed anew. None for one block.
             block_origin: where blocks begin: "prompt", at the first position of a sequence that is open; "zero", at
                 multiples of block_length.
+            cache: None: where the network's attention is block-causal and it offers a cache, a step of a block runs
+                that block alone, and the ids are those without; with a critic or self-conditioning whole sequences
+                are run, as with False. True refuses where that would be so. "prefix" is Fast-dLLM's, for a network
+                that sees both sides, and approximate: what precedes a block is seen as it was when the block began
+                (docs/caches.md).
             eos_id: id or ids that end a sequence, once one is committed where nothing was given and nothing before it
                 is masked: what follows, but what is given, gets that id (log_probs 0). Generation ends when all
                 sequences have an end.
@@ -211,8 +219,8 @@ class GenerationMixin(nn.Module):
                 each batch, number of steps and set of options (and, to an eighth of N, the most positions that a
                 prompt leaves open), then replay it, with fresh randomness and new prompts; all steps run, by a rule
                 too. The network then sees no Python: it must not branch on values. Where it cannot be captured a
-                warning says why and the loop runs as usual. Each ``sample_offset`` is a graph of its own, and each
-                number of blocks.
+                warning says why and the loop runs as usual. Each ``sample_offset`` is a graph of its own, each number
+                of blocks and, with a cache, each length of the longest prompt.
             kwargs: passed to the network and to the critic.
 
         Returns:
@@ -225,7 +233,7 @@ class GenerationMixin(nn.Module):
         Randomness: one seed of the generator.
 
         Source: MaskGIT (https://arxiv.org/abs/2202.04200, section 3.2); threshold and factor: Fast-dLLM
-        (https://arxiv.org/abs/2505.22618, section 3.3); margin and entropy: Dream
+        (https://arxiv.org/abs/2505.22618, section 3.3; its cache: 3.2); margin and entropy: Dream
         (https://arxiv.org/abs/2508.15487); entropy_bound: EB-Sampler (https://arxiv.org/abs/2505.24857, algorithm 1);
         blocks and guidance: LLaDA (https://arxiv.org/abs/2502.09992); editing: LLaDA2.1
         (https://arxiv.org/abs/2602.08676).
@@ -237,16 +245,16 @@ class GenerationMixin(nn.Module):
             commits=commits, threshold=threshold, factor=factor, entropy_bound=entropy_bound,
             editing_threshold=editing_threshold, editing_steps=editing_steps, cfg_scale=cfg_scale,
             unconditional=unconditional, seq_len=seq_len, prompt=prompt, prompt_mask=prompt_mask,
-            block_length=block_length, block_origin=block_origin, eos_id=eos_id, steps=steps, generator=generator,
-            sample_offset=sample_offset, progress=progress, return_trajectory=return_trajectory,
-            cuda_graph=cuda_graph, kwargs=kwargs,
+            block_length=block_length, block_origin=block_origin, cache=cache, eos_id=eos_id, steps=steps,
+            generator=generator, sample_offset=sample_offset, progress=progress,
+            return_trajectory=return_trajectory, cuda_graph=cuda_graph, kwargs=kwargs,
         )  # fmt: skip
         state, trajectory = prepared.state, None
         ids = state.ids
         with evaluating(self):
             if cuda_graph and any(part.numbers for part in prepared.plan.parts):
                 ids = generation.replayed(
-                    self, self._model(), state, prepared.plan, prepared.options, prepared.inputs
+                    self, prepared.model, state, prepared.plan, prepared.options, prepared.inputs
                 )
             else:
                 steps_of_all = generation.watched(self._run_steps(prepared), prepared.plan.total, progress)
@@ -292,8 +300,8 @@ class GenerationMixin(nn.Module):
             yield from generation.followed(self._run_steps(prepared), prepared.state)
 
     def _run_steps(self, prepared: _Prepared) -> Iterator[generation.Done]:
-        state, plan, options, inputs, generator, _ = prepared
-        return generation.run(self._model(), state, plan, options, inputs, generator)
+        model, state, plan, options, inputs, generator, _ = prepared
+        return generation.run(model, state, plan, options, inputs, generator)
 
     @torch.no_grad()
     def _prepared(
@@ -309,6 +317,7 @@ class GenerationMixin(nn.Module):
         prompt_mask: Tensor | None,
         block_length: int | None,
         block_origin: str,
+        cache: bool | str | None,
         editing_steps: int,
         eos_id: int | Sequence[int] | None,
         steps: int | None,
@@ -331,6 +340,7 @@ class GenerationMixin(nn.Module):
             score=score,
             commits=commits,
             block_length=block_length,
+            cache=cache or None,
             eos_id=eos_id,
             cuda_graph=cuda_graph or None,
         )
@@ -375,7 +385,8 @@ class GenerationMixin(nn.Module):
             self._as_ends(eos_id, device),
         )
         is_single = batch_size is None and (prompt is None or prompt.ndim == 1)
-        return _Prepared(state, plan, options, generation.Inputs(kwargs, unconditional), generator, is_single)
+        model = self._model(self._start_cache(cache, block_length))
+        return _Prepared(model, state, plan, options, passes.Inputs(kwargs, unconditional), generator, is_single)
 
     def _as_ends(self, eos_id: int | Sequence[int] | None, device: torch.device) -> Tensor | None:
         if eos_id is None:
@@ -439,8 +450,43 @@ class GenerationMixin(nn.Module):
             editing_steps=editing_steps,
         )
 
-    def _model(self) -> generation.Model:
-        return generation.Model(
+    def _start_cache(self, cache: bool | str | None, block_length: int | None) -> Callable[[int], Any] | None:
+        """What starts the network's cache, where it is to be used."""
+        if cache is not None and not isinstance(cache, bool) and cache != "prefix":
+            raise ValueError(f"expected cache to be None, True, False or 'prefix', received {cache!r}")
+        obstacle = self._obstacle_to_cache(approximate=cache == "prefix", has_blocks=block_length is not None)
+        if cache and obstacle is not None:
+            raise ValueError(f"expected {obstacle}; or leave cache={cache!r} out")
+        start_cache: Callable[[int], Any] | None = None
+        if obstacle is None and cache is not False:
+            start_cache = self.net.start_cache
+        return start_cache
+
+    def _obstacle_to_cache(self, *, approximate: bool, has_blocks: bool) -> str | None:
+        """What would have to be otherwise for a step to run the block beside a cache; None if nothing."""
+        name = type(self.net).__name__
+        if not has_blocks:
+            return "block_length= with a cache, which is of the blocks before, received None"
+        if not callable(getattr(self.net, "start_cache", None)):
+            return f"a network that offers a cache (docs/caches.md), received {name} without start_cache"
+        if approximate and self._is_block_causal:
+            return f"cache=True, which is exact, of a network with block-causal attention, received {name}"
+        if not approximate and not self._is_block_causal:
+            return (
+                f"block-causal attention for an exact cache, received {name} without; cache='prefix' is approximate"
+            )
+        if self.self_cond:
+            return "no self-conditioning beside a cache: each step conditions all positions anew"
+        if self.token_critic is not None:
+            return "no critic beside a cache: it looks at whole sequences in each step"
+        return None
+
+    @property
+    def _is_block_causal(self) -> bool:
+        return bool(getattr(self.net, "is_block_causal", False))
+
+    def _model(self, start_cache: Callable[[int], Any] | None) -> passes.Model:
+        return passes.Model(
             run=partial(self._run, self._formulas),
             critic=self.token_critic,
             condition=self._condition,
@@ -448,6 +494,8 @@ class GenerationMixin(nn.Module):
             mask_id=self.mask_id,
             may_remask=self.can_mask_prev_unmasked,
             formulas=self._formulas,
+            is_block_causal=self._is_block_causal,
+            start_cache=start_cache,
         )
 
 

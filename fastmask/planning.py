@@ -125,15 +125,31 @@ def as_order(order: Tensor, ids: Tensor) -> Tensor:
 # The blocks
 
 
+class Columns(NamedTuple):
+    """Where blocks lie in a cache, whose columns hold all sequences so that a block begins at one column in each.
+
+    length: of a block. num_before: columns before the blocks that are decoded, as the longest prompt needs them.
+    num_all: columns of everything. begins: first columns of the blocks [K].
+    """
+
+    length: int
+    num_before: int
+    num_all: int
+    begins: tuple[int, ...]
+
+
 class Blocks(NamedTuple):
     """Parts of each sequence that are decoded one after the other.
 
     windows: [K, B, 2] int64, first position and end; None where there is one block, of everything. sizes: [K, B]
-    int64, how many open positions are in each. Both on the CPU.
+    int64, how many open positions are in each. origins: [B] int64, where the first block begins. All on the CPU.
+    origins and columns are None where windows are.
     """
 
     windows: Tensor | None
     sizes: Tensor
+    origins: Tensor | None = None
+    columns: Columns | None = None
 
 
 def blocks(start: Start, length: int | None, origin: str) -> Blocks:
@@ -151,15 +167,19 @@ def blocks(start: Start, length: int | None, origin: str) -> Blocks:
     first = torch.zeros(len(is_open), dtype=torch.int64, device="cpu")
     if origin == "prompt":
         first = is_open.byte().argmax(dim=-1).where(is_open.any(dim=-1), num_positions)
-    num_blocks = max(1, math.ceil((num_positions - int(first.min())) / length)) if len(first) else 1
+    first_of_all = int(first.min()) if len(first) else 0
+    num_blocks = max(1, math.ceil((num_positions - first_of_all) / length)) if len(first) else 1
     begins = first + length * torch.arange(num_blocks, device="cpu")[:, None]
     windows = torch.stack([begins, begins + length], dim=-1).clamp(max=num_positions)
-    num_before = torch.nn.functional.pad(is_open.cumsum(dim=-1), (1, 0))  # [B, N + 1]
-    begin, end = (num_before.gather(1, side.T).T for side in windows.unbind(-1))
+    num_open_before = torch.nn.functional.pad(is_open.cumsum(dim=-1), (1, 0))  # [B, N + 1]
+    begin, end = (num_open_before.gather(1, side.T).T for side in windows.unbind(-1))
     sizes = end - begin
     has_open = sizes.any(dim=-1)
     has_open[:1] |= not has_open.any()  # one is left, though nothing be open
-    return Blocks(windows[has_open], sizes[has_open])
+    num_before = int(first.where(first < num_positions, 0).max()) if len(first) else 0
+    begins = num_before + length * has_open.nonzero().flatten()
+    columns = Columns(length, num_before, num_before + num_positions - first_of_all, tuple(begins.tolist()))
+    return Blocks(windows[has_open], sizes[has_open], first, columns)
 
 
 def places_for_any_prompt(blocks: Blocks, length: int) -> Tensor:
@@ -222,7 +242,7 @@ class Plan(NamedTuple):
     counts: [R, B] int64, how many positions of each sequence stay masked at most, after a step with this row.
     commits: [R, B] int64, how many each commits at least beside a rule; None for one.
     row_starts: [R, B + 1] int64, where in the list of masked positions after it those of each sequence begin.
-    windows: [K, B, 2] int64, as of :class:`Blocks`.
+    windows: [K, B, 2] int64, and origins, columns: as of :class:`Blocks`.
     """
 
     num_steps: int
@@ -234,6 +254,8 @@ class Plan(NamedTuple):
     commits: Tensor | None
     row_starts: Tensor
     windows: Tensor | None
+    origins: Tensor | None
+    columns: Columns | None
 
     @property
     def each_window(self) -> Sequence[Tensor | None]:
@@ -384,6 +406,8 @@ def plan(pace: Pace, blocks: Blocks, device: torch.device, places: Tensor | None
         to_device(_joined(commits), device) if commits else None,
         to_device(_joined(row_starts), device),
         None if blocks.windows is None else to_device(blocks.windows, device),
+        None if blocks.origins is None else to_device(blocks.origins, device),
+        blocks.columns,
     )
 
 

@@ -18,7 +18,7 @@ FLOORS = [
     ("wrapper",),
     ("generation_mixin",),
     ("evaluation", "generation"),
-    ("generation_options",),
+    ("generation_options", "passes"),
     ("planning",),
     ("upstream",),
     ("backbone", "critic", "diffusers", "distributed", "first_look", "hf", "own_masks", "_cuda_graph"),

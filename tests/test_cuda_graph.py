@@ -22,6 +22,7 @@ from unittest import mock
 
 import pytest
 import torch
+from block_causal import BlockCausal, BothSides, wrapped
 from graph_recorder import WAITS, OnCuda, Recorder
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -221,6 +222,24 @@ def test_a_graph_gives_what_the_loop_gives(case, graphs):
     assert_graph_is_loop(case)
     replays = [graph.num_replays for graph in graphs]
     assert replays == [3, 3] if "blocks" not in case else sum(replays) == 6  # each number of blocks has its own
+
+
+def assert_graph_beside_a_cache(device="cpu") -> None:
+    """With other prompts, guidance, and both caches."""
+    for net, cache in ((BlockCausal(N), True), (BothSides(N), "prefix")):
+        wrapper = wrapped(net).to(device)
+        for seed, lengths in enumerate(([3, 5, 0], [5, 1, 4], [5, 5, 0])):
+            is_given = torch.arange(5) < torch.tensor(lengths)[:, None]
+            prompt = {"prompt": torch.randint(0, MASK, (3, 5), device=device), "prompt_mask": is_given.to(device)}
+            options = {**prompt, "block_length": 4, "cache": cache, "cfg_scale": 0.5}
+            ids = drawn(wrapper, seed, cuda_graph=True, **options)
+            assert torch.equal(ids, drawn(wrapper, seed, **options))
+
+
+def test_a_graph_beside_a_cache(graphs):
+    """Prompts whose longest is as long, and whose shortest, share a graph; each network has its own."""
+    assert_graph_beside_a_cache()
+    assert sorted(graph.num_replays for graph in graphs) == [1, 1, 2, 2]
 
 
 def test_a_graph_has_places_for_whatever_a_step_commits(graphs):
@@ -711,6 +730,11 @@ def test_real_graphs_do_not_keep_the_wrapper_nor_its_memory():
     gc.collect()
     assert alive() is None
     assert torch.cuda.memory_allocated() <= before
+
+
+@needs_gpu
+def test_a_real_graph_beside_a_cache():
+    assert_graph_beside_a_cache("cuda")
 
 
 @needs_gpu

@@ -72,6 +72,12 @@ def test_blocks(capsys):
     assert int(last.split()[0]) == len(states) < 21
 
 
+def test_block_cache(capsys):
+    printed = run("block_cache", capsys)
+    assert number(r"million, (\d+) times fewer", printed) > 10
+    assert "prompts of 3 lengths: the same ids: True" in printed
+
+
 def test_mdlm_ancestral(capsys):
     printed = run("mdlm_ancestral", capsys, "--batch", "64")
     law = number(r"the law itself +([\d.]+)", printed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fastmask import _check, _devices
 from fastmask.heads import Head, logits_in
 from fastmask.hf import head_proof
+from fastmask.hf.block_cache import BlockCache, additive_mask, check_blocks, hide, refuse_windows
 from fastmask.hf.head_proof import Proof
 
 # No attribute of a Backbone, which is copied and pickled.
@@ -42,15 +44,21 @@ class Backbone(nn.Module):
         max_seq_len: the largest N; by default what the model's positions allow.
         bidirectional: run a decoder without its causal mask, by transformers' ``is_causal=False``. A run shows that
             the first position then sees later ones. Without it a causal decoder warns.
+        block_length: run a decoder with block-causal attention (BD3-LM, SDAR, LLaDA2): a position sees its own block
+            of so many and those before. Runs show that it does, and that a cache of earlier blocks gives the same.
+        static_cache: that cache is transformers' StaticCache, whose shapes stay the same, as a compiled trunk wants
+            them; by default it is a DynamicCache.
 
     Attributes:
         num_tokens: the model's vocab_size. Set a smaller one, the tokenizer's, where the vocabulary is padded.
         max_seq_len: as above.
+        is_block_causal: whether block_length was given: ``generate(block_length=)`` then runs the block alone.
 
     Raises:
         TypeError: no Hugging Face language model, or one with an encoder and a decoder.
-        ValueError: max_seq_len is not given and the model does not tell; a model that stays causal; ESM's
-            token_dropout, which divides by the share of ids that are not masked.
+        ValueError: max_seq_len is not given and the model does not tell; a model that stays causal, or is not
+            block-causal with block_length; ESM's token_dropout, which divides by the share of ids that are not
+            masked.
 
     Example:
         >>> import torch, transformers
@@ -67,9 +75,17 @@ class Backbone(nn.Module):
         >>> loss = model(torch.randint(99, (2, 16)), attention_mask=torch.ones(2, 16)).loss
     """
 
-    def __init__(self, model: Any, max_seq_len: int | None = None, bidirectional: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        max_seq_len: int | None = None,
+        bidirectional: bool = False,
+        block_length: int | None = None,
+        static_cache: bool = False,
+    ) -> None:
         super().__init__()
         _check.flag("bidirectional", bidirectional)
+        _check.flag("static_cache", static_cache)
         config = _text_config(model)
         _refuse_token_dropout(model)
         self.model = model
@@ -77,10 +93,15 @@ class Backbone(nn.Module):
         self.max_seq_len = _positions(model, config) if max_seq_len is None else max_seq_len
         _check.integer("max_seq_len", self.max_seq_len, 1)
         self.bidirectional = bidirectional
+        self.block_length = None if block_length is None else _check.integer("block_length", block_length, 1)
+        if bidirectional and block_length is not None:
+            raise ValueError("expected bidirectional=True or block_length=, received both; leave one out")
+        self.static_cache = static_cache
         self._options: dict[str, Any] = {"is_causal": False} if bidirectional else {}
-        inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-        if "use_cache" in inspect.signature(inner.forward).parameters:
+        if "use_cache" in self._parameters_of_model():
             self._options["use_cache"] = False
+        if self.is_block_causal:
+            self._check_takes_cache()
         self._trial: _Trial | None = None
         if not _is_meta(model):
             self._try(stacklevel=4)
@@ -96,14 +117,39 @@ class Backbone(nn.Module):
         self._proof()
         return "the model lies on the meta device" if self._trial is None else self._trial.reason
 
+    @property
+    def is_block_causal(self) -> bool:
+        return self.block_length is not None
+
+    def start_cache(self, length: int) -> BlockCache:
+        """An empty cache of so many columns (docs/caches.md).
+
+        Raises:
+            ValueError: the model has none, or layers that see a window only.
+        """
+        self._check_takes_cache()
+        return BlockCache(_text_config(self.model), length if self.static_cache else None)
+
     def forward(
-        self, ids: Tensor, attention_mask: Tensor | None = None, return_embeddings: bool = False, **kwargs: Any
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_embeddings: bool = False,
+        positions: Tensor | None = None,
+        blocks: Tensor | None = None,
+        cache: BlockCache | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Logits [B, N, V] of ids [B, N], or, with return_embeddings, the head's input [B, N, D].
 
         Args:
             ids: [B, N] int32|int64.
-            attention_mask: as the model takes it: [B, N], 0 where an id is padding.
+            attention_mask: as the model takes it: [B, N], 0 where an id is padding. Beside a cache that of whole
+                sequences, read at the positions.
+            positions: [B, N] int64, where the ids stand in their sequences; by default one after the other.
+            blocks: [B, N] int64, numbers of blocks: a position sees those that are not above its own. By default
+                multiples of block_length.
+            cache: of columns that are seen too, by the same rule.
             kwargs: passed to the model.
 
         Raises:
@@ -115,7 +161,13 @@ class Backbone(nn.Module):
                 "expected arguments of the model without its loss, received labels=; leave them out: the clean ids "
                 "are the targets, and a collator's masks are is_masked= and masked_ids="
             )
-        if attention_mask is not None:
+        if positions is not None:
+            kwargs["position_ids"] = positions
+        if blocks is None and self.block_length is not None:
+            blocks = (torch.arange(ids.shape[1], device=ids.device) // self.block_length)[None]
+        if blocks is not None:
+            kwargs |= self._in_blocks(blocks, attention_mask, positions, cache)
+        elif attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         if not return_embeddings:
             return self._logits(ids, **kwargs)
@@ -129,7 +181,44 @@ class Backbone(nn.Module):
 
     def extra_repr(self) -> str:
         words = f"num_tokens={self.num_tokens}, max_seq_len={self.max_seq_len}"
-        return words + (", bidirectional=True" if self.bidirectional else "")
+        words += ", bidirectional=True" if self.bidirectional else ""
+        words += "" if self.block_length is None else f", block_length={self.block_length}"
+        return words + (", static_cache=True" if self.static_cache else "")
+
+    # Blocks
+
+    def _in_blocks(
+        self, blocks: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: BlockCache | None
+    ) -> dict[str, Any]:
+        """The model's arguments for queries in these blocks [B, N]."""
+        if attention_mask is not None:
+            _check.tensor("attention_mask", attention_mask, [torch.bool, *_check.INTEGER, *_check.FLOATING], ndim=2)
+            blocks = hide(blocks, attention_mask, positions)
+        if cache is None:
+            return {"attention_mask": additive_mask(blocks, blocks, self.model.dtype)}
+        names, first = self._parameters_of_model(), cache.num_kept
+        arguments = {
+            "attention_mask": additive_mask(blocks, cache.seen(blocks), self.model.dtype),
+            "cache" if "cache" in names else "past_key_values": cache.key_values,
+            "use_cache": True,
+        }
+        if "cache_position" in names:  # transformers 4
+            arguments["cache_position"] = torch.arange(first, first + blocks.shape[1], device=blocks.device)
+        return arguments
+
+    def _parameters_of_model(self) -> Mapping[str, inspect.Parameter]:
+        model = self.model
+        inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+        return inspect.signature(inner.forward).parameters
+
+    def _check_takes_cache(self) -> None:
+        names = self._parameters_of_model()
+        if "use_cache" not in names or not ("cache" in names or "past_key_values" in names):
+            raise ValueError(
+                f"expected a decoder with a cache of keys and values, received {type(self.model).__name__}, whose "
+                "forward takes none; generate with whole sequences (cache=False)"
+            )
+        refuse_windows(self.model, _text_config(self.model), self.max_seq_len, is_static=self.static_cache)
 
     def _logits(self, ids: Tensor, **kwargs: Any) -> Any:
         return logits_in(self.model(input_ids=ids, **{**self._options, **kwargs}))
@@ -149,7 +238,11 @@ class Backbone(nn.Module):
     def _try(self, stacklevel: int) -> None:
         ids, others = self._trial_ids()
         with head_proof.leaving_no_trace(self.model, ids.device):
-            is_causal = self._trial is None and self._is_causal(ids, others)
+            is_causal = False
+            if self._trial is None and self.is_block_causal:
+                check_blocks(self, ids, others)
+            elif self._trial is None:
+                is_causal = self._is_causal(ids, others)
             proof = head_proof.prove(self.model, self._logits, ids)
         if isinstance(proof, str):
             self._trial = _Trial(None, proof)
