@@ -51,6 +51,10 @@ class MaskedTrainerMixin(_Trainer):
     _signature_columns: list[str] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        options = kwargs.get("args", args[1] if len(args) > 1 else None)
+        smoothing = getattr(options, "label_smoothing_factor", 0.0)
+        if smoothing:  # Trainer would look for what only its own models have
+            raise ValueError(f"expected label_smoothing_factor=0.0, received {smoothing}, which needs all logits")
         super().__init__(*args, **kwargs)
         self._drawn = 0
         if checkpoints.inner_model(self.model) is None:
@@ -58,13 +62,9 @@ class MaskedTrainerMixin(_Trainer):
                 "expected a NonAutoregressiveWrapper or a MaskedLM around a fastmask.hf.Backbone, received "
                 f"{type(self.model).__name__}; MaskedLM(Backbone(model)) is for labels"
             )
-        for name, value, none in (
-            ("compute_metrics", self.compute_metrics, None),
-            ("compute_loss_func", self.compute_loss_func, None),
-            ("label_smoothing_factor", self.args.label_smoothing_factor, 0.0),
-        ):
-            if value != none:
-                raise ValueError(f"expected {name}={none}, received {value}, which needs logits that are not made")
+        for name in ("compute_metrics", "compute_loss_func"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"expected {name}=None, received {getattr(self, name)}, which needs all logits")
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "expected DistributedDataParallel of one device a process, received several GPUs in one, FSDP or "
