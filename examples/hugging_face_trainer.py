@@ -1,7 +1,6 @@
 """BERT's pre-training by transformers' Trainer: logits of masked tokens alone, checkpoints of its own kind.
 
     python examples/hugging_face_trainer.py my.txt
-    torchrun --standalone --nproc-per-node 2 examples/hugging_face_trainer.py my.txt
 
     held out: ... nats at step 0, ... at step 200
     loaded again: ... nats
