@@ -400,10 +400,9 @@ class NonAutoregressiveWrapper(GenerationMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_train_critic):
             out = self._run(self._formulas, masked.masked_ids, **condition, **kwargs)
         counts = summed()
-        share = 1.0 if whole is None else counts.num_maskable / whole
         loss = metrics = None
         if with_metrics or not only_train_critic:
-            denominator = self._denominator(counts, share, num_masked)
+            denominator = self._denominator(counts, whole, num_masked)
             entropy = self._generator_loss(out, x, masked, counted, denominator, with_metrics)
             loss = None if only_train_critic else entropy.loss
             metrics = _metrics(entropy, masked.num_masked) if with_metrics else None
@@ -418,7 +417,7 @@ class NonAutoregressiveWrapper(GenerationMixin):
             generated, is_wrong = self._formulas.critic_sample(proposal, x, masked)
         assert self.token_critic is not None
         logits = critic_logits(self.token_critic, generated, self._formulas.critic_arguments(kwargs))
-        critic = share * critic_loss(logits, is_wrong, maskable, counts.num_maskable)
+        critic = critic_loss(logits, is_wrong, maskable, counts.num_maskable if whole is None else whole)
         if loss is None:
             return _with_metrics(Losses(critic, None, critic), metrics)
         return _with_metrics(Losses(loss + critic * self.critic_loss_weight, loss, critic), metrics)
@@ -458,14 +457,15 @@ class NonAutoregressiveWrapper(GenerationMixin):
         return self._condition(embeddings)
 
     def _denominator(
-        self, counts: Counts, share: Tensor | float, num_masked: Tensor | float | None
+        self, counts: Counts, whole: Tensor | float | None, num_masked: Tensor | float | None
     ) -> Tensor | float:
-        """What the sum of the losses is divided by, for a batch that is a share of the whole."""
+        """What the sum of the losses is divided by, for a batch of the whole's tokens or a part of them."""
         if num_masked is not None:
             return _scalar("num_masked", num_masked)
-        if self.use_simple_mdlm_loss_weight:
-            return self._formulas.loss_denominator(counts) / share
-        return counts.num_masked / share
+        is_weighted = self.use_simple_mdlm_loss_weight
+        own = self._formulas.loss_denominator(counts) if is_weighted else counts.num_masked
+        # By tokens the quotient is 1: the whole is not rounded.
+        return own if whole is None else whole * (own / counts.num_maskable)
 
     def _generator_loss(
         self,

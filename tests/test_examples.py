@@ -114,6 +114,22 @@ def test_decoder_hugging_face(capsys):
     assert number(r"from (\d+) first ones", printed) > 8
 
 
+def test_hugging_face_trainer(text, capsys):
+    pytest.importorskip("accelerate", reason="needs the extra train")
+    printed = run("hugging_face_trainer", capsys, text, "--steps", "100")
+    before, after = (number(pattern, printed) for pattern in (r"([\d.]+) nats at step 0", r"([\d.]+) at step 100"))
+    assert after < before - 0.4
+    assert number(r"loaded again: ([\d.]+) nats", printed) == after
+
+
+@pytest.mark.parametrize("name", ["accelerate_loop", "lightning_module"])
+def test_loops(name, capsys, monkeypatch):
+    pytest.importorskip(name.split("_")[0], reason="needs the extra train")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as where it is run
+    figures = re.findall(r"([\d.]+) nats a letter", run(name, capsys, "--steps", "100"))
+    assert float(figures[-1]) < float(figures[0]) - 0.5
+
+
 def test_diffusers_scheduler(capsys):
     pytest.importorskip("diffusers", reason="needs the extra diffusers")
     pytest.importorskip("transformers", reason="needs the extra hf")
@@ -162,7 +178,7 @@ def with_torchrun(name: str, *arguments: str) -> str:
 
 def test_all_are_run():
     """And each says on top how it is run."""
-    tested = {name.removeprefix("test_") for name in globals()}
+    tested = {name.removeprefix("test_") for name in globals()} | {"accelerate_loop", "lightning_module"}
     for name in EXAMPLES:
         assert name in tested
         assert f"python examples/{name}.py" in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")

@@ -434,6 +434,12 @@ def test_peft(monkeypatch):
         assert NonAutoregressiveWrapper(net, mask_id=MASK).has_linear_head == has_head
         assert_same(results(net), results(by_logits("Llama", model)), 1e-9)
         assert ("carries an adapter" in net.head_reason) != has_head
+        before = model(tokens()).logits
+        merged = model.merge_and_unload().requires_grad_()  # peft had frozen it
+        torch.testing.assert_close(merged(tokens()).logits, before, rtol=1e-9, atol=1e-9)
+        net = Backbone(merged, bidirectional=True)
+        assert NonAutoregressiveWrapper(net, mask_id=MASK).has_linear_head, net.head_reason
+        assert_same(results(net), results(by_logits("Llama", merged)), 1e-9)
     net = Backbone(build("Llama"), bidirectional=True)
     assert net.linear_head() is not None
     peft.get_peft_model(net.model, peft.LoraConfig(r=2, target_modules=["lm_head"]))

@@ -336,6 +336,22 @@ def test_accumulated_gradients_are_those_of_the_batch(critic, device):
         assert (one - other).norm() <= 2**-18 * other.norm() + 2**-22 * norm
 
 
+@pytest.mark.parametrize("critic", CRITICS)
+def test_in_float64_parts_of_several_sizes_add_up_to_its_rounding(critic):
+    wrapper, tokens = build("cpu", critic=critic).double(), clean("cpu")
+    maskable = torch.ones_like(tokens, dtype=torch.bool)
+    maskable[:3, 2:] = False
+
+    def loss(rows: slice, **options) -> torch.Tensor:
+        torch.manual_seed(5)
+        temperature = 0.0  # a part draws the critic's sample at rows of its own
+        options |= {"sample_offset": rows.start, "generator_sample_temperature": temperature}
+        return wrapper(tokens[rows], maskable=maskable[rows], **options).loss
+
+    parts = [loss(rows, num_tokens=maskable.sum()) for rows in (slice(0, 1), slice(1, 6), slice(6, 8))]
+    torch.testing.assert_close(sum(parts), loss(slice(0, 8)), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_simple_mdlm_loss_weight": False}, {"compat": True}], ids=str)
 def test_num_tokens_scales_by_this_batchs_share(options, device):
     wrapper = build(device, critic="own", **options)
