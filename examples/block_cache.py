@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastmask
 
-LETTERS, MASK, WIDTH, LENGTH, BLOCK = 26, 26, 32, 256, 16
+LETTERS, MASK, WIDTH, LENGTH, BLOCK = 26, 26, 32, 192, 12
 
 
 class Cache:

@@ -228,10 +228,10 @@ def assert_graph_beside_a_cache(device="cpu") -> None:
     """With other prompts, guidance, and both caches."""
     for net, cache in ((BlockCausal(N), True), (BothSides(N), "prefix")):
         wrapper = wrapped(net).to(device)
-        for seed, lengths in enumerate(([3, 5, 0], [5, 1, 4], [5, 5, 0])):
+        for seed, lengths in enumerate(([3, 5, 0], [5, 5, 0])):
             is_given = torch.arange(5) < torch.tensor(lengths)[:, None]
             prompt = {"prompt": torch.randint(0, MASK, (3, 5), device=device), "prompt_mask": is_given.to(device)}
-            options = {**prompt, "block_length": 4, "cache": cache, "cfg_scale": 0.5}
+            options = {**prompt, "block_length": 6, "steps": 2, "cache": cache, "cfg_scale": 0.5}
             ids = drawn(wrapper, seed, cuda_graph=True, **options)
             assert torch.equal(ids, drawn(wrapper, seed, **options))
 
@@ -239,7 +239,7 @@ def assert_graph_beside_a_cache(device="cpu") -> None:
 def test_a_graph_beside_a_cache(graphs):
     """Prompts whose longest is as long, and whose shortest, share a graph; each network has its own."""
     assert_graph_beside_a_cache()
-    assert sorted(graph.num_replays for graph in graphs) == [1, 1, 2, 2]
+    assert [graph.num_replays for graph in graphs] == [2, 2]
 
 
 def test_a_graph_has_places_for_whatever_a_step_commits(graphs):
