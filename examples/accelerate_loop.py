@@ -1,7 +1,6 @@
-"""A training loop with Hugging Face's accelerate: gradient accumulation, on one process or several.
+"""A training loop with Hugging Face's accelerate: gradient accumulation.
 
     python examples/accelerate_loop.py
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
 
     1 process
     ... nats a letter at step 0 (uniform: 2.77)

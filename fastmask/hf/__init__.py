@@ -3,18 +3,24 @@
 Needs transformers: ``pip install 'fastmask[hf]'``; the trainer needs accelerate: ``'fastmask[train]'``.
 """
 
-from fastmask.hf.backbone import Backbone
-from fastmask.hf.checkpoints import load_added_weights, save_pretrained
-from fastmask.hf.collator import MaskCollator
-from fastmask.hf.masked_lm import MaskedLM, masked_lm_loss
-from fastmask.hf.trainer import MaskedTrainerMixin
+import importlib
+from typing import Any
 
-__all__ = [
-    "Backbone",
-    "MaskCollator",
-    "MaskedLM",
-    "MaskedTrainerMixin",
-    "load_added_weights",
-    "masked_lm_loss",
-    "save_pretrained",
-]
+from fastmask.hf.backbone import Backbone
+
+# Imported when asked for: the drop-ins beside them say themselves which transformers they need.
+_TRAINING = {
+    "MaskCollator": "collator",
+    "MaskedLM": "masked_lm",
+    "MaskedTrainerMixin": "trainer",
+    "load_added_weights": "checkpoints",
+    "masked_lm_loss": "masked_lm",
+    "save_pretrained": "checkpoints",
+}
+__all__ = ["Backbone", *_TRAINING]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fastmask.hf.{_TRAINING[name]}"), name)
