@@ -145,6 +145,8 @@ def test_what_goes_with_it_is_plain(mesh):
     weight = split(WEIGHT, mesh)
     with pytest.raises(TypeError, match=r"give embeddings.full_tensor\(\)"):
         linear_masked_cross_entropy(split(EMBEDDINGS, mesh), weight, TARGETS)
+    with pytest.raises(TypeError, match=r"give embeddings.full_tensor\(\)"):
+        sample_tokens(LinearLogits(split(EMBEDDINGS, mesh), weight))
     with pytest.raises(TypeError, match=r"give targets.full_tensor\(\)"):
         masked_cross_entropy(split(EMBEDDINGS @ WEIGHT.mT, mesh, -1), split(TARGETS, mesh))
     for run in (linear_masked_cross_entropy, lambda e, w, t, **k: sample_tokens(LinearLogits(e, w), **k)):

@@ -146,6 +146,8 @@ def sample_tokens(
     run: Callable[..., Sampled]
     if vocabulary_parallel.is_split(logits.weight if isinstance(logits, LinearLogits) else logits):
         others = {"row_indices": row_indices, "kept_ids": kept_ids, "forbidden": sampling.forbidden}
+        if isinstance(logits, LinearLogits):
+            others["embeddings"] = logits.embeddings
         vocabulary_parallel.check(backend, **others)
         logits, columns = _local_part(logits)
         run = partial(vocabulary_parallel_sampling.sample_tokens, columns=columns)
