@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 torch.set_num_threads(1)  # the tests run side by side, and most tensors are small
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-collect_ignore = [] if _HAS_TRITON else ["ptx"]
+collect_ignore = ["ptx"] * (not _HAS_TRITON) + ["hf_training.py"] * (not importlib.util.find_spec("transformers"))
 _KERNEL_BACKEND = "cuda"  # or "interpreter", "ptx": see pytest_configure
 
 

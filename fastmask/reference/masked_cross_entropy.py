@@ -89,8 +89,9 @@ def chunk_losses_(
         e, unit = z.sub_(z_max).exp_(), torch.ones_like(z_max)
     others = e.scatter_(-1, target, e.gather(-1, target).where(~is_here, 0.0)).sum(dim=-1, keepdim=True)
     others, z_target, *gaps = columns.totals(others, z_target, *gaps)
+    z_target = z_target.where(columns.has(targets[:, None]), torch.nan)
     e_target = unit * (z_target - z_max).exp()
-    total = (others + e_target).where(columns.has(targets[:, None]), torch.nan)
+    total = others + e_target
 
     correct &= ~total.isnan()
     log_total = (total / unit).log()
