@@ -6,7 +6,10 @@ import copy
 import doctest
 import gc
 import importlib
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -773,3 +776,36 @@ def test_doctests():
     module = importlib.import_module("fastmask.hf.backbone")
     assert doctest.testmod(module).attempted >= 5
     assert doctest.testmod(module).failed == 0
+
+
+# ---- memory ----
+
+_MEMORY = """
+import resource, torch
+from transformers import BertConfig, BertForMaskedLM
+from fastmask import NonAutoregressiveWrapper
+from fastmask.hf import Backbone
+
+config = BertConfig(
+    vocab_size=50257, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+    max_position_embeddings=1024,
+)
+model = NonAutoregressiveWrapper(Backbone(BertForMaskedLM(config)), mask_id=50256).eval()
+model.generate(batch_size=1, seq_len=8, steps=1)
+with open("/proc/self/statm") as statm:
+    before = int(statm.read().split()[1]) * resource.getpagesize()
+model.generate(batch_size=64, seq_len=1024, steps=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_a_large_generation():
+    """All logits would be 12.3 GiB; the network's own tensors are most of what is taken."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    ended = subprocess.run(
+        [sys.executable, "-c", _MEMORY], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) < 300 * 2**20
