@@ -454,6 +454,12 @@ class GenerationMixin(nn.Module):
         """What starts the network's cache, where it is to be used."""
         if cache is not None and not isinstance(cache, bool) and cache != "prefix":
             raise ValueError(f"expected cache to be None, True, False or 'prefix', received {cache!r}")
+        own_length = getattr(self.net, "block_length", None) if self._is_block_causal else None
+        if block_length is not None and own_length not in (None, block_length):
+            raise ValueError(
+                f"expected block_length={own_length}, of which the network's attention has its blocks, received "
+                f"{block_length}; give that, or the network another"
+            )
         obstacle = self._obstacle_to_cache(approximate=cache == "prefix", has_blocks=block_length is not None)
         if cache and obstacle is not None:
             raise ValueError(f"expected {obstacle}; or leave cache={cache!r} out")

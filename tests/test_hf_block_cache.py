@@ -68,9 +68,11 @@ def ragged(seed=1, batch=4) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("number", range(20))
 def test_states_are_those_without_a_cache(number):
     """Each model beside both caches, of whatever rule, temperature, prompts and blocks, step for step."""
-    net = Backbone(build(EXACT[number // 2 % len(EXACT)]), block_length=4, static_cache=number % 2 == 1)
+    options = random_generation(number, N)
+    model, length = build(EXACT[number // 2 % len(EXACT)]), options["block_length"]
+    net = Backbone(model, block_length=length, static_cache=number % 2 == 1)
     assert net.linear_head() is not None
-    wrapper, options = wrapped(net), random_generation(number, N)
+    wrapper = wrapped(net)
     assert_same_states(states(wrapper, options, True), states(wrapper, options, False))
 
 
@@ -226,6 +228,27 @@ def test_the_prefix_cache():
 # ---- what is refused ----
 
 
+@pytest.mark.parametrize(
+    ("name", "rope", "longest"),
+    [
+        ("Llama", {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings"),
+        ("Phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0,
+                  "original_max_position_embeddings": 8}, 8),
+    ],
+)  # fmt: skip
+def test_positions_that_change_as_a_sequence_grows_are_refused(name, rope, longest):
+    rope = {"rope_theta": 1e4, **rope}
+    options = {"rope_parameters" if transformers.__version__ >= "5" else "rope_scaling": rope}
+    if "original_max_position_embeddings" in rope:
+        options["original_max_position_embeddings"] = longest
+    model = build(name, **options)
+    longest = getattr(model.config, longest) if isinstance(longest, str) else longest
+    message = f"rope_type '{rope['rope_type']}' and max_seq_len {longest + 1}; set max_seq_len={longest}"
+    with pytest.raises(ValueError, match=message):
+        Backbone(model, longest + 1, block_length=4)
+    assert Backbone(model, longest, block_length=4).is_block_causal
+
+
 def test_what_is_refused():
     class Deaf(transformers.LlamaForCausalLM):
         def forward(self, input_ids, use_cache=None, past_key_values=None, **options):
@@ -250,6 +273,8 @@ def test_what_is_refused():
         Backbone(build("Llama"), block_length=4, bidirectional=True)
     with pytest.raises(ValueError, match="expected block_length"):
         Backbone(build("Llama"), block_length=0)
+    with pytest.raises(ValueError, match="expected block_length=4, of which the network's attention has its blocks"):
+        wrapped(Backbone(build("Llama"), block_length=4)).generate(2, block_length=2)
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**{**SIZES, "num_key_value_heads": None}))
     with pytest.raises(ValueError, match="expected a decoder with a cache of keys and values, received BertForMask"):
         Backbone(bert, block_length=4)

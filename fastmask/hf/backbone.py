@@ -15,7 +15,14 @@ from torch.utils._pytree import tree_leaves
 from fastmask import _check, _devices
 from fastmask.heads import Head, logits_in
 from fastmask.hf import head_proof
-from fastmask.hf.block_cache import BlockCache, additive_mask, check_blocks, hide, refuse_windows
+from fastmask.hf.block_cache import (
+    BlockCache,
+    additive_mask,
+    check_blocks,
+    hide,
+    refuse_growing_positions,
+    refuse_windows,
+)
 from fastmask.hf.head_proof import Proof
 
 # No attribute of a Backbone, which is copied and pickled.
@@ -218,7 +225,9 @@ class Backbone(nn.Module):
                 f"expected a decoder with a cache of keys and values, received {type(self.model).__name__}, whose "
                 "forward takes none; generate with whole sequences (cache=False)"
             )
-        refuse_windows(self.model, _text_config(self.model), self.max_seq_len, is_static=self.static_cache)
+        config = _text_config(self.model)
+        refuse_windows(self.model, config, self.max_seq_len, is_static=self.static_cache)
+        refuse_growing_positions(self.model, config, self.max_seq_len)
 
     def _logits(self, ids: Tensor, **kwargs: Any) -> Any:
         return logits_in(self.model(input_ids=ids, **{**self._options, **kwargs}))

@@ -107,6 +107,31 @@ def refuse_windows(model: Any, config: Any, max_seq_len: int, *, is_static: bool
         )
 
 
+def refuse_growing_positions(model: Any, config: Any, max_seq_len: int) -> None:
+    """Refuses rotary positions that become others once a sequence is longer than so many: a cache keeps the former.
+
+    Raises:
+        ValueError: sequences may become so long.
+    """
+    of_all = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (of_all, *(value for value in of_all.values() if isinstance(value, dict))):
+        kind = str(rope.get("rope_type", rope.get("type")))
+        if "dynamic" not in kind and kind != "longrope":
+            continue
+        lengths = (
+            rope.get("original_max_position_embeddings"),
+            getattr(config, "original_max_position_embeddings", None),
+            getattr(config, "max_position_embeddings", None),
+        )
+        longest = min(length for length in lengths if length is not None)
+        if max_seq_len > longest:
+            raise ValueError(
+                f"expected a decoder whose positions stay as they are while a sequence grows, received "
+                f"{type(model).__name__} with rope_type {kind!r} and max_seq_len {max_seq_len}; set "
+                f"max_seq_len={longest}, up to which they do"
+            )
+
+
 def check_blocks(net: Any, ids: Tensor, others: Tensor) -> None:
     """Runs a Backbone on sequences [B, N], and on the same with other last ids, as two blocks, the first of one
     position; and once more beside a cache, where the first block cannot see the second.
