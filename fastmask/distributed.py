@@ -81,7 +81,7 @@ def _gathering(root: Any) -> Callable[..., Any]:
     """A function that calls another with its arguments, the root gathered, and shards it again however that ended."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    def attempt(run: Callable[..., Any], *arguments: Any, **keywords: Any) -> Future[Any]:
+    def attempt(run: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
         outcome: Future[Any] = Future()
         try:
             outcome.set_result(run(*arguments, **keywords))
@@ -89,7 +89,7 @@ def _gathering(root: Any) -> Callable[..., Any]:
             outcome.set_exception(error)
         return outcome
 
-    def gathered(run: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    def gathered(run: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
         outcome = root._fastmask_attempt(run, *arguments, **keywords)
         root.reshard()
         return outcome.result()
@@ -100,7 +100,7 @@ def _gathering(root: Any) -> Callable[..., Any]:
 
 
 def _gathered_steps(
-    gathered: Callable[..., Any], prepare: Callable[..., Any], *arguments: Any, **options: Any
+    gathered: Callable[..., Any], prepare: Callable[..., Any], /, *arguments: Any, **options: Any
 ) -> Iterator[Any]:
     """generate_steps, each step of which gathers for itself: between two, or after the last, weights may change."""
     steps = prepare(*arguments, **options)
