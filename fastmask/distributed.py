@@ -8,7 +8,11 @@ the ranks' mean count; the mean of their losses, and of their gradients, is then
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -32,7 +36,8 @@ def shard(wrapper: Wrapper, mesh: DeviceMesh, **options: Any) -> Wrapper:
 
     Blocks are gathered one at a time, while each runs. They are what the network's (and a critic's) outermost
     nn.ModuleLists list, if it has a matrix of weights; lists within lists are looked through. Everything else,
-    embeddings and head among it, is gathered for all of a call.
+    embeddings and head among it, is gathered for all of a call, or for a step of ``generate_steps``, and then sharded
+    again; after a call with gradients its backward does that.
 
     Args:
         wrapper: a NonAutoregressiveWrapper, on the mesh's device. Its parameters become DTensors, in place.
@@ -42,16 +47,70 @@ def shard(wrapper: Wrapper, mesh: DeviceMesh, **options: Any) -> Wrapper:
     Returns:
         The wrapper. ``nelbo``, ``generate`` and ``generate_steps`` gather its parameters as calling it does.
 
+    Warns:
+        UserWarning: there is no block, so that all parameters are gathered at once. Blocks that fully_shard has been
+            called on count.
+
     Source: PyTorch FSDP (https://arxiv.org/abs/2304.11277).
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     for block in dict.fromkeys(_blocks(wrapper)):
         fully_shard(block, mesh=mesh, **options)
-    fully_shard(wrapper, mesh=mesh, **options)
-    for method in ("nelbo", "generate", "generate_steps"):
-        register_fsdp_forward_method(wrapper, method)
+    if not any(isinstance(module, FSDPModule) for module in wrapper.modules()):
+        warnings.warn(
+            f"expected blocks in an nn.ModuleList of {type(wrapper).__name__}, found none, so all parameters are "
+            "gathered at once; list them in an nn.ModuleList (nn.Sequential is none), or call fully_shard on each of "
+            "them before shard",
+            stacklevel=2,
+        )
+    root: Any = fully_shard(wrapper, mesh=mesh, **options)
+    gathered = _gathering(root)
+    methods: dict[str, Callable[..., Any]] = {
+        name: functools.partial(gathered, getattr(wrapper, name)) for name in ("nelbo", "generate", "generate_steps")
+    }
+    methods["generate_steps"] = functools.partial(_gathered_steps, gathered, methods["generate_steps"])
+    for name, method in methods.items():
+        setattr(wrapper, name, functools.wraps(getattr(wrapper, name))(method))
+    # A backward shards the root again; where none follows, the next call would not see weights changed meanwhile.
+    wrapper.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else root.reshard())
     return wrapper
+
+
+def _gathering(root: Any) -> Callable[..., Any]:
+    """A function that calls another with its arguments, the root gathered, and shards it again however that ended."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    def attempt(run: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        outcome: Future[Any] = Future()
+        try:
+            outcome.set_result(run(*arguments, **keywords))
+        except BaseException as error:  # torch's hook at the end of a call must run: until it has, nothing is sharded
+            outcome.set_exception(error)
+        return outcome
+
+    def gathered(run: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
+        outcome = root._fastmask_attempt(run, *arguments, **keywords)
+        root.reshard()
+        return outcome.result()
+
+    root._fastmask_attempt = attempt
+    register_fsdp_forward_method(root, "_fastmask_attempt")
+    return gathered
+
+
+def _gathered_steps(
+    gathered: Callable[..., Any], prepare: Callable[..., Any], /, *arguments: Any, **options: Any
+) -> Iterator[Any]:
+    """generate_steps, each step of which gathers for itself: between two, or after the last, weights may change."""
+    steps = prepare(*arguments, **options)
+
+    def run() -> Iterator[Any]:
+        with closing(steps):
+            while (step := gathered(next, steps, None)) is not None:
+                yield step
+
+    return run()
 
 
 def _blocks(module: nn.Module, *, is_listed: bool = False) -> Iterator[nn.Module]:

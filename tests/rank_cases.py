@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -188,9 +188,10 @@ def bound(whole: Whole, kind: str) -> float:
     return distance(ours, expected)
 
 
-def sharded(whole: Whole, options: dict[str, Any]) -> float:
+def sharded(whole: Whole, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> float:
     """FSDP2's losses and gradients over some steps."""
-    alone, model = build(CPU, **options).double(), _sharded(whole, **options)
+    alone = build(CPU, **options).to(dtype)
+    model = shard(build(CPU, **options).to(dtype), DeviceMesh.from_group(whole.group, "cpu"))
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     worst = 0.0
     for _ in range(STEPS):
@@ -218,6 +219,71 @@ def sharded_methods(whole: Whole) -> float:
     *_, last = model.generate_steps(len(whole.part(whole.tokens)), sample_offset=whole.first, **options)
     assert torch.equal(last.ids, ids)
     return distance(ours, alone.nelbo(whole.tokens, seed=7))
+
+
+USES = ["nelbo", "generate", "generate_steps", "closed steps", "open steps", "evaluation", "refused generate"]
+
+
+def used(use: str, model, tokens: Tensor, first: int, whole: Whole | None) -> Iterator[Tensor]:
+    """What a use of a model between its steps gives, as often as asked for: a row's ids, or a mean over ranks."""
+    group = None if whole is None else whole.group
+    for seed in itertools.count():
+        generator = torch.Generator().manual_seed(seed)
+        options = {"steps": 3, "generator": generator, "sample_offset": first}
+        if use == "nelbo":
+            yield model.nelbo(tokens, seed=seed, process_group=group)
+        elif use == "evaluation":
+            place = {} if whole is None else whole.place()
+            with torch.no_grad():
+                loss = model(tokens, process_group=group, generator=generator, **place).loss
+            yield loss if whole is None else whole.mean(loss)
+        elif use == "generate":
+            yield model.generate(len(tokens), **options)
+        elif use == "refused generate":
+            try:
+                model.generate(len(tokens), no_such_option=True, **options)
+            except TypeError:
+                yield tokens
+        elif use == "open steps":  # which go on with weights that have changed
+            for step in model.generate_steps(len(tokens), **options):
+                yield step.ids.clone()
+        else:
+            steps = model.generate_steps(len(tokens), **options)
+            for step in itertools.islice(steps, 2 if use == "closed steps" else None):
+                ids = step.ids.clone()
+            steps.close()
+            yield ids
+
+
+def changed(whole: Whole, use: str, **options: Any) -> float:
+    """Weights that change after a use, by an optimizer's step and by hand: the next losses are of the new ones."""
+    model = shard(build(CPU).double(), DeviceMesh.from_group(whole.group, "cpu"), **options)
+    alone = build(CPU).double()
+    weights = [list(each.parameters()) for each in (model, alone)]  # as optimizers and averages hold them
+    optimizers = [torch.optim.SGD(each, lr=1.0) for each in weights]
+    tokens = whole.part(whole.tokens)
+    uses = used(use, model, tokens, whole.first, whole), used(use, alone, whole.tokens, 0, None)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    worst = 0.0
+    for number in range(2):
+        loss = model(tokens, process_group=whole.group, generator=generators[0], **whole.place()).loss
+        expected = alone(whole.tokens, generator=generators[1]).loss
+        worst = max(worst, distance(whole.mean(loss), expected))
+        for each in (loss, expected):
+            each.backward()
+        for change in ("step", "by hand"):
+            ours, theirs = (next(each) for each in uses)
+            theirs = whole.part(theirs) if theirs.ndim else theirs
+            worst = max(worst, distance(ours.double(), theirs.double()))
+            for optimizer, each in zip(optimizers, weights, strict=True):
+                if change == "step":
+                    optimizer.step()
+                    optimizer.zero_grad()
+                else:
+                    torch._foreach_mul_([weight.data for weight in each], 1.1)
+        bound = model.nelbo(tokens, seed=number, process_group=whole.group)
+        worst = max(worst, distance(bound, alone.nelbo(whole.tokens, seed=number)))
+    return worst
 
 
 def _sharded(whole: Whole, scale: float = 1.0, **options: Any):
@@ -277,6 +343,14 @@ def cases() -> Cases:
     for name in ("weighted", "mean", "self-conditioned", "own critic", "self critic"):
         for sizes in ("alike", "several"):
             add(f"FSDP2 {name}", 2, sizes, sharded, OPTIONS[name])
+    for name in ("bernoulli", "stratified"):
+        add(f"FSDP2 {name}", 2, "several", sharded, OPTIONS[name])
+    add("FSDP2 in float32", 2, "several", sharded, OPTIONS["weighted"], torch.float32)
+    for use in USES:
+        add(f"FSDP2's weights after {use}", 2, "several", changed, use)
+    for use in ("generate_steps", "closed steps", "open steps"):
+        resharding = partial(changed, reshard_after_forward=True)
+        add(f"FSDP2's weights after {use}, resharded", 2, "several", resharding, use)
     add("FSDP2's nelbo and generate", 2, "several", sharded_methods)
     add("checkpoint", 2, "alike", checkpoint, "folder")
     return found

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from rank_cases import USES
 from training import MASK, N, Recorder, build, clean
 
 from fastmask import NonAutoregressiveWrapper
@@ -29,6 +30,9 @@ LIMITS = {
     "masks of one's own": 1e-12,
     "accumulation": 1e-12,
     **{f"FSDP2 {name}": 1e-12 for name in ("weighted", "mean", "self-conditioned", "own critic", "self critic")},
+    **{f"FSDP2 {name}": 1e-12 for name in ("bernoulli", "stratified")},
+    "FSDP2 in float32": 1e-5,
+    **{f"FSDP2's weights after {use}": 1.5e-7 for use in USES},
     "FSDP2's nelbo and generate": 1.5e-7,
     "checkpoint": 0.0,
     "generation": 0.0,
@@ -60,7 +64,10 @@ def of(name: str, report: dict[str, float]) -> dict[str, float]:
 def test_ranks_are_one_process(name, report):
     found = of(name, report)
     fewer = {"masks of one's own": 2, "accumulation": 2, "checkpoint": 1, "FSDP2's nelbo and generate": 1}
-    assert len(found) == (2 if name.startswith("FSDP2 ") or "float32" in name else fewer.get(name, 6))
+    fewer |= {f"FSDP2 {each}": 1 for each in ("bernoulli", "stratified", "in float32")}
+    fewer |= {f"FSDP2's weights after {use}": 2 if "steps" in use else 1 for use in USES}
+    few = 2 if name.startswith("FSDP2 ") or "float32" in name else 6
+    assert len(found) == fewer.get(name, few)
     assert {case: figure for case, figure in found.items() if not figure <= LIMITS[name]} == {}
 
 

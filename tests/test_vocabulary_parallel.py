@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -268,6 +269,28 @@ def test_what_is_a_block(mesh):
     own.blocks.append(own.blocks[0])
     names = sharded_names(shard(NonAutoregressiveWrapper(own, mask_id=MASK), mesh))
     assert sorted(names) == sorted(["", f"{layers}.0.1", f"{layers}.1.1", "net.blocks.0"])
+
+
+class InSequence(Recorder):
+    """Layers that no nn.ModuleList lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def test_no_block_is_not_passed_over_in_silence(mesh):
+    with pytest.warns(UserWarning, match=r"found none, .* at once; list them in an nn\.ModuleList .* before shard"):
+        names = sharded_names(shard(NonAutoregressiveWrapper(InSequence(), mask_id=MASK), mesh))
+    assert names == [""]
+
+    net = InSequence()
+    for layer in net.layers:
+        fully_shard(layer, mesh=mesh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = sharded_names(shard(NonAutoregressiveWrapper(net, mask_id=MASK), mesh))
+    assert names == ["", "net.layers.0", "net.layers.1"]
 
 
 def test_a_network_that_gathers_its_own_head_gives_logits(mesh):
