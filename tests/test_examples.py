@@ -116,9 +116,9 @@ def test_decoder_hugging_face(capsys):
 
 def test_hugging_face_trainer(text, capsys):
     pytest.importorskip("accelerate", reason="needs the extra train")
-    printed = run("hugging_face_trainer", capsys, text, "--steps", "100")
-    before, after = (number(pattern, printed) for pattern in (r"([\d.]+) nats at step 0", r"([\d.]+) at step 100"))
-    assert after < before - 0.4
+    printed = run("hugging_face_trainer", capsys, text, "--steps", "200")
+    before, after = (number(pattern, printed) for pattern in (r"([\d.]+) nats at step 0", r"([\d.]+) at step 200"))
+    assert after < before - 0.6
     assert number(r"loaded again: ([\d.]+) nats", printed) == after
 
 
@@ -126,8 +126,8 @@ def test_hugging_face_trainer(text, capsys):
 def test_loops(name, capsys, monkeypatch):
     pytest.importorskip(name.split("_")[0], reason="needs the extra train")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as where it is run
-    figures = re.findall(r"([\d.]+) nats a letter", run(name, capsys, "--steps", "100"))
-    assert float(figures[-1]) < float(figures[0]) - 0.5
+    figures = re.findall(r"([\d.]+) nats a letter", run(name, capsys, "--steps", "200"))
+    assert float(figures[-1]) < 2.3 < 3 < float(figures[0])  # uniform: 2.77
 
 
 def test_diffusers_scheduler(capsys):

@@ -302,6 +302,53 @@ def test_evaluation_is_the_formulas(kind, tmp_path):
     assert 0 < rows.most < batches[0]["x"].numel()
 
 
+@pytest.mark.parametrize("kind", lab.KINDS)
+def test_evaluation_of_unequal_batches_is_the_whole_sets(kind, tmp_path):
+    """Of 6 and of 3 sequences, of other lengths."""
+    trained = lab.trainer(kind, tmp_path, per_device_eval_batch_size=6)
+    with lab.recording(trained.model) as batches:
+        loss = trained.evaluate()["eval_loss"]
+    assert len(batches) == 2
+    expected = lab.gradients(kind, batches)[0].item()
+    assert loss == pytest.approx(expected, rel=1e-6)
+    means = [lab.gradients(kind, [batch])[0].item() for batch in batches]
+    assert abs((2 * means[0] + means[1]) / 3 - expected) > 1e-4  # by rows, as Trainer has it
+
+
+@pytest.mark.parametrize("kind", lab.KINDS)
+def test_gradient_checkpointing_changes_nothing(kind, tmp_path):
+    """Each layer runs a second time, in backward."""
+    passes = []
+
+    def step(**options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        model = lab.bert()
+        model.bert.encoder.layer[0].attention.register_forward_pre_hook(lambda *_: passes.append(1))
+        wrapped = lab.build(kind, model)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trained = lab.trainer(kind, tmp_path, wrapped, max_steps=1, per_device_train_batch_size=4, **options)
+        passes.clear()
+        trained.train()
+        assert not hasattr(wrapped, "get_input_embeddings")
+        fall = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+        return torch.tensor(trained.state.log_history[0]["loss"]), fall
+
+    plain = step()
+    assert len(passes) == 1
+    checkpointed = step(gradient_checkpointing=True)
+    assert len(passes) == 2
+    assert_equal_to(1e-12, checkpointed, plain)
+
+
+@pytest.mark.parametrize("kind", ["weighted", "labels"])
+def test_neftunes_noise_is_on_the_embeddings(kind, tmp_path):
+    plain, noisy = (
+        lab.step(kind, tmp_path, per_device_train_batch_size=4, **options)
+        for options in ({}, {"neftune_noise_alpha": 5.0})
+    )
+    assert 0 < abs(noisy["loss"] - plain["loss"]) < 1
+
+
 def test_a_run_goes_on_where_its_checkpoint_was(tmp_path):
     model = lab.build("weighted", self_token_critic=True).double()
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
@@ -336,6 +383,14 @@ def test_what_needs_logits_or_counts_is_refused(tmp_path):
         lab.MaskedTrainer(lab.build("labels"), compute_metrics=len)
     with pytest.raises(TypeError, match=r"received BertForMaskedLM; MaskedLM\(Backbone\(model\)\) is for labels"):
         lab.MaskedTrainer(lab.bert())
+    trained = lab.trainer("weighted", tmp_path, max_steps=1)
+    trained.data_collator = transformers.DataCollatorWithPadding(lab.tokenizer())
+    with pytest.raises(ValueError, match=r"maskable or is_masked beside an attention_mask.*gives='maskable'"):
+        trained.train()
+    trained = lab.trainer("labels", tmp_path, max_steps=1)
+    trained.data_collator = hf.MaskCollator(lab.tokenizer(), gives="maskable")
+    with pytest.raises(TypeError, match=r"expected labels, received .*'maskable'.*gives='labels'"):
+        trained.train()
     trained = lab.trainer("mean", tmp_path, max_steps=1, gradient_accumulation_steps=2)
     trained.data_collator = hf.MaskCollator(lab.tokenizer(), gives="maskable")
     with pytest.raises(ValueError, match="expected masks that the data have, for the mean loss of parts"):

@@ -39,8 +39,8 @@ def _place(x: Tensor) -> tuple[Any, ...]:
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> None:
     """Saves the Hugging Face model as its own save_pretrained does, so that its from_pretrained loads it.
 
-    What a wrapper adds (the null embedding of self-conditioning, a critic, a schedule with parameters) goes into
-    ``fastmask.safetensors`` beside it; a tensor that has several names is saved once.
+    What a wrapper adds (a critic, a schedule with parameters) goes into ``fastmask.safetensors`` beside it; a tensor
+    that has several names is saved once.
 
     Args:
         model: a :class:`Backbone`, or a wrapper or :class:`MaskedLM` around one.

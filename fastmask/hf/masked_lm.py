@@ -33,6 +33,7 @@ def masked_lm_loss(
         net: the model, in a Backbone.
         input_ids: [B, N] int32|int64, what the network sees.
         labels: [B, N] int64, -100 where there is none; of their own positions, for decoders too (nothing is shifted).
+            One that is neither an id nor -100 gives NaN, where transformers raises an IndexError on a CPU.
         num_items_in_batch: n, the labels of the whole batch, of which this is a part (gradient accumulation), as
             transformers' Trainer counts them; by default those here.
         kwargs: passed to the model (``attention_mask=``).
@@ -96,8 +97,17 @@ class MaskedLM(nn.Module):
         self.net = net
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        **kwargs: Any,
     ) -> MaskedLMOutput:
-        """transformers' output with nothing but the loss; arguments as in :func:`masked_lm_loss`."""
+        """transformers' output with nothing but the loss; arguments and errors as in :func:`masked_lm_loss`."""
+        if labels is None:
+            raise TypeError(
+                f"expected labels, received input_ids and {sorted(kwargs)}; give MaskCollator(tokenizer, "
+                "gives='labels'), or train a NonAutoregressiveWrapper around the Backbone"
+            )
         loss = masked_lm_loss(self.net, input_ids, labels, num_items_in_batch, **kwargs)
         return MaskedLMOutput(loss=loss)

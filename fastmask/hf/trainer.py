@@ -22,6 +22,9 @@ else:
 # What examples may have for the collator, and batches for a wrapper.
 _FIELDS = ("input_ids", "special_tokens_mask", "offset_mapping", "maskable", "is_masked", "masked_ids", "labels")
 
+# What Trainer calls of a model to train it by its arguments.
+_OF_INNER = ("activation_checkpointing_enable", "gradient_checkpointing_enable", "get_input_embeddings")
+
 
 class MaskedTrainerMixin(_Trainer):
     """Trains a wrapper or a MaskedLM: ``class MaskedTrainer(MaskedTrainerMixin, Trainer)``, with Trainer's arguments.
@@ -34,7 +37,10 @@ class MaskedTrainerMixin(_Trainer):
       on the whole batch.
     - **Masks** that a wrapper draws come of args.seed, the step and the row: the same on any number of processes and
       after a checkpoint, and in each evaluation the same as in the one before.
-    - **Evaluation** gives the loss, without logits.
+    - **Evaluation** gives the loss, without logits: the mean over the set's tokens (or masked ones, or labels),
+      however it is cut into batches. With the mean loss of masks that the wrapper draws, batches are weighted by
+      their tokens. Rows that several processes repeat to fill the last batch count again.
+    - **gradient_checkpointing** and **neftune_noise_alpha** go to the Hugging Face model.
     - **Checkpoints** are the Hugging Face model's own, for its from_pretrained; what the wrapper adds lies beside it
       (:func:`save_pretrained`).
 
@@ -43,8 +49,9 @@ class MaskedTrainerMixin(_Trainer):
     Raises:
         TypeError: a model without a Backbone.
         ValueError: arguments that need logits (label smoothing, compute_metrics, compute_loss_func), several GPUs in
-            one process, FSDP or DeepSpeed; the mean loss of masks that the wrapper draws, of parts of a batch, since
-            nobody knows yet how many are masked in the whole.
+            one process, FSDP or DeepSpeed; batches for a wrapper with an attention_mask, but neither maskable nor
+            is_masked, so that padding and special tokens would be masked too; the mean loss of masks that the
+            wrapper draws, of parts of a batch, since nobody knows yet how many are masked in the whole.
     """
 
     model: Any
@@ -57,6 +64,7 @@ class MaskedTrainerMixin(_Trainer):
             raise ValueError(f"expected label_smoothing_factor=0.0, received {smoothing}, which needs all logits")
         super().__init__(*args, **kwargs)
         self._drawn = 0
+        self._evaluated: list[tuple[Tensor, Tensor]] = []
         if checkpoints.inner_model(self.model) is None:
             raise TypeError(
                 "expected a NonAutoregressiveWrapper or a MaskedLM around a fastmask.hf.Backbone, received "
@@ -70,6 +78,18 @@ class MaskedTrainerMixin(_Trainer):
                 "expected DistributedDataParallel of one device a process, received several GPUs in one, FSDP or "
                 "DeepSpeed; start it with torchrun, or shard in a loop of your own (docs/distributed.md)"
             )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, which asks the model for checkpointing and for embeddings: the inner one has them."""
+        whole, inner = self.model, checkpoints.inner_model(self.model)
+        lent = [name for name in _OF_INNER if not hasattr(whole, name) and hasattr(inner, name)]
+        for name in lent:
+            setattr(whole, name, getattr(inner, name))
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for name in lent:
+                delattr(whole, name)
 
     # Loss
 
@@ -85,6 +105,11 @@ class MaskedTrainerMixin(_Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         wrapper, ranks = self.model, self.accelerator.num_processes
         inputs = dict(inputs)
+        if "attention_mask" in inputs and not {"maskable", "is_masked"} & inputs.keys():
+            raise ValueError(
+                f"expected maskable or is_masked beside an attention_mask, received {sorted(inputs)}: padding and "
+                "special tokens would be masked too; give MaskCollator(tokenizer, gives='maskable')"
+            )
         ids = inputs.pop("input_ids")
         if num_items_in_batch is not None:
             num_tokens, num_masked = (num_items_in_batch.double() / ranks).unbind()
@@ -123,9 +148,25 @@ class MaskedTrainerMixin(_Trainer):
         self._drawn = 0
         return super().get_batch_samples(*args)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._drawn = 0
-        return super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As in Trainer, which weights batches by their rows; here by what their losses are divided by."""
+        self._drawn, self._evaluated = 0, []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self._evaluated:
+            losses, counts = (torch.stack(x).double() for x in zip(*self._evaluated, strict=True))
+            sums = torch.stack([(losses * counts).sum(), counts.sum()])
+            total, count = self.accelerator.reduce(sums, reduction="mean").tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
+        return output
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if self._is_masked_lm or not batch_samples:
@@ -145,6 +186,9 @@ class MaskedTrainerMixin(_Trainer):
         counts = self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=counts)
+        if not self._is_masked_lm:
+            counts = counts[int("is_masked" in inputs and not self.model.use_simple_mdlm_loss_weight)]
+        self._evaluated.append((loss.detach(), counts))
         return loss.detach(), None, None
 
     def _set_signature_columns_if_needed(self) -> None:
