@@ -415,7 +415,8 @@ def _short_thresholds_kernel(
     if gap is not None or top_p is not None:
         largest = tl.maximum(tl.max(z), tl.max(edges))
     if gap is not None:
-        floor = tl.maximum(floor, float_order.order(largest + gap))
+        # A least number such as 1e-40 is a float64 where it is interpreted.
+        floor = tl.maximum(floor, float_order.order((largest + gap).to(tl.float32)))
     if top_p is not None:
         if _narrows(top_p, 1.0, top_ps_ptr):
             z_floor = float_order.value(floor)
@@ -484,7 +485,7 @@ def _thresholds_kernel(
             elif own_gap is not None:
                 largest = _largest(row, edges, VECTOR, BLOCK)
             if own_gap is not None:
-                floor = tl.maximum(floor, float_order.order(largest + own_gap))
+                floor = tl.maximum(floor, float_order.order((largest + own_gap).to(tl.float32)))
             if p is not None:
                 if _narrows(p, 1.0, top_ps_ptr):
                     own_factor = sequences.own(factors_ptr, factor, flat, seq_len)
@@ -566,7 +567,7 @@ def _launch_short(rows: LogitRows, out: Tensor, filters: _Filters) -> None:
         thresholds_ptr=out,
         SPACING=_SPACING.get(rows.logits.dtype, 1),
         BLOCK=max(_SHORT_BLOCK, triton.next_power_of_2(rows.num_ids)),
-        num_warps=1,
+        num_warps=2 if filters.counts and filters.has_nucleus else 1,  # one would have too few registers for both
     )
 
 
