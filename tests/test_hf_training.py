@@ -349,6 +349,16 @@ def test_neftunes_noise_is_on_the_embeddings(kind, tmp_path):
     assert 0 < abs(noisy["loss"] - plain["loss"]) < 1
 
 
+def test_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    block = page.partition("```py\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    lab.bert().float().save_pretrained("model")
+    namespace = {"path": "model", "tokenizer": lab.tokenizer(), "data": lab.examples(8)}
+    exec(compile(block, "docs/transformers.md", "exec"), namespace)
+    assert namespace["trainer"].state.global_step == 3
+
+
 def test_a_run_goes_on_where_its_checkpoint_was(tmp_path):
     model = lab.build("weighted", self_token_critic=True).double()
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
