@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastmask._autograd import first_order_only
+from fastmask._devices import is_readable
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
 from fastmask.vocabulary_parallel import Columns
 
@@ -184,10 +185,10 @@ def _pass(
 ) -> RowLosses:
     """Losses of the rows, unweighted, and the gradient [M, V] of sum_m coefficients_m loss_m where asked for."""
     size = chunk_rows(logits, columns)
+    parts, losses = indices.split(size), []
     gradient = logits.new_empty(len(indices), logits.shape[-1]) if with_gradient else None
-    places = [None] * max(1, -(-len(indices) // size)) if gradient is None else gradient.split(size)
-    losses = []
-    for part, c, place in zip(indices.split(size), coefficients.split(size), places, strict=True):
+    places = [None] * len(parts) if gradient is None else gradient.split(size)
+    for part, c, place in zip(parts, coefficients.split(size), places, strict=True):
         rows = torch.index_select(logits, 0, part, out=place)
         out = chunk_losses_(rows, targets[part], options, columns, with_gradient=with_gradient)
         losses.append(out._replace(gradient=None))
@@ -199,9 +200,7 @@ def _pass(
 def scaled(gradient: Tensor, grad: Tensor) -> Tensor:
     """A gradient [M, ...] times that of a sum, or [M] of its parts; itself where that is known to be 1."""
     if grad.ndim == 0:
-        # Elsewhere it would have to be waited for.
-        is_known = grad.device.type == "cpu" and not torch.compiler.is_compiling()
-        return gradient if is_known and grad.item() == 1.0 else gradient * grad
+        return gradient if is_readable(grad) and grad.item() == 1.0 else gradient * grad
     return gradient * grad[:, None]
 
 

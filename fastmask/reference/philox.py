@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmask._devices import is_readable
 from fastmask._streams import STEP_BITS
 
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -59,7 +60,7 @@ def draw(
         stream, step: which stream, and the step within it (below 2**24).
         sample, position, element: int64 tensors or ints, the counter's coordinates.
     """
-    if _is_known(seed) and not any(isinstance(c, Tensor) for c in (element, position, sample)):
+    if is_readable(seed) and not any(isinstance(c, Tensor) for c in (element, position, sample)):
         words = _of_numbers((element, position, sample, (stream << STEP_BITS) | step), int(seed))
         return tuple(seed.new_full((), word) for word in words)  # type: ignore[return-value]
     # Numbers are filled in on the device: copying them there would wait for it.
@@ -68,11 +69,6 @@ def draw(
         for c in (element, position, sample, (stream << STEP_BITS) | step)
     )
     return philox4x32(element, position, sample, c3, seed & _WORD, (seed >> 32) & _WORD)
-
-
-def _is_known(seed: Tensor) -> bool:
-    """Whether its number may be read: nothing waits for it, and nobody traces."""
-    return type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _of_numbers(counter: tuple[Any, ...], seed: int) -> tuple[int, ...]:

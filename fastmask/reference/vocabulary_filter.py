@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastmask._devices import is_readable
+
 try:
     import numpy as np
 except ImportError:  # torch runs without it
@@ -60,7 +62,7 @@ def _top_k_threshold(z: Tensor, top_k: int | Tensor | None) -> Tensor | None:
         return z.sort(dim=-1, descending=True).values.gather(-1, top_k.clamp(1, z.shape[-1]) - 1)
     if top_k is None or top_k >= z.shape[-1]:
         return None
-    if z.device.type == "cpu" and np is not None and not torch.compiler.is_compiling():  # six times as fast as topk
+    if np is not None and is_readable(z):  # six times as fast as topk
         first_kept = z.shape[-1] - top_k
         return torch.from_numpy(np.partition(z.numpy(), first_kept, axis=-1)[:, first_kept, None])
     return z.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
@@ -69,7 +71,7 @@ def _top_k_threshold(z: Tensor, top_k: int | Tensor | None) -> Tensor | None:
 def _top_p_threshold(z: Tensor, top_p: float | Tensor, temperature: float | Tensor) -> Tensor:
     """The least likely id of each row's nucleus: with all that are likelier it first reaches the share top_p."""
     is_long = z.shape[-1] > _SORTED
-    if is_long and z.device.type == "cpu" and np is not None and not torch.compiler.is_compiling():
+    if is_long and np is not None and is_readable(z):
         return _top_p_threshold_without_sort(z, top_p, temperature)
     z = z.sort(dim=-1, descending=True).values
     gaps = exact(z - z[:, :1])
