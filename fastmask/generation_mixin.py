@@ -385,7 +385,14 @@ class GenerationMixin(nn.Module):
             self._as_ends(eos_id, device),
         )
         is_single = batch_size is None and (prompt is None or prompt.ndim == 1)
-        model = self._model(self._start_cache(cache, block_length))
+        start_cache = passes.chosen_cache(
+            self.net,
+            cache,
+            block_length,
+            conditions_itself=self.self_cond,
+            has_critic=self.token_critic is not None,
+        )
+        model = self._model(start_cache)
         return _Prepared(model, state, plan, options, passes.Inputs(kwargs, unconditional), generator, is_single)
 
     def _as_ends(self, eos_id: int | Sequence[int] | None, device: torch.device) -> Tensor | None:
@@ -450,47 +457,6 @@ class GenerationMixin(nn.Module):
             editing_steps=editing_steps,
         )
 
-    def _start_cache(self, cache: bool | str | None, block_length: int | None) -> Callable[[int], Any] | None:
-        """What starts the network's cache, where it is to be used."""
-        if cache is not None and not isinstance(cache, bool) and cache != "prefix":
-            raise ValueError(f"expected cache to be None, True, False or 'prefix', received {cache!r}")
-        own_length = getattr(self.net, "block_length", None) if self._is_block_causal else None
-        if block_length is not None and own_length not in (None, block_length):
-            raise ValueError(
-                f"expected block_length={own_length}, of which the network's attention has its blocks, received "
-                f"{block_length}; give that, or the network another"
-            )
-        obstacle = self._obstacle_to_cache(approximate=cache == "prefix", has_blocks=block_length is not None)
-        if cache and obstacle is not None:
-            raise ValueError(f"expected {obstacle}; or leave cache={cache!r} out")
-        start_cache: Callable[[int], Any] | None = None
-        if obstacle is None and cache is not False:
-            start_cache = self.net.start_cache
-        return start_cache
-
-    def _obstacle_to_cache(self, *, approximate: bool, has_blocks: bool) -> str | None:
-        """What would have to be otherwise for a step to run the block beside a cache; None if nothing."""
-        name = type(self.net).__name__
-        if not has_blocks:
-            return "block_length= with a cache, which is of the blocks before, received None"
-        if not callable(getattr(self.net, "start_cache", None)):
-            return f"a network that offers a cache (docs/caches.md), received {name} without start_cache"
-        if approximate and self._is_block_causal:
-            return f"cache=True, which is exact, of a network with block-causal attention, received {name}"
-        if not approximate and not self._is_block_causal:
-            return (
-                f"block-causal attention for an exact cache, received {name} without; cache='prefix' is approximate"
-            )
-        if self.self_cond:
-            return "no self-conditioning beside a cache: each step conditions all positions anew"
-        if self.token_critic is not None:
-            return "no critic beside a cache: it looks at whole sequences in each step"
-        return None
-
-    @property
-    def _is_block_causal(self) -> bool:
-        return bool(getattr(self.net, "is_block_causal", False))
-
     def _model(self, start_cache: Callable[[int], Any] | None) -> passes.Model:
         return passes.Model(
             run=partial(self._run, self._formulas),
@@ -500,7 +466,7 @@ class GenerationMixin(nn.Module):
             mask_id=self.mask_id,
             may_remask=self.can_mask_prev_unmasked,
             formulas=self._formulas,
-            is_block_causal=self._is_block_causal,
+            is_block_causal=passes.is_block_causal(self.net),
             start_cache=start_cache,
         )
 

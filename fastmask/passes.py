@@ -44,6 +44,62 @@ class Model(NamedTuple):
         return self.may_remask and self.critic is None
 
 
+def is_block_causal(net: Any) -> bool:
+    """Whether a network says that it sees no later block."""
+    return bool(getattr(net, "is_block_causal", False))
+
+
+def chosen_cache(
+    net: Any, cache: bool | str | None, block_length: int | None, *, conditions_itself: bool, has_critic: bool
+) -> Callable[[int], Any] | None:
+    """What starts the network's cache, where it is to be used; ``cache`` as in ``generate``.
+
+    Raises:
+        ValueError: it cannot be had, or blocks are not the network's own.
+    """
+    if cache is not None and not isinstance(cache, bool) and cache != "prefix":
+        raise ValueError(f"expected cache to be None, True, False or 'prefix', received {cache!r}")
+    own_length = getattr(net, "block_length", None) if is_block_causal(net) else None
+    if block_length is not None and own_length not in (None, block_length):
+        raise ValueError(
+            f"expected block_length={own_length}, of which the network's attention has its blocks, received "
+            f"{block_length}; give that, or the network another"
+        )
+    obstacle = _obstacle_to_cache(
+        net,
+        approximate=cache == "prefix",
+        has_blocks=block_length is not None,
+        conditions_itself=conditions_itself,
+        has_critic=has_critic,
+    )
+    if cache and obstacle is not None:
+        raise ValueError(f"expected {obstacle}; or leave cache={cache!r} out")
+    if obstacle is not None or cache is False:
+        return None
+    start_cache: Callable[[int], Any] = net.start_cache
+    return start_cache
+
+
+def _obstacle_to_cache(
+    net: Any, *, approximate: bool, has_blocks: bool, conditions_itself: bool, has_critic: bool
+) -> str | None:
+    """What would have to be otherwise for a step to run the block beside a cache; None if nothing."""
+    name = type(net).__name__
+    if not has_blocks:
+        return "block_length= with a cache, which is of the blocks before, received None"
+    if not callable(getattr(net, "start_cache", None)):
+        return f"a network that offers a cache (docs/caches.md), received {name} without start_cache"
+    if approximate and is_block_causal(net):
+        return f"cache=True, which is exact, of a network with block-causal attention, received {name}"
+    if not approximate and not is_block_causal(net):
+        return f"block-causal attention for an exact cache, received {name} without; cache='prefix' is approximate"
+    if conditions_itself:
+        return "no self-conditioning beside a cache: each step conditions all positions anew"
+    if has_critic:
+        return "no critic beside a cache: it looks at whole sequences in each step"
+    return None
+
+
 class Inputs(NamedTuple):
     """What the network is given beside the ids.
 
