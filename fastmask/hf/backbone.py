@@ -105,7 +105,7 @@ class Backbone(nn.Module):
             raise ValueError("expected bidirectional=True or block_length=, received both; leave one out")
         self.static_cache = static_cache
         self._options: dict[str, Any] = {"is_causal": False} if bidirectional else {}
-        if "use_cache" in self._parameters_of_model():
+        if "use_cache" in self.parameters_of_model():
             self._options["use_cache"] = False
         if self.is_block_causal:
             self._check_takes_cache()
@@ -203,7 +203,7 @@ class Backbone(nn.Module):
             blocks = hide(blocks, attention_mask, positions)
         if cache is None:
             return {"attention_mask": additive_mask(blocks, blocks, self.model.dtype)}
-        names, first = self._parameters_of_model(), cache.num_kept
+        names, first = self.parameters_of_model(), cache.num_kept
         arguments = {
             "attention_mask": additive_mask(blocks, cache.seen(blocks), self.model.dtype),
             "cache" if "cache" in names else "past_key_values": cache.key_values,
@@ -213,13 +213,14 @@ class Backbone(nn.Module):
             arguments["cache_position"] = torch.arange(first, first + blocks.shape[1], device=blocks.device)
         return arguments
 
-    def _parameters_of_model(self) -> Mapping[str, inspect.Parameter]:
+    def parameters_of_model(self) -> Mapping[str, inspect.Parameter]:
+        """What the model's forward takes; of an adapter's, the model it is around."""
         model = self.model
         inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
         return inspect.signature(inner.forward).parameters
 
     def _check_takes_cache(self) -> None:
-        names = self._parameters_of_model()
+        names = self.parameters_of_model()
         if "use_cache" not in names or not ("cache" in names or "past_key_values" in names):
             raise ValueError(
                 f"expected a decoder with a cache of keys and values, received {type(self.model).__name__}, whose "

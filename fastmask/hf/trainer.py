@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,9 +193,7 @@ class MaskedTrainerMixin(_Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """What examples keep: what the inner model takes, and what the collator and the wrapper do."""
         if self._signature_columns is None:
-            model = checkpoints.inner_model(self.model)
-            model = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-            self._signature_columns = [*inspect.signature(model.forward).parameters, *_FIELDS]
+            self._signature_columns = [*self.model.net.parameters_of_model(), *_FIELDS]
 
     # Checkpoints
 
