@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import report_of_ranks
 from rank_cases import USES
 from training import MASK, N, Recorder, build, clean
 
@@ -47,12 +44,7 @@ del LIMITS["compat, float32"], LIMITS["compat mean, float32"]
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict[str, float]:
     """By how much ranks differ from one process, by case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "rank_cases.py"), str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report_of_ranks("tests/rank_cases.py", tmp_path_factory.mktemp("ranks"), timeout=500)
 
 
 def of(name: str, report: dict[str, float]) -> dict[str, float]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import printed_by
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -37,6 +35,15 @@ def run(name: str, capsys, *arguments: str) -> str:
 def number(pattern: str, printed: str) -> float:
     """The last number that the pattern's group finds."""
     return float(re.findall(pattern, printed)[-1])
+
+
+def nats_a_letter(printed: str) -> list[float]:
+    return [float(figure) for figure in re.findall(r"([\d.]+) nats a letter", printed)]
+
+
+def alone_and_on_two(name: str, capsys, *arguments: str) -> tuple[str, str]:
+    """What an example prints by itself, and on two processes."""
+    return run(name, capsys, *arguments), printed_by(f"examples/{name}.py", *arguments, processes=2)
 
 
 @pytest.mark.slow
@@ -126,8 +133,8 @@ def test_hugging_face_trainer(text, capsys):
 def test_loops(name, capsys, monkeypatch):
     pytest.importorskip(name.split("_")[0], reason="needs the extra train")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as where it is run
-    figures = re.findall(r"([\d.]+) nats a letter", run(name, capsys, "--steps", "200"))
-    assert float(figures[-1]) < 2.3 < 3 < float(figures[0])  # uniform: 2.77
+    first, *_, last = nats_a_letter(run(name, capsys, "--steps", "200"))
+    assert last < 2.3 < 3 < first  # uniform: 2.77
 
 
 def test_diffusers_scheduler(capsys):
@@ -143,37 +150,24 @@ def test_diffusers_scheduler(capsys):
 def test_ddp(capsys, monkeypatch):
     """Two processes as one."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as where it is run
-    one = run("ddp", capsys, "--steps", "100")
-    ended = with_torchrun("ddp", "--steps", "100")
-    assert "2 of 2 processes: 32 of 64" in ended
-    ours, expected = (re.findall(r"([\d.]+) nats a letter", printed) for printed in (ended, one))
-    first, _, last = (float(figure) for figure in ours)
+    one, two = alone_and_on_two("ddp", capsys, "--steps", "100")
+    assert "2 of 2 processes: 32 of 64" in two
+    first, _, last = nats_a_letter(two)
     assert last < first - 0.5
-    assert [float(figure) for figure in ours] == pytest.approx([float(figure) for figure in expected], abs=0.02)
+    assert nats_a_letter(two) == pytest.approx(nats_a_letter(one), abs=0.02)
 
 
 @pytest.mark.slow
 def test_vocabulary_parallel(capsys, monkeypatch):
     """Two processes as one."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as where it is run
-    one = run("vocabulary_parallel", capsys, "--steps", "15")
-    ended = with_torchrun("vocabulary_parallel", "--steps", "15")
-    assert "1 of 2 processes: ids 0 to 4095 of 8192, of which 17 are any" in ended
-    ours, expected = (re.findall(r"([\d.]+) nats a letter", printed) for printed in (ended, one))
-    assert len(ours) == 4
-    assert float(ours[-1]) < float(ours[0]) - 0.3
-    assert [float(figure) for figure in ours] == pytest.approx([float(figure) for figure in expected], abs=0.002)
-    assert one.splitlines()[-1] in ended
-
-
-def with_torchrun(name: str, *arguments: str) -> str:
-    """What an example prints on two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(ROOT / "examples" / f"{name}.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    one, two = alone_and_on_two("vocabulary_parallel", capsys, "--steps", "15")
+    assert "1 of 2 processes: ids 0 to 4095 of 8192, of which 17 are any" in two
+    first, *_, last = nats_a_letter(two)
+    assert len(nats_a_letter(two)) == 4
+    assert last < first - 0.3
+    assert nats_a_letter(two) == pytest.approx(nats_a_letter(one), abs=0.002)
+    assert one.splitlines()[-1] in two
 
 
 def test_all_are_run():

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import printed_by
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -270,11 +268,7 @@ def test_a_step_is_the_whole_batchs(kind, parts, tmp_path):
 def ranks(tmp_path_factory) -> Path:
     """What two processes did, in a folder."""
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(ROOT / "tests" / "hf_training.py"), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
+    printed_by("tests/hf_training.py", str(folder), processes=2)
     return folder
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from processes import report_of_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -36,12 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict[str, float]:
     """By how much ranks differ from one process, by case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "vocabulary_cases.py"), str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report_of_ranks("tests/vocabulary_cases.py", tmp_path_factory.mktemp("ranks"), timeout=300)
 
 
 def limit(name: str) -> float:
