@@ -40,15 +40,20 @@ class Target(NamedTuple):
 
 
 _L2 = 2**20
-# An A100, an H200 (of the facts an H100), an MI300X.
+# An A100, an RTX 4090, an H200 (of the facts an H100), a B200, an RTX 5090, an MI300X.
 TARGETS = {
     "sm_80": Target(("cuda", 80, 32), {"capability": (8, 0), "num_multiprocessors": 108, "l2_bytes": 40 * _L2}),
+    "sm_89": Target(("cuda", 89, 32), {"capability": (8, 9), "num_multiprocessors": 128, "l2_bytes": 72 * _L2}),
     "sm_90": Target(("cuda", 90, 32), {}),
+    "sm_100": Target(("cuda", 100, 32), {"capability": (10, 0), "num_multiprocessors": 148, "l2_bytes": 126 * _L2}),
+    "sm_120": Target(("cuda", 120, 32), {"capability": (12, 0), "num_multiprocessors": 170, "l2_bytes": 96 * _L2}),
     "gfx942": Target(
         ("hip", "gfx942", 64),
         {"vendor": "amd", "capability": None, "num_multiprocessors": 304, "warp_size": 64, "l2_bytes": 4 * _L2},
     ),
 }
+# For kernels that these tell enough of: each further target compiles as long.
+THREE_TARGETS = ("sm_80", "sm_90", "gfx942")
 
 
 class Launch(NamedTuple):

@@ -175,7 +175,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def figures(request: pytest.FixtureRequest) -> dict[str, dict[str, dict]]:
-    """Figures of the module's OPERATION, by program and target; see ``benchmarks/compiled.py``.
+    """Figures of the module's OPERATION, by program and target of its TARGETS; see ``benchmarks/compiled.py``.
 
     Registers, spills and instructions are of one compiler: elsewhere the tests that hold them to bounds are skipped.
     """
@@ -187,4 +187,4 @@ def figures(request: pytest.FixtureRequest) -> dict[str, dict[str, dict]]:
     importlib.import_module("benchmark_helpers")  # which finds benchmarks/
     compiled, programs = (importlib.import_module(f"benchmarks.{name}") for name in ("compiled", "programs"))
     operation = request.module.OPERATION
-    return compiled.figures(operation, dict.fromkeys(programs.PROGRAMS[operation], compiled.TARGETS))
+    return compiled.figures(operation, dict.fromkeys(programs.PROGRAMS[operation], request.module.TARGETS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from benchmark_helpers import assert_nothing_spills
 
-from benchmarks.compiled import TARGETS
+from benchmarks.compiled import THREE_TARGETS as TARGETS
 
 OPERATION = "select_at_random"
 
