@@ -34,10 +34,10 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def wrapped(ctx: Any, *incoming: Tensor) -> Any:
+        if not torch.is_grad_enabled():  # no create_graph
+            return backward(ctx, *incoming)
         with torch.no_grad():
             gradients = backward(ctx, *incoming)
-        if not torch.is_grad_enabled():  # no create_graph
-            return gradients
         return tuple(g if g is None else _Undifferentiable.apply(g.detach().requires_grad_()) for g in gradients)
 
     return wrapped

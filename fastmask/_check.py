@@ -67,8 +67,8 @@ def shape(name: str, value: Tensor, expected: Sequence[int], letters: str) -> No
 
 def same_device(**tensors: Tensor | None) -> None:
     """All the tensors given lie on one device."""
-    devices = {name: value.device for name, value in tensors.items() if value is not None}
-    if len(set(devices.values())) > 1:
+    if len({value.device for value in tensors.values() if value is not None}) > 1:
+        devices = {name: value.device for name, value in tensors.items() if value is not None}
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"expected all tensors on one device, received {where}; move them with .to(device)")
 
@@ -87,6 +87,8 @@ def option(name: str, value: object, allowed: Sequence[str]) -> None:
 
 def number(name: str, value: object, low: float, high: float = math.inf, *, below_high: bool = False) -> None:
     """low <= value <= high (or < high); NaN, infinity and what no float can hold are refused."""
+    if type(value) is float and -math.inf < low <= value < high:  # nearly always
+        return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"expected {name} to be a number, received {type(value).__name__}")
     try:

@@ -100,7 +100,9 @@ class LossRows(NamedTuple):
 
     def flat(self) -> LossRows:
         """The same rows in one dimension."""
-        return LossRows(*(None if x is None else x.flatten() for x in self))  # type: ignore[arg-type]
+        if self.targets.ndim == 1:
+            return self
+        return LossRows(*[None if x is None else x.flatten() for x in self])  # type: ignore[arg-type]
 
     def counted(self) -> Tensor:
         """Which rows are in the loss: masked, and of a weight other than 0; bool, of the targets' shape."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +28,7 @@ def _scale_kernel(x_ptr, factor_ptr, num_elements, BLOCK: tl.constexpr):
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a float32 scalar on the device; x, contiguous, is not touched where it is 1."""
     if x.numel():
-        grid = (triton.cdiv(x.numel(), _BLOCK),)
+        grid = (_launch.cdiv(x.numel(), _BLOCK),)
         _launch.launch(_scale_kernel, grid, x, x_ptr=x, factor_ptr=factor, num_elements=x.numel(), BLOCK=_BLOCK)
 
 
@@ -40,4 +41,7 @@ def with_denominator(reduction: Reduction, rows: LossRows) -> Reduction:
     """The reduction, a mean's denominator put in where it is the number of rows that count."""
     if reduction.kind != "mean" or reduction.denominator is not None:
         return reduction
-    return reduction._replace(denominator=rows.counted().sum().clamp(min=1).float())
+    if rows.is_masked is None and rows.weights is None:
+        num_rows = rows.targets.new_full((), max(1, rows.targets.numel()), dtype=torch.float32)
+        return reduction._replace(denominator=num_rows)
+    return reduction._replace(denominator=rows.counted().sum().clamp_(min=1).float())

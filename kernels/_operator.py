@@ -1,7 +1,8 @@
 """Kernels as operators of PyTorch, which torch.compile takes as they are.
 
 Registered with the dispatcher itself: what torch.library's custom_op and register_autograd do in Python besides takes
-the host longer, at every call, than most of these kernels should take a GPU.
+the host longer, at every call, than most of these kernels should take a GPU. A call that nobody watches (no tracing,
+mode, transform or profiler; plain tensors) does without the dispatcher as well, which takes as long as all the rest.
 
 A record (``fastmask/records.py``) crosses as one parameter: the schema has its fields, the function gets it whole.
 """
@@ -16,10 +17,12 @@ from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame as _eval_frame
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Overload: TypeAlias = "torch._ops.OpOverload[P, R]"
+_NO_TENSORS = (type(None), bool, int, float, str)  # asked first: most arguments are of these
 _libraries: dict[str, torch.library.Library] = {}  # an operator lives as long as its own
 
 
@@ -97,13 +100,68 @@ def _is_record(annotation: Any) -> bool:
 class Operator(Generic[P, R]):
     """The operator of a function, called as the function is; ``overload`` is what PyTorch knows."""
 
-    def __init__(self, signature: _Signature, overload: Overload[..., Any]) -> None:
-        self.signature, self.overload = signature, overload
+    def __init__(
+        self,
+        function: Callable[P, R],
+        signature: _Signature,
+        overload: Overload[..., Any],
+        written: Sequence[int],
+    ) -> None:
+        self.function, self.signature, self.overload, self.written = function, signature, overload, written
+        self.derivative: type[torch.autograd.Function] | None = None
 
     def __call__(self, *arguments: P.args, **nothing: P.kwargs) -> R:
         signature = self.signature
-        outputs: Any = self.overload(*(signature.flat(arguments) if signature.has_records else arguments), **nothing)
+        flat = signature.flat(arguments) if signature.has_records else arguments
+        outputs: Any
+        if _is_watched(flat):
+            outputs = self.overload(*flat, **nothing)
+        elif self.derivative is not None and _needs_gradient(flat):
+            outputs = self.derivative.apply(*flat)
+        else:
+            _count_versions([flat[place] for place in self.written])
+            return self.function(*arguments)
         return signature.returned(outputs) if signature.returns_record else outputs
+
+    def below(self, flat: Sequence[Any]) -> Any:
+        """Of a schema's arguments what the function gives, with no derivative."""
+        if not _is_watched(flat):
+            return self.function(*self.signature.whole(flat))  # type: ignore[call-arg]
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*flat)
+
+
+def _is_watched(flat: Sequence[Any]) -> bool:
+    """Whether anything but the function itself is to know of a call: then the dispatcher tells it."""
+    if (
+        torch.compiler.is_compiling()
+        or _eval_frame.get_eval_frame_callback() is not None  # torch.compile would look into the function
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return True
+    for x in flat:
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if x.is_meta:
+                return True
+        elif kind not in _NO_TENSORS and isinstance(x, Tensor):
+            return True
+    return False
+
+
+def _needs_gradient(flat: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat)
+
+
+def _count_versions(written: Sequence[Tensor | None]) -> None:
+    """Tells autograd what is written to: a tensor saved for backward must not change unseen."""
+    counted = [x for x in written if x is not None and not x.is_inference()]
+    if counted:
+        torch.autograd.graph.increment_version(counted)
 
 
 def _nothing(*arguments: Any) -> None:
@@ -140,23 +198,22 @@ def operator(
         )
         torch.library.register_fake(f"fastmask::{name}", trace, lib=library)
         overload: Overload[..., Any] = getattr(torch.ops.fastmask, name).default
-        if mutates:
-            counting = _counting_versions(overload, signature.written(mutates))
-            library.impl(name, counting, "ADInplaceOrView", with_keyset=True)
-        operation = Operator[P, R](signature, overload)
+        names = [argument.name for argument in overload._schema.arguments]
+        written = [names.index(name) for name in signature.written(mutates)]
+        if written:
+            library.impl(name, _counting_versions(overload, written), "ADInplaceOrView", with_keyset=True)
+        operation = Operator[P, R](function, signature, overload, written)
         functools.update_wrapper(operation, function)
         return operation
 
     return register
 
 
-def _counting_versions(overload: Overload[..., Any], mutates: Sequence[str]) -> Callable[..., Any]:
-    """Tells autograd what an operator writes to: a tensor saved for backward must not change unseen."""
-    names = [argument.name for argument in overload._schema.arguments]
-    places = [names.index(name) for name in mutates]
+def _counting_versions(overload: Overload[..., Any], written: Sequence[int]) -> Callable[..., Any]:
+    """What the dispatcher does for tensors that autograd may have saved."""
 
     def counting(keys: Any, *arguments: Any) -> Any:
-        torch.autograd.graph.increment_version([arguments[i] for i in places if arguments[i] is not None])
+        _count_versions([arguments[place] for place in written])
         return overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
 
     return counting
@@ -171,19 +228,15 @@ def differentiable(
         gradients: of the leading tensors of the schema; the rest has none.
         setup_context: gets arguments and outputs as the function does.
     """
-    signature, overload = operation.signature, operation.overload
-
-    def below(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*arguments)
+    signature = operation.signature
 
     class Derivative(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            outputs = below(*arguments)
+            outputs = operation.below(arguments)
             setup_context(ctx, signature.whole(arguments), signature.returned(outputs))
             ctx.num_arguments = len(arguments)
-            return outputs
+            return outputs if isinstance(outputs, Tensor) else tuple(outputs)
 
         @staticmethod
         def backward(ctx: Any, *incoming: Any) -> Any:
@@ -191,7 +244,7 @@ def differentiable(
             return *found, *[None] * (ctx.num_arguments - len(found))
 
     def run(*arguments: Any) -> Any:
-        needs = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
-        return Derivative.apply(*arguments) if needs else below(*arguments)
+        return Derivative.apply(*arguments) if _needs_gradient(arguments) else operation.below(arguments)
 
-    _libraries[overload._schema.name.removeprefix("fastmask::")].impl(overload, run, "Autograd")
+    operation.derivative = Derivative
+    _libraries[operation.overload._schema.name.removeprefix("fastmask::")].impl(operation.overload, run, "Autograd")

@@ -15,10 +15,10 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fastmask._autograd import first_order_only
+from fastmask.kernels import _launch
 from fastmask.kernels._losses import is_plain, scale_, with_denominator
 from fastmask.kernels._operator import differentiable, operator
 from fastmask.kernels.masked_cross_entropy import losses_and_gradient
@@ -71,7 +71,7 @@ class Outputs(NamedTuple):
 
 def chunk_sizes(num_rows: int) -> list[int]:
     """How many rows each chunk has."""
-    num_chunks = triton.cdiv(num_rows, CHUNK_ROWS)
+    num_chunks = _launch.cdiv(num_rows, CHUNK_ROWS)
     return [num_rows // num_chunks + (i < num_rows % num_chunks) for i in range(num_chunks)]
 
 
@@ -158,7 +158,7 @@ def _chunked(
     by_bias = new_total(bias, dtype=torch.float32) if bias is not None and products.wants_bias else None
     # Rows of logits begin at 16 bytes whatever V is.
     vector = 16 // dtype.itemsize
-    buffer = cast_weight.new_empty(max(sizes, default=0), triton.cdiv(num_ids, vector) * vector)
+    buffer = cast_weight.new_empty(max(sizes, default=0), _launch.cdiv(num_ids, vector) * vector)
 
     for index, part in enumerate(listed.split(sizes)):
         source, slot, counts = part, part, None

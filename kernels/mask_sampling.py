@@ -337,7 +337,7 @@ def _configuration(length: int) -> tuple[int, int]:
     """BLOCK_N and num_warps for sequences of that length."""
     for longest, num_warps in _ONE_BLOCK:
         if length <= longest:
-            return max(16, triton.next_power_of_2(length)), num_warps
+            return max(16, _launch.next_power_of_2(length)), num_warps
     return _BLOCKS
 
 

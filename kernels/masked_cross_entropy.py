@@ -220,14 +220,14 @@ def plan(num_rows: int, vocabulary: int, options: LossOptions, hardware: _launch
     column = 2 if is_costly else int(is_special)
     if num_rows < _FEW_ROWS and vocabulary > 2 * _SPLIT_TILES[column][0]:
         block_v, num_warps = _SPLIT_TILES[column]
-        num_tiles = triton.cdiv(vocabulary, block_v)
-        tiles_per_piece = triton.cdiv(num_tiles, triton.cdiv(_MANY_PROGRAMS, max(1, num_rows)))
-        return Plan(block_v, num_warps, triton.cdiv(num_tiles, tiles_per_piece), tiles_per_piece)
+        num_tiles = _launch.cdiv(vocabulary, block_v)
+        tiles_per_piece = _launch.cdiv(num_tiles, _launch.cdiv(_MANY_PROGRAMS, max(1, num_rows)))
+        return Plan(block_v, num_warps, _launch.cdiv(num_tiles, tiles_per_piece), tiles_per_piece)
     tiles = next(tiles for largest, tiles in _TILES if vocabulary <= largest)
     block_v, num_warps = tiles[column]
     if num_warps > hardware.max_warps:  # as many columns a warp
         block_v, num_warps = block_v * hardware.max_warps // num_warps, hardware.max_warps
-    return Plan(block_v, num_warps, 1, triton.cdiv(vocabulary, block_v))
+    return Plan(block_v, num_warps, 1, _launch.cdiv(vocabulary, block_v))
 
 
 def _place(x: Tensor, name: str) -> dict[str, int]:
@@ -321,7 +321,7 @@ def _launch_rows(
         denominator_ptr=denominator,
         z_loss=options.z_loss or None,
         num_pieces=num_pieces,
-        PIECE_LANES=triton.next_power_of_2(num_pieces or 1),
+        PIECE_LANES=_launch.next_power_of_2(num_pieces or 1),
         HOLDS_UNIT=holds_unit,
         SAME_PHASE=all(difference % arguments["VECTOR"] == 0 for difference in apart),
     )

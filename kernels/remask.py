@@ -325,7 +325,7 @@ def _configuration(length: int) -> tuple[int, int]:
     """BLOCK_N and num_warps for sequences of that length."""
     for longest, num_warps in _ONE_BLOCK:
         if length <= longest:
-            return triton.next_power_of_2(length), num_warps
+            return _launch.next_power_of_2(length), num_warps
     return _BLOCKS
 
 
@@ -340,7 +340,7 @@ def gumbel_noise(draws: Draws, batch: int, length: int) -> Tensor:
     if noise.numel():
         _launch.launch(
             _noise_kernel,
-            (triton.cdiv(noise.numel(), _NOISE_BLOCK),),
+            (_launch.cdiv(noise.numel(), _NOISE_BLOCK),),
             noise,
             seed_ptr=draws.seed,
             noise_ptr=noise,

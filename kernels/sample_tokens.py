@@ -375,10 +375,12 @@ def _sample_behind_head(
     weight, bias = head.weight.to(dtype).mT, None if head.bias is None else head.bias.to(dtype)
     # Rows of logits begin at 16 bytes whatever V is, so that a row's sample does not depend on its neighbours.
     num_rows, num_ids, vector = rows.row_indices.shape[0], head.weight.shape[0], 16 // dtype.itemsize
-    width = triton.cdiv(num_ids, vector) * vector
+    width = _launch.cdiv(num_ids, vector) * vector
     buffer = head.embeddings.new_empty((min(HEAD_CHUNK_ROWS, num_rows), width), dtype=dtype)
     parts = []
-    for chunk in range(max(1, triton.cdiv(num_rows, HEAD_CHUNK_ROWS))):  # traced, this fixes the chunks, not the rows
+    for chunk in range(
+        max(1, _launch.cdiv(num_rows, HEAD_CHUNK_ROWS))
+    ):  # traced, this fixes the chunks, not the rows
         part = slice(chunk * HEAD_CHUNK_ROWS, (chunk + 1) * HEAD_CHUNK_ROWS)
         x = head.scaled(rows.of(head.embeddings, part)).to(dtype)
         logits = buffer[: x.shape[0], :num_ids]
@@ -430,8 +432,8 @@ def _sample_tokens_(
     factor = None if sampling.is_greedy else _math.over_temperature(sampling.temperature)
     figures = sampling.temperature_of_figures
     figure_factor = None if figures == 1.0 else _math.over_temperature(figures)
-    num_tiles = triton.cdiv(num_ids, _TILE.value)
-    lanes = max(_SUB_TILE.value, min(_TILE.value, triton.next_power_of_2(num_ids)))
+    num_tiles = _launch.cdiv(num_ids, _TILE.value)
+    lanes = max(_SUB_TILE.value, min(_TILE.value, _launch.next_power_of_2(num_ids)))
     sub_tiles = lanes // _SUB_TILE.value
     loads_vectors = of_rows["offset_x"] == 0 and _holds_whole_vectors(listed)
     is_raced = factor is not None or own.factors is not None
@@ -492,7 +494,7 @@ def _sample_tokens_(
         is_lawful_ptr=own.is_lawful,
         IN_PLACE=in_place,
         KEEPS_ONE=keeps_one,
-        TILE_LANES=triton.next_power_of_2(num_tiles),
+        TILE_LANES=_launch.next_power_of_2(num_tiles),
         SUB_TILES=sub_tiles,
         num_warps=1 if leaves_sums else _CHOICE_WARPS,
     )
@@ -501,6 +503,6 @@ def _sample_tokens_(
 def _holds_whole_vectors(rows: logit_rows.LogitRows) -> bool:
     """Whether each row may be read by vectors from its first logit on: what lies behind its last is memory too."""
     logits, (num_rows, num_ids) = rows.logits, rows.logits.shape
-    width = triton.cdiv(num_ids, rows.vector) * rows.vector
+    width = _launch.cdiv(num_ids, rows.vector) * rows.vector
     end = logits.storage_offset() + (num_rows - 1) * logits.stride(0) + width
     return logits.stride(0) % rows.vector == 0 and end * logits.element_size() <= logits.untyped_storage().nbytes()

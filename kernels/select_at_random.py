@@ -78,7 +78,7 @@ def select_at_random(
         strides = (None, None) if probabilities is None else probabilities.stride()
         _launch.launch(
             _selection_kernel,
-            (triton.cdiv(selected.numel(), _BLOCK),),
+            (_launch.cdiv(selected.numel(), _BLOCK),),
             selected,
             eligible_ptr=eligible.contiguous(),
             probabilities_ptr=probabilities,

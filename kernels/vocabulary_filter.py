@@ -566,7 +566,7 @@ def _launch_short(rows: LogitRows, out: Tensor, filters: _Filters) -> None:
         **filters._asdict(),
         thresholds_ptr=out,
         SPACING=_SPACING.get(rows.logits.dtype, 1),
-        BLOCK=max(_SHORT_BLOCK, triton.next_power_of_2(rows.num_ids)),
+        BLOCK=max(_SHORT_BLOCK, _launch.next_power_of_2(rows.num_ids)),
         num_warps=2 if filters.counts and filters.has_nucleus else 1,  # one would have too few registers for both
     )
 

@@ -28,7 +28,18 @@ FLOORS = [
     ("_check", "_dispatch", "data", "heads", "schedules"),
     ("reference", "kernels"),
     ("vocabulary_parallel",),
-    ("_autograd", "_check_data", "_devices", "_host_count", "_modes", "_names", "_progress", "_streams", "records"),
+    (
+        "_autograd",
+        "_check_data",
+        "_devices",
+        "_host_count",
+        "_kept",
+        "_modes",
+        "_names",
+        "_progress",
+        "_streams",
+        "records",
+    ),
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = {

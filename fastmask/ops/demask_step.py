@@ -187,7 +187,9 @@ def demask_step(
         new.ids,
         new.is_masked,
         new.row_indices,
-        torch.arange(batch + 1, device=device) * max_masked,
+        torch.arange(0, batch * max_masked + 1, max_masked, device=device)
+        if max_masked
+        else ids.new_zeros(batch + 1),
         counts=counts,
         mask_id=mask_id,
         commits=commits,

@@ -87,7 +87,7 @@ def linear_masked_cross_entropy(
     reducing = loss_reduction(embeddings, reduction, denominator)
     loss_options = LossOptions(**options)
     num_tokens = check_num_tokens(num_tokens, len(weight))
-    check_loss_options(loss_options, num_tokens)
+    check_loss_options(num_tokens, *loss_options)
     if row_indices is not None:
         if is_masked is not None:
             raise ValueError("expected is_masked or row_indices, received both; leave one out")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmask import _check, _dispatch, vocabulary_parallel
 from fastmask._devices import to_device
+from fastmask._kept import kept
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
 from fastmask.reference import masked_cross_entropy as reference
 
@@ -114,7 +115,7 @@ def masked_cross_entropy(
     rows = loss_rows(logits, targets, is_masked, weights)
     reducing = loss_reduction(logits, reduction, denominator)
     options = LossOptions(label_smoothing, z_loss, softcap, exclude_id, with_correct)
-    check_loss_options(options, num_tokens)
+    check_loss_options(num_tokens, *options)
     _check.same_device(logits=logits, **rows._asdict())
     _check.plain(logits=logits, **rows._asdict(), denominator=reducing.denominator)
     if ignore_index is not None:
@@ -194,14 +195,22 @@ def _check_constant(name: str, value: Tensor) -> None:
         raise ValueError(f"expected {name} without gradient, received requires_grad=True; use {name}.detach()")
 
 
-def check_loss_options(options: LossOptions, num_tokens: int) -> None:
-    """The options of a loss over so many columns are in range."""
-    _check.flag("with_correct", options.with_correct)
-    _check.number("label_smoothing", options.label_smoothing, 0.0, 1.0)
-    _check.number("z_loss", options.z_loss, 0.0)
-    check_softcap(options.softcap)
-    if options.exclude_id is not None:
-        _check.integer("exclude_id", options.exclude_id, 0, num_tokens)
+@kept
+def check_loss_options(
+    num_tokens: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    exclude_id: int | None,
+    with_correct: bool,
+) -> None:
+    """The fields of a LossOptions are in range for so many columns."""
+    _check.flag("with_correct", with_correct)
+    _check.number("label_smoothing", label_smoothing, 0.0, 1.0)
+    _check.number("z_loss", z_loss, 0.0)
+    check_softcap(softcap)
+    if exclude_id is not None:
+        _check.integer("exclude_id", exclude_id, 0, num_tokens)
         if num_tokens == 1:
             raise ValueError("expected a column besides exclude_id, received logits with V = 1")
 

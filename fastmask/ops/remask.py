@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmask import _check, _dispatch
+from fastmask._kept import kept
 from fastmask.ops.seeds import as_draws
 from fastmask.records import Draws, Remasking, RowList, Windows
 from fastmask.reference import remask as reference
@@ -255,52 +256,53 @@ def remask_(
         (tensor([[5, 9, 7]]), tensor([ 1, -1]))
     """
     _check.tensor("values", values, _check.FLOATING, ndim=2)
-    written = {"ids": ids, "is_masked": is_masked, "row_indices": row_indices}
-    dtypes = {"ids": torch.int64, "is_masked": torch.bool, "row_indices": torch.int64}
-    for name, tensor in written.items():
-        _check.tensor(name, tensor, [dtypes[name]])
-        if not tensor.is_contiguous():
-            raise ValueError(f"expected {name} to be contiguous, received strides {list(tensor.stride())}")
+    _check_written("ids", ids, torch.int64)
+    _check_written("is_masked", is_masked, torch.bool)
+    _check_written("row_indices", row_indices, torch.int64)
     _check.tensor("row_starts", row_starts, [torch.int64])
     _check.shape("ids", ids, values.shape, "B, N")
     _check.shape("is_masked", is_masked, values.shape, "B, N")
-    _check.shape("row_starts", row_starts, [len(values) + 1], "B + 1")
+    _check.shape("row_starts", row_starts, [values.shape[0] + 1], "B + 1")
     windows = Windows(block, next_block)
-    check_windows(windows, len(values))
-    _check.flag("is_confidence", is_confidence)
-    _check_key(min_remask_key)
-    mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
-    _check.number("noise_scale", noise_scale, -math.inf)
+    check_windows(windows, values.shape[0])
     if eligible is not None:
         _check.tensor("eligible", eligible, [torch.bool])
         _check.shape("eligible", eligible, values.shape, "B, N")
         _check_not_with("eligible", commits=commits, factor=factor, entropy_bound=entropy_bound)
-    _check_rule(is_confidence, noise_scale, min_remask_key, factor, entropy_bound)
     if counts is not None:
         _check_not_with("counts", commits=commits)
     elif commits is None and min_remask_key is None and factor is None and entropy_bound is None:
         raise ValueError("expected counts, commits or a rule, received none; say how many positions stay masked")
     counts_commit = counts is None
+    remasking = _checked_remasking(
+        mask_id, is_confidence, noise_scale, min_remask_key, factor, entropy_bound, counts_commit
+    )
     if counts is None:
         counts = 1 if commits is None else commits
     counts = as_counts(counts, values, "commits" if counts_commit else "counts")
     _check.same_device(
-        **written, **windows._asdict(), row_starts=row_starts, values=values, counts=counts, eligible=eligible
-    )
+        ids=ids, is_masked=is_masked, row_indices=row_indices, block=block, next_block=next_block,
+        row_starts=row_starts, values=values, counts=counts, eligible=eligible,
+    )  # fmt: skip
     # Without noise nothing is drawn, no seed either.
-    draws = as_draws(seed if noise_scale else 0, values.device, generator, step, sample_offset)
+    draws = as_draws(
+        seed if noise_scale or isinstance(seed, Tensor) else 0, values.device, generator, step, sample_offset
+    )
     backend = _of_length(backend, values)
     run = _dispatch.implementation(reference.remask_, values.device, backend, values.dtype)
-    listed = RowList(row_indices, row_starts)
-    remasking = Remasking(
-        mask_id, is_confidence, float(noise_scale), min_remask_key, factor, entropy_bound, counts_commit
-    )
-    run(ids, is_masked, listed, values, counts, eligible, windows, draws, remasking)
+    run(ids, is_masked, RowList(row_indices, row_starts), values, counts, eligible, windows, draws, remasking)
+
+
+def _check_written(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Of what is written in place."""
+    _check.tensor(name, tensor, [dtype])
+    if not tensor.is_contiguous():
+        raise ValueError(f"expected {name} to be contiguous, received strides {list(tensor.stride())}")
 
 
 def check_windows(windows: Windows, batch: int) -> None:
     """Refuses what is no window of each sequence."""
-    for name, window in windows._asdict().items():
+    for name, window in zip(windows._fields, windows, strict=True):
         if window is not None:
             _check.tensor(name, window, [torch.int64])
             _check.shape(name, window, [batch, 2], "B, 2")
@@ -312,14 +314,21 @@ def _check_not_with(given: str, **others: object) -> None:
             raise ValueError(f"expected {given} or {name}, received both; leave one out")
 
 
-def _check_rule(
+@kept
+def _checked_remasking(
+    mask_id: int,
     is_confidence: bool,
     noise_scale: float,
     min_remask_key: float | None,
     factor: float | None,
     entropy_bound: float | None,
-) -> None:
-    """Refuses rules beside one another, or beside figures that they are not of."""
+    counts_commit: bool,
+) -> Remasking:
+    """Refuses numbers out of range, and rules beside one another, or beside figures that they are not of."""
+    _check.flag("is_confidence", is_confidence)
+    _check_key(min_remask_key)
+    mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
+    _check.number("noise_scale", noise_scale, -math.inf)
     for name, value, of_confidence in (("factor", factor, True), ("entropy_bound", entropy_bound, False)):
         if value is None:
             continue
@@ -331,3 +340,4 @@ def _check_rule(
         _check_not_with(name, min_remask_key=min_remask_key)
     if factor is not None:
         _check_not_with("factor", entropy_bound=entropy_bound)
+    return Remasking(mask_id, is_confidence, float(noise_scale), min_remask_key, factor, entropy_bound, counts_commit)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmask import _check, _dispatch, vocabulary_parallel
 from fastmask._devices import to_device
+from fastmask._kept import kept
 from fastmask.ops.linear_masked_cross_entropy import check_head, local_head
 from fastmask.ops.masked_cross_entropy import check_softcap
 from fastmask.ops.seeds import as_draws
@@ -125,18 +126,11 @@ def sample_tokens(
         tensor([[1]])
     """
     name, source, num_ids = checked_logits(logits)
-    _check.flag("with_margin", with_margin)
-    _check.flag("with_entropy", with_entropy)
-    _check.flag("processed", processed)
     rows, shape = _sampled_rows(name, source, row_indices, seq_len)
-    numbers, per_sequence = _numbers_and_tensors(
-        {"temperature": temperature, "top_k": top_k, "min_p": min_p, "top_p": top_p}
-    )
-    sampling = Sampling(
-        **numbers, mask_id=mask_id, with_margin=with_margin, with_entropy=with_entropy, processed=processed
-    )
-    sampling = _checked_sampling(sampling, num_ids)
-    sampling = sampling._replace(forbidden=as_forbidden(forbidden, num_ids, source.device, sampling.mask_id))
+    numbers, per_sequence = _numbers_and_tensors((temperature, top_k, min_p, top_p))
+    sampling = _checked_sampling(num_ids, *numbers, mask_id, with_margin, with_entropy, processed)
+    if forbidden is not None:
+        sampling = sampling._replace(forbidden=as_forbidden(forbidden, num_ids, source.device, sampling.mask_id))
     kept_ids = _checked_kept_ids(name, source, kept_ids, shape)
     if out is not None:
         _check_out(name, source, out, rows, sampling)
@@ -161,7 +155,9 @@ def sample_tokens(
     sampled = run(flat, rows, draws, sampling, kept_ids, out, per_sequence)
     if out is not None:
         return out
-    return Sampled(*(None if values is None else values.view(shape) for values in sampled))  # type: ignore[arg-type]
+    if len(shape) == 1:
+        return sampled
+    return Sampled(*[None if values is None else values.view(shape) for values in sampled])  # type: ignore[arg-type]
 
 
 def checked_logits(logits: Tensor | LinearLogits) -> tuple[str, Tensor, int]:
@@ -216,11 +212,14 @@ def _sampled_rows(
     ), shape
 
 
-def _numbers_and_tensors(options: dict[str, Any]) -> tuple[dict[str, Any], PerSequence | None]:
-    """What is for all sequences, and what each has of its own, if anything."""
-    tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in options.items() if name not in tensors}
-    return numbers, PerSequence(**tensors) if tensors else None
+def _numbers_and_tensors(options: tuple[Any, ...]) -> tuple[tuple[Any, ...], PerSequence | None]:
+    """Temperature, top_k, min_p and top_p for all sequences, and what each has of its own, if anything."""
+    is_tensor = [isinstance(option, Tensor) for option in options]
+    if True not in is_tensor:
+        return options, None
+    numbers = (1.0, None, None, None)
+    numbers = tuple(n if own else option for n, option, own in zip(numbers, options, is_tensor, strict=True))
+    return numbers, PerSequence(*(x if own else None for x, own in zip(options, is_tensor, strict=True)))
 
 
 def _check_per_sequence(
@@ -243,12 +242,25 @@ def _check_per_sequence(
     return rows if rows.num_places is not None else rows._replace(num_places=batch * rows.seq_len)
 
 
-def _checked_sampling(sampling: Sampling, num_ids: int) -> Sampling:
+@kept
+def _checked_sampling(
+    num_ids: int,
+    temperature: float,
+    top_k: int | None,
+    min_p: float | None,
+    top_p: float | None,
+    mask_id: int | None,
+    with_margin: bool,
+    with_entropy: bool,
+    processed: bool,
+) -> Sampling:
     """The options of a sampler over so many ids; what changes nothing is None."""
     if num_ids == 0:
         raise ValueError("expected a vocabulary of at least 1 id, received 0")
-    top_k, min_p, top_p, mask_id = sampling.top_k, sampling.min_p, sampling.top_p, sampling.mask_id
-    _check.number("temperature", sampling.temperature, 0.0)
+    _check.flag("with_margin", with_margin)
+    _check.flag("with_entropy", with_entropy)
+    _check.flag("processed", processed)
+    _check.number("temperature", temperature, 0.0)
     if top_k is not None:
         top_k = _check.integer("top_k", top_k, 1)
         top_k = top_k if top_k < num_ids else None
@@ -261,14 +273,13 @@ def _checked_sampling(sampling: Sampling, num_ids: int) -> Sampling:
     if mask_id is not None:
         mask_id = _check.integer("mask_id", mask_id, -(2**63), 2**63)
         mask_id = mask_id if 0 <= mask_id < num_ids else None
-    temperature = float(sampling.temperature)
-    return sampling._replace(temperature=temperature, top_k=top_k, min_p=min_p, top_p=top_p, mask_id=mask_id)
+    return Sampling(float(temperature), top_k, min_p, top_p, mask_id, None, with_margin, with_entropy, processed)
 
 
 def as_forbidden(
     forbidden: Tensor | Sequence[int] | None, num_tokens: int, device: torch.device, mask_id: int | None
 ) -> Tensor | None:
-    """Forbidden ids as the samplers take them without copying: [num_tokens] bool on the device.
+    """Forbidden ids as the samplers take them without copying: [num_tokens] bool on the device, None for none.
 
     Raises:
         TypeError, ValueError: neither such a tensor nor ids in [0, num_tokens), or ids that leave none but mask_id.
@@ -295,22 +306,29 @@ def _check_out(name: str, source: Tensor, out: Sampled, rows: SampledRows, sampl
     """The checks of what a sampler writes."""
     if not isinstance(out, Sampled):
         raise TypeError(f"expected out to be a Sampled of ids and log_probs, received {type(out).__name__}")
-    for figure, is_wanted in (("margin", sampling.with_margin), ("entropy", sampling.with_entropy)):
-        field = {"margin": "margins", "entropy": "entropies"}[figure]
-        if is_wanted is (getattr(out, field) is None):
-            raise ValueError(
-                f"expected out.{field} with with_{figure}=True, received one of them; give or leave both"
-            )
+    _check_given("margin", sampling.with_margin, out.margins)
+    _check_given("entropy", sampling.with_entropy, out.entropies)
     _check.tensor("out.ids", out.ids, [torch.int64], ndim=2)
     if source.ndim == 3:
         _check.shape("out.ids", out.ids, source.shape[:2], "B, N")
     if max(1, out.ids.shape[1]) != rows.seq_len:
         raise ValueError(f"expected out.ids [B, {rows.seq_len}], received {list(out.ids.shape)}")
-    written = {f"out.{field}": values for field, values in out._asdict().items() if values is not None}
-    for field, values in written.items():
+    for field, values in zip(_OUT_FIELDS, out, strict=True):
+        if values is None:
+            continue
         if values is not out.ids:
             _check.tensor(field, values, [torch.float32])
             _check.shape(field, values, out.ids.shape, "B, N")
         if not values.is_contiguous():
             raise ValueError(f"expected {field} to be contiguous, received strides {list(values.stride())}")
-    _check.same_device(**{name: source, **written})
+    _check.same_device(**{name: source}, **dict(zip(_OUT_FIELDS, out, strict=True)))
+
+
+_OUT_FIELDS = tuple(f"out.{field}" for field in Sampled._fields)
+
+
+def _check_given(figure: str, is_wanted: bool, values: Tensor | None) -> None:
+    """There is room for a figure where, and only where, it is asked for."""
+    if is_wanted is (values is None):
+        field = {"margin": "margins", "entropy": "entropies"}[figure]
+        raise ValueError(f"expected out.{field} with with_{figure}=True, received one of them; give or leave both")

@@ -41,7 +41,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device, generator: torch.Ge
         return draw_seed(device, generator)
     if isinstance(seed, Tensor):
         _check.tensor("seed", seed, [torch.int64], ndim=0)
-        return to_device(seed, device)
+        return seed if seed.device == device else to_device(seed, device)
     seed = _check.integer("seed", seed, -(2**63), 2**64)
     seed = seed - 2**64 if seed >= 2**63 else seed
     return torch.full((), seed, dtype=torch.int64, device=device)
