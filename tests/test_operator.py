@@ -88,3 +88,41 @@ def test_an_operator_spends_little_of_the_hosts_time():
     finally:
         sys.setprofile(None)
     assert len(calls) <= 14, calls
+
+
+def test_a_call_that_somebody_watches_is_told():
+    """By the dispatcher: a mode, a profiler, tensors that are no plain ones, tracing by torch.fx and torch.jit."""
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    class Kind(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return super().__torch_function__(function, types, arguments, options or {})
+
+    seen, name = [], "fastmask.only_tested_"
+    x, y = torch.zeros(2), torch.ones(2)
+    with Mode():
+        add_(x, y, None)
+    assert seen == [f"{name}.default"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        add_(x, y, None)
+    assert "fastmask::only_tested_" in {event.key for event in profile.key_averages()}
+    add_(x, y.as_subclass(Kind), None)
+    assert seen.pop() == f"{name}.default"
+    add_(x.to("meta"), y.to("meta"), None)  # its fake: nothing runs
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x, y: add_(x, y, None))(x, y)
+    assert "only_tested_" in graph.code
+    assert "only_tested_" in str(torch.jit.trace(lambda x, y: (add_(x, y, None), x)[1], (x, y)).graph)
+    assert torch.equal(x, torch.full_like(x, x[0]))
+
+
+def test_what_is_written_in_inference_mode_has_no_version():
+    with torch.inference_mode():
+        first = torch.zeros(2)
+        add_(first, torch.ones(2), None)
+    assert first.tolist() == [1.0, 1.0]
