@@ -120,7 +120,7 @@ class Operator(Generic[P, R]):
             outputs = self.derivative.apply(*flat)
         else:
             _count_versions([flat[place] for place in self.written])
-            return self.function(*arguments)
+            return self.function(*arguments, **nothing)
         return signature.returned(outputs) if signature.returns_record else outputs
 
     def below(self, flat: Sequence[Any]) -> Any:
@@ -157,7 +157,7 @@ def _needs_gradient(flat: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat)
 
 
-def _count_versions(written: Sequence[Tensor | None]) -> None:
+def _count_versions(written: Sequence[Any]) -> None:
     """Tells autograd what is written to: a tensor saved for backward must not change unseen."""
     counted = [x for x in written if x is not None and not x.is_inference()]
     if counted:

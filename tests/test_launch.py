@@ -7,7 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from fastmask.kernels import _launch, _losses
+from fastmask.kernels import _launch, _losses  # noqa: E402
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 31, 32, 33, 2**31 + 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -212,14 +212,16 @@ def _sampled_rows(
     ), shape
 
 
-def _numbers_and_tensors(options: tuple[Any, ...]) -> tuple[tuple[Any, ...], PerSequence | None]:
+Numbers: TypeAlias = "tuple[Any, Any, Any, Any]"
+
+
+def _numbers_and_tensors(options: Numbers) -> tuple[Numbers, PerSequence | None]:
     """Temperature, top_k, min_p and top_p for all sequences, and what each has of its own, if anything."""
-    is_tensor = [isinstance(option, Tensor) for option in options]
-    if True not in is_tensor:
+    if not any([isinstance(option, Tensor) for option in options]):
         return options, None
-    numbers = (1.0, None, None, None)
-    numbers = tuple(n if own else option for n, option, own in zip(numbers, options, is_tensor, strict=True))
-    return numbers, PerSequence(*(x if own else None for x, own in zip(options, is_tensor, strict=True)))
+    own = PerSequence(*[option if isinstance(option, Tensor) else None for option in options])
+    temperature, top_k, min_p, top_p = (None if isinstance(option, Tensor) else option for option in options)
+    return (1.0 if own.temperature is not None else temperature, top_k, min_p, top_p), own
 
 
 def _check_per_sequence(
