@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ptx.arithmetic import make_arithmetic, make_choice, make_comparison, make_conversion
-from ptx.memory import make_load, make_store
+from ptx.memory import make_load, make_policy, make_store
 from ptx.operands import Action, Selection, reader
 from ptx.parsing import Statement
 from ptx.warps import make_matrix_move, make_reduction, make_shuffle
@@ -43,6 +43,8 @@ KNOWN = re.compile(
             r"cvt\.r[zmpn]i(\.ftz)?\.(f32\.f32|s32\.f32|s64\.f32)",
             r"ld\.(global|shared|shared::cta|param)(\.v[24])?\.[bsuf](8|16|32|64)",
             r"st\.(global|shared|shared::cta)(\.v[24])?\.[bsuf](8|16|32|64)",
+            r"createpolicy\.fractional\.L2::evict_(first|last)\.b64",
+            r"(ld|st)\.global\.L1::evict_(first|last)\.L2::cache_hint(\.v[24])?\.[bsuf](8|16|32|64)",
             r"shfl\.sync\.(bfly|up|down|idx)\.b32",
             r"redux\.sync\.((add|min|max)\.[su]32|(and|or)\.b32)",
             r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(::cta)?\.b16",
@@ -61,6 +63,7 @@ MAKERS: dict[str, Callable[[Statement], Action]] = {
     "cvt": make_conversion,
     "ld": make_load,
     "st": make_store,
+    "createpolicy": make_policy,
     "shfl": make_shuffle,
     "redux": make_reduction,
     "ldmatrix": make_matrix_move,

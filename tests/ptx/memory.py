@@ -57,7 +57,7 @@ def space_and_type(statement: Statement) -> tuple[str, np.dtype]:
 
 def make_load(statement: Statement) -> Action:
     space, dtype = space_and_type(statement)
-    out, place = statement.operands
+    out, place, *_ = statement.operands
     writes = [writer(name, dtype) for name in register_names(out)]
     address = address_reader(place)
 
@@ -71,7 +71,7 @@ def make_load(statement: Statement) -> Action:
 
 def make_store(statement: Statement) -> Action:
     space, dtype = space_and_type(statement)
-    place, operand = statement.operands
+    place, operand, *_ = statement.operands
     reads = [reader(name, dtype) for name in register_names(operand)]
     address = address_reader(place)
 
@@ -81,3 +81,13 @@ def make_store(statement: Statement) -> Action:
             places.values[places.index + i] = read(machine, select)
 
     return store
+
+
+def make_policy(statement: Statement) -> Action:
+    """How caches keep what is loaded or stored (section 9.7.9.2), which nothing here depends on."""
+    write = writer(statement.operands[0], np.dtype(np.uint64))
+
+    def set_policy(machine: Machine, select: Selection) -> None:
+        write(machine, select, np.zeros(machine.lanes[select].shape, np.uint64))
+
+    return set_policy
