@@ -8,6 +8,7 @@ when it is imported:
     {"128": {"sm_90": {"registers": 56, "stack": 0, "spills": 0, "instructions": 1073, ...}}}
 
 Loops are told by their instructions, largest first; passes are those with no loop inside that load 16 bytes at once.
+Barriers are those inside of loops, where every warp of a program waits for the others again and again.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def _driver(target: str) -> Any:
 
 
 def nvidia_figures(cubin: bytes) -> Figures:
-    """Registers, stack, spills, instructions, loops, widths of loads and stores."""
+    """Registers, stack, spills, instructions, loops, barriers inside of them, widths of loads and stores."""
     import triton.backends.nvidia
 
     cuobjdump = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -220,6 +221,7 @@ def nvidia_figures(cubin: bytes) -> Figures:
         "instructions": len(code),
         "loops": [len(loop) for loop in loops],
         "passes": [len(loop) for loop in loops if len(_loops(loop)) == 1 and _widest(loop, "LDG") == 128],
+        "barriers": sum(bool(re.search(r"\bBAR\b", text)) for _, text in {line for loop in loops for line in loop}),
         "load_bits": _widest(code, "LDG"),
         "store_bits": _widest(code, "STG"),
     }
