@@ -88,13 +88,15 @@ def _mask_sampling() -> dict[str, Program]:
 
 # Losses
 
-# V of each row of the launch table, and of rows that are split.
+# V of each launch plan on an H200, and of rows that are split.
 _VOCABULARIES = {
+    "eight rows": 63,
+    "four rows": 255,
     "one warp": 1000,
     "two warps": 2047,
     "four programs an SM": 8191,
-    "two programs an SM": 50257,
-    "one program an SM": 128257,
+    "two programs an SM": 50259,
+    "one program an SM": 128259,
     "split": 50257,
 }
 # What picks the column of the launch table.
@@ -132,13 +134,20 @@ def _loss(
 def _masked_cross_entropy() -> dict[str, Program]:
     programs = {}
     for name, column, dtype in itertools.product(_VOCABULARIES, _LOSS_OPTIONS, ("bf16", "fp32")):
-        shape = (16, 1, _VOCABULARIES[name]) if name == "split" else (43, 3, _VOCABULARIES[name])
+        if dtype == "fp32" and (column == "special" or name in ("four rows", "two warps", "two programs an SM")):
+            continue  # as the others
+        is_short = _VOCABULARIES[name] < 256
+        num_sequences = 5 if name == "split" else 4301 if is_short else 103
+        vocabulary = _VOCABULARIES[name]
+        if name.endswith("an SM") and dtype == "fp32":  # which plan it is, the bytes of a row tell
+            vocabulary //= 2
+        shape = (num_sequences, 3, vocabulary)
         call = functools.partial(_loss, shape, dtype, **_LOSS_OPTIONS[column])
-        programs[f"{name}, {column}, {dtype}"] = Program(call, "_rows_kernel")
+        programs[f"{name}, {column}, {dtype}"] = Program(call, "short_rows_kernel" if is_short else "_rows_kernel")
         if name == "split":
             programs[f"{name}, {column}, {dtype}, records"] = Program(call, "_records_kernel")
     # The gradient's rows lie at other places within 16 bytes than the logits'.
-    twice = functools.partial(_loss, (43, 3, 50257), "bf16", width=50258, with_backward=True, reduction="sum")
+    twice = functools.partial(_loss, (103, 3, 50257), "bf16", width=50258, with_backward=True, reduction="sum")
     return programs | {"backward": Program(twice, "_rows_kernel", 1)}
 
 

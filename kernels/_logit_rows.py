@@ -43,7 +43,7 @@ class LogitRows(NamedTuple):
     @property
     def vector(self) -> int:
         """Logits in 16 bytes."""
-        return _VECTOR_BYTES // self.logits.element_size()
+        return vector(self.logits)
 
     def arguments(self) -> dict[str, object]:
         """What every kernel over these rows is launched with."""
@@ -59,6 +59,11 @@ class LogitRows(NamedTuple):
             "IS_COMPACT": self.is_compact,
             "VECTOR": self.vector,
         }
+
+
+def vector(x: Tensor) -> int:
+    """Elements in 16 bytes."""
+    return _VECTOR_BYTES // x.element_size()
 
 
 def offset_from_boundary(x: Tensor) -> int:
@@ -103,8 +108,8 @@ def body(start, V, VECTOR: tl.constexpr):
 
     Everything else, fewer than VECTOR elements at either end, is the row's edges.
     """
-    first = (start + VECTOR - 1) // VECTOR * VECTOR
-    last = tl.maximum((start + V) // VECTOR * VECTOR, first)
+    first = (start + VECTOR - 1) & -VECTOR
+    last = tl.maximum((start + V) & -VECTOR, first)
     length = tl.multiple_of((last - first).to(tl.int32), VECTOR)
     return Body((first - start).to(tl.int32), tl.multiple_of(first, VECTOR), length)
 

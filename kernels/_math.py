@@ -51,6 +51,16 @@ def exp_from(x, origin):
 
 
 @triton.jit
+def over_exp_from(origin):
+    """What makes of a sum of exp_from(x, origin) one of exp(x - origin), to relative accuracy."""
+    scale = tl.where(tl.abs(origin) < 2.0**30, _LOG2E, 1.0)
+    if _INTERPRETS:
+        return exp2((origin * scale - origin.to(tl.float64) * scale).to(tl.float32))
+    else:
+        return exp2(tl.fma(-origin, scale, origin * scale))
+
+
+@triton.jit
 def exp_exactly(x):
     """exp of x <= 0 to relative accuracy: a power of two times the exp of less than .35."""
     whole = tl.floor(x * _LOG2E + 0.5)

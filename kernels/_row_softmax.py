@@ -1,7 +1,9 @@
 """A masked row of logits inside a kernel: reduced to a record, and its gradient written from that.
 
-A row may be reduced in pieces, by several programs, whose records are put together again. The maximum and the sum are
-of the columns *other* than the target, so that what is left of p_y near 1 keeps its relative accuracy.
+A row is reduced by lanes, each of which keeps a record of its own columns, so that no thread waits for another before
+the row ends. It may be reduced in pieces, by several programs. Either way the records are put together at the end.
+The maximum and the sum are of the columns *other* than the target, so that what is left of p_y near 1 keeps its
+relative accuracy.
 """
 
 from __future__ import annotations
@@ -31,18 +33,19 @@ class Row(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What some of a row's columns are reduced to, float32.
+    """What some of a row's columns are reduced to, float32; a tensor of each part's for several parts of a row.
 
     largest: maximum of the others than the target. total: their sum of exp(z - largest). gaps: the sum of z - largest
-    over the allowed columns, and columns: how many those are; None but for label smoothing. other_takes_argmax: 1
-    where an other takes the argmax from the target, else 0; None where nobody asks. z_target: the target's logit.
+    over the allowed columns, and columns: how many those are; None but for label smoothing. largest_before: maximum
+    of the others before the target, which take the argmax from it where they tie; None where nobody asks. z_target:
+    the target's logit.
     """
 
     largest: tl.tensor
     total: tl.tensor
     gaps: tl.tensor | None
     columns: tl.tensor | None
-    other_takes_argmax: tl.tensor | None
+    largest_before: tl.tensor | None
     z_target: tl.tensor
 
 
@@ -53,12 +56,12 @@ _LARGEST = tl.constexpr(Record._fields.index("largest"))
 _TOTAL = tl.constexpr(Record._fields.index("total"))
 _GAPS = tl.constexpr(Record._fields.index("gaps"))
 _COLUMNS = tl.constexpr(Record._fields.index("columns"))
-_OTHER_TAKES_ARGMAX = tl.constexpr(Record._fields.index("other_takes_argmax"))
+_LARGEST_BEFORE = tl.constexpr(Record._fields.index("largest_before"))
 _Z_TARGET = tl.constexpr(Record._fields.index("z_target"))
 
 
 class GradientParts(NamedTuple):
-    """The gradient of a row by its logits: exp(z - shift) * factor - uniform, and at_target at the target.
+    """The gradient of a row by its logits: exp_from(z, shift) * factor - uniform, and at_target at the target.
 
     uniform: label smoothing's part, None without it.
     """
@@ -70,6 +73,47 @@ class GradientParts(NamedTuple):
 
 
 @triton.jit
+def finite(largest):
+    """What is taken from logits before exp: where all of them are -inf, 0 - 0 and not NaN."""
+    return tl.where(largest == -float("inf"), 0.0, largest)
+
+
+@triton.jit
+def loss_and_parts(record, num_allowed, label_smoothing, z_loss):
+    """Loss and nll of a row for weight 1, and the parts of its gradient."""
+    top = tl.maximum(record.largest, record.z_target)
+    at_target = _math.exp_exactly(record.z_target - top)
+    rest = _math.exp_exactly(record.largest - top)
+    others = record.total * rest
+    total = others + at_target
+    log_total = _math.log(total)
+    ratio = others / at_target
+    nll = tl.where(ratio <= 0.5, _math.log1p(tl.minimum(ratio, 0.5)), top - record.z_target + log_total)
+    loss = nll
+    shift = finite(record.largest)
+    factor = rest / total * _math.over_exp_from(shift)
+    gradient = -others / total
+    if label_smoothing is not None:
+        loss = (1.0 - label_smoothing) * nll
+        loss += label_smoothing * (top - shift + log_total - record.gaps / num_allowed)
+        gradient = (1.0 - label_smoothing) * gradient + label_smoothing * (at_target / total - 1.0 / num_allowed)
+    if z_loss is not None:
+        lse = top + log_total
+        loss += z_loss * lse * lse
+        by_lse = 2.0 * z_loss * lse
+        gradient += by_lse * at_target / total
+        factor *= 1.0 + by_lse
+    uniform = label_smoothing / num_allowed if label_smoothing is not None else None
+    return loss, nll, GradientParts(shift, factor, uniform, gradient)
+
+
+@triton.jit
+def is_correct(record, nll):
+    """Whether the target is the argmax: the first of the largest columns."""
+    return (record.largest <= record.z_target) & (record.largest_before < record.z_target) & (nll == nll)
+
+
+@triton.jit
 def times(parts, scale):
     """The gradient's parts, scaled."""
     uniform = parts.uniform * scale if parts.uniform is not None else None
@@ -77,8 +121,8 @@ def times(parts, scale):
 
 
 @triton.jit
-def load_target(index, targets_ptr, is_masked_ptr, weights_ptr):
-    """Whether a row counts, its weight and, only if it counts, its target."""
+def load_target(index, targets_ptr, is_masked_ptr, weights_ptr, V):
+    """Whether a row counts, its weight and, only if it counts, its target, int32: -1 where that is no column."""
     counts = index >= 0
     weight = tl.full((), 1.0, tl.float32)
     if is_masked_ptr is not None:
@@ -86,11 +130,12 @@ def load_target(index, targets_ptr, is_masked_ptr, weights_ptr):
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + index)
         counts = counts & (weight != 0.0)
-    return counts, weight, tl.load(targets_ptr + index, mask=counts, other=0)
+    target = tl.load(targets_ptr + index, mask=counts, other=0)
+    return counts, weight, tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 
 @triton.jit
-def _capped(z, softcap):
+def capped(z, softcap):
     """A logit in float32 as the softmax sees it."""
     z = z.to(tl.float32)
     if softcap is not None:
@@ -108,78 +153,150 @@ def _has_special(row, first, TILE: tl.constexpr):
 
 
 @triton.jit
-def empty_record(row, label_smoothing, WITH_CORRECT: tl.constexpr):
-    """The record of none of a row's columns.
-
-    The target's logit is NaN where the target is no column, -inf where it is the excluded one.
-    """
-    is_column = (row.target >= 0) & (row.target < row.V)
-    z_target = tl.load(row.x_ptr + row.start + row.target, mask=is_column, other=float("nan"))
-    z_target = _capped(z_target, row.softcap)
+def target_logit(row):
+    """The target's logit: NaN where the target is no column, -inf where it is the excluded one."""
+    z_target = tl.load(row.x_ptr + row.start + row.target, mask=row.target >= 0, other=float("nan"))
+    z_target = capped(z_target, row.softcap)
     if row.exclude_id is not None:
         z_target = tl.where(row.target == row.exclude_id, -float("inf"), z_target)
-    zero = tl.full((), 0.0, tl.float32)
-    return Record(
-        tl.full((), -float("inf"), tl.float32),
-        zero,
-        zero if label_smoothing is not None else None,
-        zero if label_smoothing is not None else None,
-        zero if WITH_CORRECT else None,
-        z_target,
-    )
+    return z_target
 
 
 @triton.jit
-def _reduce_tile(z, offs_v, in_v, first, TILE: tl.constexpr, row, record):
-    """The record with one more tile of the row's logits: TILE columns from ``first`` on at most."""
+def _put_together(records):
+    """One record of the lanes or pieces that each has one of."""
+    largest = tl.max(records.largest)
+    shift = finite(largest)
+    total = tl.sum(records.total * _math.exp(records.largest - shift))
+    gaps, columns, largest_before = records.gaps, records.columns, records.largest_before
+    if gaps is not None:
+        gaps = tl.sum(gaps + columns * (finite(records.largest) - shift))
+        columns = tl.sum(columns)
+    if largest_before is not None:
+        largest_before = tl.max(largest_before)
+    return Record(largest, total, gaps, columns, largest_before, records.z_target)
+
+
+@triton.jit
+def _reduce_edges(
+    row,
+    body,
+    has_edges,
+    label_smoothing,
+    WITH_CORRECT: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """A record for each lane: of one column of the row's edges, or of none."""
+    offs_v, in_v = logit_rows.edges_of_lanes(tl.arange(0, LANES), row.V, body.column, body.length, VECTOR)
+    in_v = in_v & has_edges
+    z = capped(tl.load(row.x_ptr + row.start + offs_v, mask=in_v, other=0.0), row.softcap)
+    if row.exclude_id is not None:
+        in_v = in_v & (offs_v != row.exclude_id)
+    largest = tl.where(in_v & (offs_v != row.target), z, -float("inf"))
+    shift = finite(largest)
+    gaps, columns, largest_before = None, None, None
+    if label_smoothing is not None:
+        gaps = tl.where(in_v, z - shift, 0.0)
+        columns = in_v.to(tl.float32)
+    if WITH_CORRECT:
+        largest_before = tl.where(offs_v < row.target, largest, -float("inf"))
+    return Record(largest, _math.exp(largest - shift), gaps, columns, largest_before, target_logit(row))
+
+
+@triton.jit
+def _by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile as [n, LANES, columns]: the columns that a thread loads are one lane's."""
+    COLUMNS: tl.constexpr = min(VECTOR, x.shape[0] // LANES)
+    return tl.reshape(x, (x.shape[0] // (LANES * COLUMNS), LANES, COLUMNS))
+
+
+@triton.jit
+def _max_of_lanes(z, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    return tl.max(tl.max(_by_lane(z, LANES, VECTOR), 2), 0)
+
+
+@triton.jit
+def _sum_of_lanes(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    return tl.sum(tl.sum(_by_lane(x, LANES, VECTOR), 2), 0)
+
+
+@triton.jit
+def _of_each_column(x, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """What each lane has, at each of its columns of a tile."""
+    COLUMNS: tl.constexpr = min(VECTOR, TILE // x.shape[0])
+    SHAPE: tl.constexpr = (TILE // (x.shape[0] * COLUMNS), x.shape[0], COLUMNS)
+    return tl.reshape(tl.broadcast_to(x[None, :, None], SHAPE), (TILE,))
+
+
+@triton.jit
+def _reduce_tile(records, z, offs_v, in_v, first, row, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The lanes' records with one more tile of the row's logits, the columns from ``first`` on."""
+    TILE: tl.constexpr = z.shape[0]
     others = z
-    before = tl.full((), -float("inf"), tl.float32)  # ties with a lower id take the argmax
+    before = tl.full((LANES,), -float("inf"), tl.float32)
     if _has_special(row, first, TILE):
         is_other = offs_v != row.target
         if row.exclude_id is not None:
             is_other = is_other & (offs_v != row.exclude_id)
-            if record.gaps is not None:
+            if records.gaps is not None:
                 in_v = in_v & (offs_v != row.exclude_id)
         others = tl.where(is_other, z, -float("inf"))
-        if record.other_takes_argmax is not None:
-            before = tl.max(tl.where(offs_v < row.target, others, -float("inf")))
-    tile_max = tl.max(others)
-    other_takes_argmax = record.other_takes_argmax
-    if other_takes_argmax is not None:
-        before = tl.where(first + TILE <= row.target, tile_max, before)
-        takes_argmax = (tile_max > record.z_target) | (before == record.z_target)
-        other_takes_argmax = tl.maximum(other_takes_argmax, takes_argmax.to(tl.float32))
-    largest = tl.maximum(record.largest, tile_max)
-    shift = tl.where(largest == -float("inf"), 0.0, largest)  # where all so far are -inf, 0 - 0 and not NaN
-    total = record.total * _math.exp(record.largest - shift) + tl.sum(_math.exp(others - shift))
-    gaps, columns = record.gaps, record.columns
+        if records.largest_before is not None:
+            before = _max_of_lanes(tl.where(offs_v < row.target, others, -float("inf")), LANES, VECTOR)
+    tile_max = _max_of_lanes(others, LANES, VECTOR)
+    largest = tl.maximum(records.largest, tile_max)
+    shift = finite(largest)
+    shift_at = _of_each_column(shift, TILE, VECTOR)
+    exps = _sum_of_lanes(_math.exp_from(others, shift_at), LANES, VECTOR)
+    total = records.total * _math.exp(records.largest - shift) + exps * _math.over_exp_from(shift)
+    gaps, columns, largest_before = records.gaps, records.columns, records.largest_before
     if gaps is not None:
-        old_shift = tl.where(record.largest == -float("inf"), 0.0, record.largest)
-        gaps += columns * (old_shift - shift) + tl.sum(tl.where(in_v, z - shift, 0.0))
-        columns += tl.sum(in_v.to(tl.float32))
-    return Record(largest, total, gaps, columns, other_takes_argmax, record.z_target)
+        gaps += columns * (finite(records.largest) - shift)
+        gaps += _sum_of_lanes(tl.where(in_v, z - shift_at, 0.0), LANES, VECTOR)
+        # Where z is NaN all is lost; without it these would be counted in another layout, and moved.
+        columns += _sum_of_lanes((in_v & (z == z)).to(tl.float32), LANES, VECTOR)
+    if largest_before is not None:
+        before = tl.where(first + TILE <= row.target, tile_max, before)
+        largest_before = tl.maximum(largest_before, before)
+    return Record(largest, total, gaps, columns, largest_before, records.z_target)
 
 
 @triton.jit
-def reduce_piece(row, record, first_tile, last_tile, VECTOR: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The record with tiles [first_tile, last_tile) of the row; those from 0 on come with the row's edges."""
-    body_column, body_start, body_length = logit_rows.body(row.start, row.V, VECTOR)
+def reduce_piece(
+    row,
+    first_tile,
+    last_tile,
+    label_smoothing,
+    WITH_CORRECT: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The record of tiles [first_tile, last_tile) of the row; those from 0 on come with the row's edges.
+
+    LANES: the program's threads. The next tile is asked for before one is reduced.
+    """
+    body = logit_rows.body(row.start, row.V, VECTOR)
+    records = _reduce_edges(row, body, first_tile == 0, label_smoothing, WITH_CORRECT, LANES, VECTOR)
+    last_tile = tl.minimum(last_tile, tl.cdiv(body.length, BLOCK_V))
+    end = tl.minimum(last_tile * BLOCK_V, body.length)
     block = tl.arange(0, BLOCK_V)
-    for tile in range(first_tile, tl.minimum(last_tile, tl.cdiv(body_length, BLOCK_V))):
-        in_v = tile * BLOCK_V + block < body_length
-        z = tl.load(row.x_ptr + (body_start + tile * BLOCK_V) + block, mask=in_v, other=-float("inf"))
-        z = _capped(z, row.softcap)
+    body_ptr = row.x_ptr + body.start
+    offs_body = first_tile * BLOCK_V + block
+    x = tl.load(body_ptr + offs_body, mask=offs_body < end, other=-float("inf"))
+    for tile in range(first_tile, last_tile):
+        offs_body = tile * BLOCK_V + block
+        after = offs_body + BLOCK_V
+        following = tl.load(body_ptr + after, mask=after < end, other=-float("inf"))
+        in_v = offs_body < body.length
+        z = capped(x, row.softcap)
         if row.softcap is not None:
             z = tl.where(in_v, z, -float("inf"))
-        first = body_column + tile * BLOCK_V
-        record = _reduce_tile(z, first + block, in_v, first, BLOCK_V, row, record)
-    if (first_tile == 0) & (body_length < row.V):
-        offs_v, in_v = logit_rows.edges(row.V, body_column, body_length, VECTOR)
-        z = tl.load(row.x_ptr + row.start + offs_v, mask=in_v, other=-float("inf"))
-        z = tl.where(in_v, _capped(z, row.softcap), -float("inf"))
-        # These columns are no range, so every special case is looked for.
-        record = _reduce_tile(z, tl.where(in_v, offs_v, row.V), in_v, 0, 1 << 30, row, record)
-    return record
+        first = body.column + tile * BLOCK_V
+        records = _reduce_tile(records, z, first + block, in_v, first, row, LANES, VECTOR)
+        x = following
+    return _put_together(records)
 
 
 @triton.jit
@@ -191,8 +308,8 @@ def store_record(records_ptr, index, record):
     if record.gaps is not None:
         tl.store(records_ptr + _GAPS, record.gaps)
         tl.store(records_ptr + _COLUMNS, record.columns)
-    if record.other_takes_argmax is not None:
-        tl.store(records_ptr + _OTHER_TAKES_ARGMAX, record.other_takes_argmax)
+    if record.largest_before is not None:
+        tl.store(records_ptr + _LARGEST_BEFORE, record.largest_before)
     tl.store(records_ptr + _Z_TARGET, record.z_target)
 
 
@@ -204,38 +321,38 @@ def load_record(records_ptr, index, num_pieces, label_smoothing, WITH_CORRECT: t
     records_ptr += index.to(tl.int64) * num_pieces * _SIZE
     z_target = tl.load(records_ptr + _Z_TARGET)
     pieces_ptr = records_ptr + piece * _SIZE
-    each_max = tl.load(pieces_ptr + _LARGEST, mask=in_pieces, other=-float("inf"))
-    largest = tl.max(each_max)
-    shift = tl.where(largest == -float("inf"), 0.0, largest)
-    each_total = tl.load(pieces_ptr + _TOTAL, mask=in_pieces, other=0.0)
-    each_shift = tl.where(each_max == -float("inf"), 0.0, each_max)
-    gaps, columns, other_takes_argmax = None, None, None  # all are asked for before any is waited for
+    largest = tl.load(pieces_ptr + _LARGEST, mask=in_pieces, other=-float("inf"))
+    total = tl.load(pieces_ptr + _TOTAL, mask=in_pieces, other=0.0)
+    gaps, columns, largest_before = None, None, None
     if label_smoothing is not None:
-        each_gaps = tl.load(pieces_ptr + _GAPS, mask=in_pieces, other=0.0)
-        each_columns = tl.load(pieces_ptr + _COLUMNS, mask=in_pieces, other=0.0)
+        gaps = tl.load(pieces_ptr + _GAPS, mask=in_pieces, other=0.0)
+        columns = tl.load(pieces_ptr + _COLUMNS, mask=in_pieces, other=0.0)
     if WITH_CORRECT:
-        other_takes_argmax = tl.max(tl.load(pieces_ptr + _OTHER_TAKES_ARGMAX, mask=in_pieces, other=0.0))
-    total = tl.sum(each_total * _math.exp(each_shift - shift))
-    if label_smoothing is not None:
-        gaps = tl.sum(each_gaps + each_columns * (each_shift - shift))
-        columns = tl.sum(each_columns)
-    return Record(largest, total, gaps, columns, other_takes_argmax, z_target)
+        largest_before = tl.load(pieces_ptr + _LARGEST_BEFORE, mask=in_pieces, other=-float("inf"))
+    return _put_together(Record(largest, total, gaps, columns, largest_before, z_target))
 
 
 @triton.jit
-def _gradient_tile(x, offs_v, first, TILE: tl.constexpr, row, parts):
-    """The gradient at one tile of raw logits x, in float32."""
+def _at_special(gradient, offs_v, row, parts):
+    gradient = tl.where(offs_v == row.target, parts.at_target, gradient)
+    return gradient if row.exclude_id is None else tl.where(offs_v == row.exclude_id, 0.0, gradient)
+
+
+@triton.jit
+def gradient_tile(x, offs_v, first, TILE: tl.constexpr, row, parts):
+    """The gradient at one tile of raw logits x, in float32. TILE: None where any of its columns may be special."""
     z = x.to(tl.float32)
     if row.softcap is not None:
         ratio = _math.tanh(tl.div_rn(z, tl.full((), row.softcap, tl.float32)))
         z = row.softcap * ratio
-    gradient = _math.exp(z - parts.shift) * parts.factor
+    gradient = _math.exp_from(z, parts.shift) * parts.factor
     if parts.uniform is not None:
         gradient -= parts.uniform
-    if _has_special(row, first, TILE):
-        gradient = tl.where(offs_v == row.target, parts.at_target, gradient)
-        if row.exclude_id is not None:
-            gradient = tl.where(offs_v == row.exclude_id, 0.0, gradient)
+    if TILE is None:
+        gradient = _at_special(gradient, offs_v, row, parts)
+    else:
+        if _has_special(row, first, TILE):
+            gradient = _at_special(gradient, offs_v, row, parts)
     if row.softcap is not None:
         slope = (1.0 - ratio) * (1.0 + ratio)
         gradient *= tl.where(offs_v == row.exclude_id, 0.0, slope) if row.exclude_id is not None else slope
@@ -271,14 +388,16 @@ def write_gradient(
         if parts is None:
             gradient = tl.zeros((BLOCK_V,), tl.float32)
         else:
-            x = tl.load(row.x_ptr + (body_start + tile * BLOCK_V) + block, mask=in_v)
+            x = tl.load(row.x_ptr + (body_start + tile * BLOCK_V) + block, mask=in_v, eviction_policy="evict_first")
             first = body_column + tile * BLOCK_V
-            gradient = _gradient_tile(x, first + block, first, BLOCK_V, row, parts)
-        tl.store(g_ptr + (g_body_start + tile * BLOCK_V) + block, _math.rounded(gradient, dtype), mask=in_v)
+            gradient = gradient_tile(x, first + block, first, BLOCK_V, row, parts)
+        gradient = _math.rounded(gradient, dtype)
+        out_ptr = g_ptr + (g_body_start + tile * BLOCK_V) + block
+        tl.store(out_ptr, gradient, mask=in_v, eviction_policy="evict_first")
     if (first_tile == 0) & (body_length < row.V):
         offs_v, in_v = logit_rows.edges(row.V, body_column, body_length, VECTOR)
         gradient = tl.zeros((2 * VECTOR,), tl.float32)
         if parts is not None:
             x = tl.load(row.x_ptr + row.start + offs_v, mask=in_v)
-            gradient = _gradient_tile(x, offs_v, 0, 1 << 30, row, parts)
+            gradient = gradient_tile(x, offs_v, 0, None, row, parts)
         tl.store(g_ptr + g_start + offs_v, _math.rounded(gradient, dtype), mask=in_v)

@@ -10,9 +10,11 @@ q = 1 - p_y, label smoothing e and z-loss l,
 row is reduced to the maximum and the sum of its *other* columns, which keep the relative accuracy of both
 (``kernels/_row_softmax.py``).
 
-Bytes: a masked row is read once from DRAM (its gradient reads it again, backwards, from L2) and its gradient
-is written once; an unmasked row is never read, its gradient is zeroed. Saved for backward: the gradient if it was
-formed in forward, the logits and six float32 a row, from which any other is formed without another reduction.
+Bytes: a masked row is read once from DRAM (its gradient reads it again, backwards, from L2, where the last use of a
+logit and the gradient itself make room first) and its gradient is written once; an unmasked row is never read, its
+gradient is zeroed. Saved for backward: the gradient if it was formed in forward, the logits and six float32 a row,
+from which any other is formed without another reduction. Rows of few columns are read once (``_short_rows.py``), and
+reduced again where another gradient is wanted.
 """
 
 from __future__ import annotations
@@ -25,56 +27,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask._autograd import first_order_only
-from fastmask.kernels import _launch, _math
+from fastmask.kernels import _launch
 from fastmask.kernels import _logit_rows as logit_rows
 from fastmask.kernels import _row_softmax as row_softmax
+from fastmask.kernels._loss_plan import MOST_REGISTERS, Plan, plan
 from fastmask.kernels._losses import is_plain, scale_, with_denominator
 from fastmask.kernels._operator import differentiable, operator
+from fastmask.kernels._short_rows import short_rows_kernel
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
-
-# Largest V, then (columns of a tile, warps): for cross-entropy alone; where some tiles hold a special case
-# (exclude_id, the argmax); and where every element costs more (softcap, label smoothing). A row costs each of its
-# threads about 400 instructions besides: the shorter it is, the fewer they are.
-_TILES = (
-    (1024, ((1024, 1), (1024, 2), (1024, 4))),  # the row is one tile
-    (2048, ((2048, 2), (2048, 4), (2048, 8))),  # likewise
-    (16384, ((4096, 4), (4096, 8), (2048, 8))),  # on Hopper an SM runs four programs: some load, some reduce
-    (65536, ((8192, 8), (4096, 8), (2048, 8))),  # and here two, so that all rows in flight fit its L2
-    (2**31, ((16384, 32), (16384, 32), (2048, 8))),  # and here one, for the same reason
-)
-# Fewer rows leave SMs idle: the tiles of each are spread over several programs, by a launch more.
-_FEW_ROWS = 128
-_MANY_PROGRAMS = 512
-_SPLIT_TILES = ((4096, 8), (4096, 8), (2048, 8))
-
-
-@triton.jit
-def _row_loss(record, num_allowed, label_smoothing, z_loss):
-    """loss and nll of a row for weight 1, and the parts of its gradient."""
-    top = tl.maximum(record.largest, record.z_target)
-    at_target = _math.exp_exactly(record.z_target - top)
-    rest = _math.exp_exactly(record.largest - top)
-    others = record.total * rest
-    total = others + at_target
-    log_total = _math.log(total)
-    ratio = others / at_target
-    nll = tl.where(ratio <= 0.5, _math.log1p(tl.minimum(ratio, 0.5)), top - record.z_target + log_total)
-    loss = nll
-    shift = tl.where(record.largest == -float("inf"), 0.0, record.largest)
-    factor = rest / total
-    gradient = -others / total
-    if label_smoothing is not None:
-        loss = (1.0 - label_smoothing) * nll
-        loss += label_smoothing * (top - shift + log_total - record.gaps / num_allowed)
-        gradient = (1.0 - label_smoothing) * gradient + label_smoothing * (at_target / total - 1.0 / num_allowed)
-    if z_loss is not None:
-        lse = top + log_total
-        loss += z_loss * lse * lse
-        by_lse = 2.0 * z_loss * lse
-        gradient += by_lse * at_target / total
-        factor *= 1.0 + by_lse
-    uniform = label_smoothing / num_allowed if label_smoothing is not None else None
-    return loss, nll, row_softmax.GradientParts(shift, factor, uniform, gradient)
 
 
 @triton.jit(do_not_specialize=["offset_x", "N", "V", "exclude_id", "tiles_per_piece"])
@@ -94,6 +54,7 @@ def _records_kernel(
     tiles_per_piece,
     label_smoothing,
     WITH_CORRECT: tl.constexpr,
+    LANES: tl.constexpr,  # threads of a program
     VECTOR: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -102,12 +63,13 @@ def _records_kernel(
     piece = tl.program_id(1)
     x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
     start = logit_rows.row_start(index, N, offset_x, stride_xb, stride_xn)
-    counts, _, target = row_softmax.load_target(index, targets_ptr, is_masked_ptr, weights_ptr)
+    counts, _, target = row_softmax.load_target(index, targets_ptr, is_masked_ptr, weights_ptr, V)
     if counts:
         row = row_softmax.Row(x_ptr, start, V, target, softcap, exclude_id)
-        record = row_softmax.empty_record(row, label_smoothing, WITH_CORRECT)
         first_tile = piece * tiles_per_piece
-        record = row_softmax.reduce_piece(row, record, first_tile, first_tile + tiles_per_piece, VECTOR, BLOCK_V)
+        record = row_softmax.reduce_piece(
+            row, first_tile, first_tile + tiles_per_piece, label_smoothing, WITH_CORRECT, LANES, VECTOR, BLOCK_V
+        )
         row_softmax.store_record(records_ptr, index.to(tl.int64) * tl.num_programs(1) + piece, record)
 
 
@@ -144,6 +106,7 @@ def _rows_kernel(
     PIECE_LANES: tl.constexpr,
     HOLDS_UNIT: tl.constexpr,  # the gradient buffer holds what an upstream gradient of 1 asks for
     SAME_PHASE: tl.constexpr,  # rows of gradient and logits begin at the same place within 16 bytes
+    LANES: tl.constexpr,  # threads of a program
     VECTOR: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -162,7 +125,7 @@ def _rows_kernel(
 
     x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
     start = logit_rows.row_start(index, N, offset_x, stride_xb, stride_xn)
-    counts, weight, target = row_softmax.load_target(index, targets_ptr, is_masked_ptr, weights_ptr)
+    counts, weight, target = row_softmax.load_target(index, targets_ptr, is_masked_ptr, weights_ptr, V)
     row = row_softmax.Row(x_ptr, start, V, target, softcap, exclude_id)
     first_tile = piece * tiles_per_piece
     last_tile = first_tile + tiles_per_piece
@@ -182,52 +145,25 @@ def _rows_kernel(
 
     WITH_CORRECT: tl.constexpr = correct_ptr is not None
     if num_pieces is None:
-        record = row_softmax.empty_record(row, label_smoothing, WITH_CORRECT)
-        record = row_softmax.reduce_piece(row, record, 0, tiles_per_piece, VECTOR, BLOCK_V)
+        record = row_softmax.reduce_piece(
+            row, 0, tiles_per_piece, label_smoothing, WITH_CORRECT, LANES, VECTOR, BLOCK_V
+        )
         row_softmax.store_record(records_ptr, index.to(tl.int64), record)
-        if (
-            gradient_ptr is not None
-        ):  # perhaps in place: every warp reads and reduces the edges, so none may be behind
+        if gradient_ptr is not None:  # perhaps in place: every warp reads the target's logit, so none may be behind
             tl.debug_barrier()
     else:  # the record keeps the target's logit, whose place another program's gradient may have taken
         record = row_softmax.load_record(records_ptr, index, num_pieces, label_smoothing, WITH_CORRECT, PIECE_LANES)
     num_allowed = V - 1 if exclude_id is not None else V
-    loss, nll, parts = _row_loss(record, num_allowed, label_smoothing, z_loss)
+    loss, nll, parts = row_softmax.loss_and_parts(record, num_allowed, label_smoothing, z_loss)
     if losses_ptr is not None:
         if piece == 0:
             tl.store(losses_ptr + index, loss * weight)
             tl.store(nll_ptr + index, nll)
             if correct_ptr is not None:
-                tl.store(correct_ptr + index, (record.other_takes_argmax == 0.0) & (nll == nll))
+                tl.store(correct_ptr + index, row_softmax.is_correct(record, nll))
     if gradient_ptr is not None:
         parts = row_softmax.times(parts, scale * weight)
         row_softmax.write_gradient(row, parts, g_ptr, g_start, first_tile, last_tile, SAME_PHASE, VECTOR, BLOCK_V)
-
-
-class Plan(NamedTuple):
-    """How a row is spread over programs: num_pieces of them, tiles_per_piece tiles of block_v columns each."""
-
-    block_v: int
-    num_warps: int
-    num_pieces: int
-    tiles_per_piece: int
-
-
-def plan(num_rows: int, vocabulary: int, options: LossOptions, hardware: _launch.Hardware) -> Plan:
-    """The launch plan of logits [num_rows, vocabulary]; the pieces are the same with and without the argmax."""
-    is_special = options.with_correct or options.exclude_id is not None
-    is_costly = options.softcap is not None or options.label_smoothing != 0.0
-    column = 2 if is_costly else int(is_special)
-    if num_rows < _FEW_ROWS and vocabulary > 2 * _SPLIT_TILES[column][0]:
-        block_v, num_warps = _SPLIT_TILES[column]
-        num_tiles = _launch.cdiv(vocabulary, block_v)
-        tiles_per_piece = _launch.cdiv(num_tiles, _launch.cdiv(_MANY_PROGRAMS, max(1, num_rows)))
-        return Plan(block_v, num_warps, _launch.cdiv(num_tiles, tiles_per_piece), tiles_per_piece)
-    tiles = next(tiles for largest, tiles in _TILES if vocabulary <= largest)
-    block_v, num_warps = tiles[column]
-    if num_warps > hardware.max_warps:  # as many columns a warp
-        block_v, num_warps = block_v * hardware.max_warps // num_warps, hardware.max_warps
-    return Plan(block_v, num_warps, 1, _launch.cdiv(vocabulary, block_v))
 
 
 def _place(x: Tensor, name: str) -> dict[str, int]:
@@ -244,8 +180,8 @@ class RowLosses(NamedTuple):
     """What a pass over the rows gives.
 
     loss: w loss [R], or reduced to []. nll: [R]. correct: [R] bool, empty where not asked for. records: [R, pieces,
-    RECORD_SIZE] float32, as ``_row_softmax`` lays them. gradient: as the logits, empty where there is none, or where
-    it took another tensor's memory.
+    RECORD_SIZE] float32, as ``_row_softmax`` lays them; short rows have none. gradient: as the logits, empty where
+    there is none, or where it took another tensor's memory.
     """
 
     loss: Tensor
@@ -255,9 +191,13 @@ class RowLosses(NamedTuple):
     gradient: Tensor
 
 
+def _plan(logits: Tensor, num_rows: int, options: LossOptions) -> Plan:
+    return plan(num_rows, logits.shape[-1], logits.dtype, options, _launch.hardware(logits.device))
+
+
 def _allocate(logits: Tensor, num_rows: int, options: LossOptions) -> RowLosses:
     """Room for them; records are zeros, since unmasked rows write none."""
-    num_pieces = plan(num_rows, logits.shape[-1], options, _launch.hardware(logits.device)).num_pieces
+    num_pieces = _plan(logits, num_rows, options).num_pieces
     return RowLosses(
         logits.new_empty(num_rows, dtype=torch.float32),
         logits.new_empty(num_rows, dtype=torch.float32),
@@ -267,25 +207,34 @@ def _allocate(logits: Tensor, num_rows: int, options: LossOptions) -> RowLosses:
     )
 
 
-def _arguments(logits: Tensor, rows: LossRows, records: Tensor, options: LossOptions) -> dict[str, Any]:
-    """The arguments that both kernels take."""
-    planned = plan(rows.targets.numel(), logits.shape[-1], options, _launch.hardware(logits.device))
+def _arguments(logits: Tensor, rows: LossRows, options: LossOptions, planned: Plan) -> dict[str, Any]:
+    """The arguments that all kernels take."""
     return {
         "x_ptr": logits,
         **_place(logits, "x"),
         "targets_ptr": rows.targets.contiguous(),
         "is_masked_ptr": None if rows.is_masked is None else rows.is_masked.contiguous(),
         "weights_ptr": None if rows.weights is None else rows.weights.contiguous(),
-        "records_ptr": records,
         "N": logits.shape[-2],
         "V": logits.shape[-1],
         "exclude_id": options.exclude_id,
         "softcap": options.softcap,
         "label_smoothing": options.label_smoothing or None,
-        "tiles_per_piece": planned.tiles_per_piece,
-        "VECTOR": 16 // logits.element_size(),
         "BLOCK_V": planned.block_v,
         "num_warps": planned.num_warps,
+    }
+
+
+def _piece_arguments(logits: Tensor, records: Tensor, planned: Plan) -> dict[str, Any]:
+    """Those of the kernels that do one row, or a piece of one."""
+    hardware = _launch.hardware(logits.device)
+    options = {"maxnreg": MOST_REGISTERS} if hardware.vendor == "nvidia" else {}
+    return {
+        "records_ptr": records,
+        "tiles_per_piece": planned.tiles_per_piece,
+        "LANES": planned.num_warps * hardware.warp_size,
+        "VECTOR": logit_rows.vector(logits),
+        **options,
     }
 
 
@@ -303,27 +252,37 @@ def _launch_rows(
     holds_unit: bool = False,
 ) -> None:
     """Losses and gradient, where there is room for them; ``num_pieces`` of the records at hand, None for none."""
-    arguments = _arguments(logits, rows, records, options)
+    num_rows = rows.targets.numel()
+    planned = _plan(logits, num_rows, options)
     of_logits, of_gradient = _place(logits, "x"), _place(logits if gradient is None else gradient, "g")
+    arguments = {
+        **_arguments(logits, rows, options, planned),
+        "losses_ptr": None if losses is None else losses.loss,
+        "nll_ptr": None if losses is None else losses.nll,
+        "correct_ptr": losses.correct if losses is not None and options.with_correct else None,
+        "gradient_ptr": gradient,
+        **of_gradient,
+        "upstream_ptr": upstream,
+        "stride_u": upstream.stride(0) if upstream is not None and upstream.ndim else 0,
+        "denominator_ptr": denominator,
+        "z_loss": options.z_loss or None,
+        "HOLDS_UNIT": holds_unit,
+    }
+    if planned.rows is not None:
+        grid = (_launch.cdiv(num_rows, planned.rows),)
+        _launch.launch(short_rows_kernel, grid, logits, **arguments, num_rows=num_rows, ROWS=planned.rows)
+        return
     apart = (g - x for g, x in zip(of_gradient.values(), of_logits.values(), strict=True))
+    vector = logit_rows.vector(logits)
     _launch.launch(
         _rows_kernel,
-        (rows.targets.numel(), 1 if num_pieces is None or gradient is None else num_pieces),
+        (num_rows, 1 if num_pieces is None or gradient is None else num_pieces),
         logits,
         **arguments,
-        losses_ptr=None if losses is None else losses.loss,
-        nll_ptr=None if losses is None else losses.nll,
-        correct_ptr=losses.correct if losses is not None and options.with_correct else None,
-        gradient_ptr=gradient,
-        **of_gradient,
-        upstream_ptr=upstream,
-        stride_u=upstream.stride(0) if upstream is not None and upstream.ndim else 0,
-        denominator_ptr=denominator,
-        z_loss=options.z_loss or None,
+        **_piece_arguments(logits, records, planned),
         num_pieces=num_pieces,
         PIECE_LANES=_launch.next_power_of_2(num_pieces or 1),
-        HOLDS_UNIT=holds_unit,
-        SAME_PHASE=all(difference % arguments["VECTOR"] == 0 for difference in apart),
+        SAME_PHASE=all(difference % vector == 0 for difference in apart),
     )
 
 
@@ -339,9 +298,15 @@ def losses_and_gradient(
     if num_rows:
         num_pieces = losses.records.shape[1] if losses.records.shape[1] > 1 else None
         if num_pieces is not None:
-            arguments = _arguments(logits, rows, losses.records, options)
-            grid = (num_rows, num_pieces)
-            _launch.launch(_records_kernel, grid, logits, **arguments, WITH_CORRECT=options.with_correct)
+            planned = _plan(logits, num_rows, options)
+            _launch.launch(
+                _records_kernel,
+                (num_rows, num_pieces),
+                logits,
+                **_arguments(logits, rows, options, planned),
+                **_piece_arguments(logits, losses.records, planned),
+                WITH_CORRECT=options.with_correct,
+            )
         _launch_rows(logits, rows, losses.records, options, num_pieces, gradient, denominator, losses=losses)
     return losses
 

@@ -175,9 +175,10 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def figures(request: pytest.FixtureRequest) -> dict[str, dict[str, dict]]:
-    """Figures of the module's OPERATION, by program and target of its TARGETS; see ``benchmarks/compiled.py``.
+    """Figures of the module's OPERATION, by program and target; see ``benchmarks/compiled.py``.
 
-    Registers, spills and instructions are of one compiler: elsewhere the tests that hold them to bounds are skipped.
+    All programs are compiled for its TARGETS, or each for those that its WANTED names. Registers, spills and
+    instructions are of one compiler: elsewhere the tests that hold them to bounds are skipped.
     """
     constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
     (pinned,) = re.findall(r"^triton==(\S+)", constraints, re.MULTILINE)
@@ -187,4 +188,5 @@ def figures(request: pytest.FixtureRequest) -> dict[str, dict[str, dict]]:
     importlib.import_module("benchmark_helpers")  # which finds benchmarks/
     compiled, programs = (importlib.import_module(f"benchmarks.{name}") for name in ("compiled", "programs"))
     operation = request.module.OPERATION
-    return compiled.figures(operation, dict.fromkeys(programs.PROGRAMS[operation], request.module.TARGETS))
+    wanted = getattr(request.module, "WANTED", None)
+    return compiled.figures(operation, wanted or dict.fromkeys(programs.PROGRAMS[operation], request.module.TARGETS))

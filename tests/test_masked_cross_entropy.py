@@ -28,9 +28,13 @@ from fastmask import functional
 OPERATION = "masked_cross_entropy"
 
 
-@pytest.fixture
-def cross_entropy(backend):
-    """The public function on one backend."""
+@pytest.fixture(params=["", "no row is short"])
+def cross_entropy(request, backend, monkeypatch):
+    """The public function on one backend; on the kernel, also as if a program never did several rows."""
+    if request.param:
+        if not backend.is_kernel:
+            pytest.skip("a plan of the kernel's")
+        monkeypatch.setattr(backend.module("_loss_plan"), "_SHORT", 0)
     return on(backend)
 
 
@@ -538,3 +542,18 @@ def test_the_excluded_column_does_not_matter_under_a_softcap(cross_entropy, cont
     ours = cross_entropy(spoiled.requires_grad_(), targets, exclude_id=3, softcap=5.0)
     assert torch.equal(ours.loss, expected.loss)
     assert torch.equal(*gradient(ours.loss, spoiled), *gradient(expected.loss, logits))
+
+
+@pytest.mark.parametrize("origin", [-90.0, 3000.0, 1e6, -(2.0**31), 2.0**127])
+@pytest.mark.parametrize("vocabulary", [60, 700, 5000])
+def test_logits_far_from_0(cross_entropy, vocabulary, origin):
+    """As accurate as near 0, for the logits as float32 has rounded them: a lane's exponentials are of its own
+    maximum."""
+    logits = (draw(4, vocabulary) + origin).requires_grad_()
+    targets = draw_targets(4, vocabulary=vocabulary)
+    out = cross_entropy(logits, targets, reduction="sum")
+    exact_loss, exact_grad = closed_form(logits, targets)
+    z = logits.detach().clone().requires_grad_()
+    loss = F.cross_entropy(z, targets, reduction="none")
+    assert_error_ratio(out.nll, loss, exact_loss, UNIT[torch.float32])
+    assert_error_ratio(*gradient(out.loss, logits), *gradient(loss.sum(), z), exact_grad, UNIT[torch.float32])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import random
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -126,26 +128,39 @@ def random_case(number: int) -> dict:
 @pytest.mark.slow_interpreted
 def test_random_cases(kernel, monkeypatch, number):
     if number % 24 == 5:  # else every large row would be split
-        monkeypatch.setattr(kernel.module(OPERATION), "_FEW_ROWS", 0)
+        monkeypatch.setattr(kernel.module("_loss_plan"), "_FEW_ROWS", 0)
     assert_is_the_equation(partial(kernel.run, functional.masked_cross_entropy), **random_case(number))
 
 
 # ---- launch plans ----
 
 
-# V and rows of one plan for each row of the launch table, and of the two ways to split a row.
+class Planned(NamedTuple):
+    """V and rows of a plan, with its tile's columns, warps and rows a program; and those where columns are costly."""
+
+    vocabulary: int
+    rows: int
+    plan: tuple[int, int, int | None]
+    costly: tuple[int, int, int | None]
+
+
+# Of an H100 with a third of its L2: rows need not be as long for that to be full.
+HARDWARE = {"l2_bytes": 16 * 2**20}
 PLANS = {
-    "one warp": (1000, 5),
-    "two warps": (2001, 5),
-    "four programs an SM": (9001, 5),
-    "two programs an SM": (17001, 5),
-    "one program an SM": (66001, 5),
-    "split": (13001, 5),
-    "split, two tiles a piece": (25001, 101),
+    "eight rows": Planned(63, 21, (64, 1, 8), (64, 1, 4)),
+    "four rows": Planned(255, 6, (256, 1, 4), (256, 1, 1)),
+    "a tile of 512": Planned(513, 6, (512, 1, None), (512, 2, None)),
+    "one warp": Planned(1000, 6, (1024, 1, None), (1024, 4, None)),
+    "two warps": Planned(2001, 6, (2048, 2, None), (1024, 4, None)),
+    "four programs an SM": Planned(9001, 6, (4096, 4, None), (1024, 4, None)),
+    "two programs an SM": Planned(17001, 6, (8192, 8, None), (2048, 8, None)),
+    "one program an SM": Planned(33001, 6, (16384, 16, None), (4096, 16, None)),
+    "split": Planned(13001, 6, (4096, 8, None), (2048, 8, None)),
+    "split, two tiles a piece": Planned(25001, 101, (4096, 8, None), (2048, 8, None)),
 }
 
 
-# What picks the column of the launch table, each with a reduction that takes another way to the gradient.
+# What else picks a plan, each with a reduction that takes another way to the gradient.
 COLUMNS = {
     "plain": {"reduction": "sum", "inplace_grad": True},
     "special": {"reduction": "none", "exclude_id": 1, "with_correct": True},
@@ -163,35 +178,36 @@ COLUMNS = {
 def test_every_launch_plan(kernel, reference, monkeypatch, name, column):
     """Targets and the excluded column in the first and last tile and in both edges of a misaligned row, and
     rivals of the same logit in other tiles."""
-    module, (vocabulary, rows), options = kernel.module(OPERATION), PLANS[name], COLUMNS[column]
+    module, options = kernel.module(OPERATION), COLUMNS[column]
+    vocabulary, rows, *plans = PLANS[name]
+    hardware = _launch().H100._replace(**HARDWARE)
+    monkeypatch.setattr(_launch(), "hardware", lambda device: hardware)
     if not name.startswith("split"):  # as with many rows
-        monkeypatch.setattr(module, "_FEW_ROWS", 0)
+        monkeypatch.setattr(kernel.module("_loss_plan"), "_FEW_ROWS", 0)
     if column == "costly":
         options = {**options, "exclude_id": vocabulary - 2}
     chosen = LossOptions(**{name: options[name] for name in LossOptions._fields if name in options})
-    plan = module.plan(rows, vocabulary, chosen, _launch().hardware(kernel.device))
-    number = list(COLUMNS).index(column)
+    plan = module.plan(rows, vocabulary, torch.bfloat16, chosen, hardware)
+    assert plan[:3] == plans[column == "costly"]
+    assert (plan.num_pieces > 1) == name.startswith("split")
     if name.startswith("split"):
-        assert plan[:2] == module._SPLIT_TILES[number]
-        assert plan.num_pieces > 1
         assert (plan.tiles_per_piece > 1) == (name == "split, two tiles a piece")
-    else:
-        assert (*plan[:2], plan.num_pieces) == (*module._TILES[list(PLANS).index(name)][1][number], 1)
 
     storage = draw(3 + rows * vocabulary, dtype=torch.bfloat16).to(kernel.device)
     logits = storage[3:].view(rows, vocabulary)
-    head = -3 % 8  # columns before the body of row 0; row 4 begins 4 places further
     block = min(plan.block_v, vocabulary // 2)
+    # The second tile's first column, of rows 2 and 5: after those before the row's body, and a tile.
+    second, fifth = (-(3 + row * vocabulary) % 8 + block for row in (2, 5))
     # Targets, and rivals that tie: in either edge, at either side of a tile's end, in the last tile, and none.
-    targets = torch.tensor([0, vocabulary - 1, head + block - 1, vocabulary - 20, head + block])
-    rivals = torch.tensor([vocabulary - 1, 0, head + block, head + block - 1, head + block])
-    top = logits[:5].float().amax(-1) + torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0], device=logits.device)
+    targets = torch.tensor([0, vocabulary - 1, second - 1, vocabulary - 20, block, fifth])
+    rivals = torch.tensor([vocabulary - 1, 0, second, block, block, fifth - 1])
+    top = logits[:6].float().amax(-1) + torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, 1.0], device=logits.device)
     for columns in (targets, rivals):
-        logits[:5].scatter_(-1, columns[:, None].to(kernel.device), top[:, None].to(logits))
+        logits[:6].scatter_(-1, columns[:, None].to(kernel.device), top[:, None].to(logits))
     if chosen.exclude_id is not None:
         logits[:, chosen.exclude_id] = 100.0
-    is_masked = torch.arange(rows) < 5
-    targets = torch.cat([targets, torch.full((rows - 5,), 10**9)])
+    is_masked = torch.arange(rows) < 6
+    targets = torch.cat([targets, torch.full((rows - 6,), 10**12)])
     expected = reference.operation(OPERATION)(
         logits.cpu().clone(),
         LossRows(targets, is_masked),
@@ -203,9 +219,59 @@ def test_every_launch_plan(kernel, reference, monkeypatch, name, column):
         partial(kernel.run, functional.masked_cross_entropy), logits, targets, is_masked, None, **options,
         upstream=draw(rows) if options["reduction"] == "none" else None,
     )  # fmt: skip
-    assert expected.correct[:5].tolist() == [True, False, True, False, False]
+    assert expected.correct[:6].tolist() == [True, False, True, False, False, False]
     if "with_correct" in options:
         assert torch.equal(out.correct, expected.correct)
+
+
+@pytest.mark.parametrize("vocabulary", [200, 1100, 13001])
+def test_parts_of_a_row_that_hold_nothing(kernel, vocabulary):
+    """Of a row split over programs, pieces too: -inf but for a few columns, which lie far below 0."""
+    logits = torch.full((3, vocabulary), -math.inf)
+    logits[:, -20:] = draw(3, 20) - 200.0
+    targets = torch.tensor([vocabulary - 1, vocabulary - 7, vocabulary - 20])
+    out = kernel.run(functional.masked_cross_entropy, logits.requires_grad_(), targets, reduction="sum")
+    exact_loss, exact_grad = closed_form(logits, targets)
+    assert_error_ratio(out.nll, exact_loss.float(), exact_loss, UNIT[torch.float32])
+    assert_error_ratio(*gradient(out.loss, logits), exact_grad.float(), exact_grad, UNIT[torch.float32])
+
+
+# An H200 (of these facts an H100), a B200, an RTX 5090, an A100, an MI300X.
+MACHINES = {
+    "sm_90": {},
+    "sm_100": {"num_multiprocessors": 148, "l2_bytes": 126 * 2**20},
+    "sm_120": {"num_multiprocessors": 170, "l2_bytes": 96 * 2**20},
+    "sm_80": {"num_multiprocessors": 108, "l2_bytes": 40 * 2**20},
+    "gfx942": {"vendor": "amd", "num_multiprocessors": 304, "warp_size": 64, "l2_bytes": 4 * 2**20},
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_plans_follow_the_hardware(kernel, machine, softcap):
+    """Every multiprocessor has work where there is enough; rows that are read twice fit the L2, one for each
+    multiprocessor at least."""
+    plan = partial(kernel.module("_loss_plan").plan, hardware=_launch().H100._replace(**MACHINES[machine]))
+    facts, options = plan.keywords["hardware"], LossOptions(softcap=softcap)
+    sms = facts.num_multiprocessors
+    all_rows, vocabularies = (1, 7, sms - 1, sms, 3 * sms, 10**5), (5, 64, 257, 8192, 50257, 151936)
+    for rows, vocabulary in itertools.product(all_rows, vocabularies):
+        found = plan(rows, vocabulary, torch.bfloat16, options)
+        assert found.num_warps <= facts.max_warps
+        if found.rows is not None:
+            assert found.block_v >= vocabulary
+            assert found.rows == 1 or rows / found.rows >= sms
+            continue
+        assert found.block_v >= found.num_warps * facts.warp_size  # a column a lane
+        assert (found.num_pieces > 1) == (rows < sms and vocabulary > 8192)
+        assert (found.num_pieces - 1) * found.tiles_per_piece * found.block_v < vocabulary
+        assert found.num_pieces * found.tiles_per_piece * found.block_v >= vocabulary - 7
+        if found.num_pieces > 1:
+            tiles = -(-vocabulary // found.block_v)
+            assert min(2 * sms, rows * tiles) <= rows * found.num_pieces <= 4 * sms + rows
+        elif vocabulary > 8192:
+            programs = 512 // (found.num_warps * facts.warp_size)
+            assert programs == 1 or programs * sms * 2 * vocabulary <= facts.l2_bytes
 
 
 # ---- where rows lie ----
@@ -253,7 +319,7 @@ def test_gradient_of_another_phase(kernel, monkeypatch, phase, vocabulary):
     launch = _launch().launch
 
     def recorded(*where, **arguments):
-        promised.append(arguments["SAME_PHASE"])
+        promised.append(arguments.get("SAME_PHASE"))
         launch(*where, **arguments)
 
     monkeypatch.setattr(_launch(), "launch", recorded)
@@ -268,7 +334,7 @@ def test_gradient_of_another_phase(kernel, monkeypatch, phase, vocabulary):
     is_masked = torch.tensor([True, False, True, True])
     rows = LossRows(targets.to(kernel.device), is_masked.to(kernel.device))
     losses = module.losses_and_gradient(logits, rows, None, LossOptions(), grad).loss
-    assert promised == [phase in ("aligned", "same phase")]
+    assert promised == [None if vocabulary == 5 else phase in ("aligned", "same phase")]
     loss, expected = closed_form(logits.cpu(), targets)
     torch.testing.assert_close(losses.cpu().double(), loss * is_masked, rtol=1e-6, atol=0.0)
     expected *= is_masked[:, None]
@@ -305,7 +371,7 @@ def test_elements_past_2_to_the_31(kernel, shape, vocabulary):
     targets = draw_targets(2, vocabulary=vocabulary)
     loss, expected = closed_form(logits.cpu(), targets)
     seen = logits if shape == "rows" else logits[:, None]
-    plan = module.plan(2, vocabulary, LossOptions(), _launch().hardware(kernel.device))
+    plan = module.plan(2, vocabulary, torch.bfloat16, LossOptions(), _launch().hardware(kernel.device))
     assert (plan.num_pieces > 1) == (vocabulary == 8500)
     losses = module.losses_and_gradient(seen, LossRows(targets.to(kernel.device)), None, LossOptions(), seen).loss
     torch.testing.assert_close(losses.cpu().double(), loss, rtol=1e-6, atol=0.0)
