@@ -15,7 +15,7 @@ _COLUMNS, _COSTLY_COLUMNS = 32, 8
 # As many threads as a multiprocessor's registers hold, in at most so many programs, of which some load while some
 # reduce; in fewer where the rows in flight would not fit the L2, from which the gradient reads them again.
 _THREADS, _MOST_PROGRAMS = 512, 4
-# Of each of these threads, on NVIDIA's. The compiler takes a fourth more unless told.
+# Of each of these threads, on NVIDIA's: unless told, the compiler takes up to a fourth more.
 MOST_REGISTERS = 65536 // _THREADS
 # Rows for each multiprocessor below which some would be idle. Of those, rows longer than this are spread over several
 # programs, by a launch more, in smaller tiles, the longest of which takes less time.

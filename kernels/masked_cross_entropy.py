@@ -228,13 +228,13 @@ def _arguments(logits: Tensor, rows: LossRows, options: LossOptions, planned: Pl
 def _piece_arguments(logits: Tensor, records: Tensor, planned: Plan) -> dict[str, Any]:
     """Those of the kernels that do one row, or a piece of one."""
     hardware = _launch.hardware(logits.device)
-    options = {"maxnreg": MOST_REGISTERS} if hardware.vendor == "nvidia" else {}
+    is_bounded = hardware.vendor == "nvidia" and planned.num_pieces == 1
     return {
         "records_ptr": records,
         "tiles_per_piece": planned.tiles_per_piece,
         "LANES": planned.num_warps * hardware.warp_size,
         "VECTOR": logit_rows.vector(logits),
-        **options,
+        **({"maxnreg": MOST_REGISTERS} if is_bounded else {}),
     }
 
 
