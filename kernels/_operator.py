@@ -108,7 +108,7 @@ class Operator(Generic[P, R]):
         written: Sequence[int],
     ) -> None:
         self.function, self.signature, self.overload, self.written = function, signature, overload, written
-        self.derivative: type[torch.autograd.Function] | None = None
+        self.differentiated: Callable[[Sequence[Any]], Any] | None = None
 
     def __call__(self, *arguments: P.args, **nothing: P.kwargs) -> R:
         signature = self.signature
@@ -116,17 +116,17 @@ class Operator(Generic[P, R]):
         outputs: Any
         if _is_watched(flat):
             outputs = self.overload(*flat, **nothing)
-        elif self.derivative is not None and _needs_gradient(flat):
-            outputs = self.derivative.apply(*flat)
+        elif self.differentiated is not None and _needs_gradient(flat):
+            outputs = self.differentiated(flat)
         else:
             _count_versions([flat[place] for place in self.written])
             return self.function(*arguments, **nothing)
         return signature.returned(outputs) if signature.returns_record else outputs
 
-    def below(self, flat: Sequence[Any]) -> Any:
-        """Of a schema's arguments what the function gives, with no derivative."""
+    def below(self, flat: Sequence[Any], whole: Sequence[Any]) -> Any:
+        """What the function gives, with no derivative, for arguments as the schema and as the function have them."""
         if not _is_watched(flat):
-            return self.function(*self.signature.whole(flat))  # type: ignore[call-arg]
+            return self.function(*whole)  # type: ignore[call-arg]
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*flat)
 
@@ -220,31 +220,39 @@ def _counting_versions(overload: Overload[..., Any], written: Sequence[int]) -> 
 
 
 def differentiable(
-    operation: Operator[..., Any], gradients: Callable[..., Sequence[Any]], setup_context: Callable[..., Any]
+    operation: Operator[..., Any],
+    num_gradients: int,
+    gradients: Callable[..., Sequence[Any]],
+    setup_context: Callable[..., Any],
 ) -> None:
     """Gives an operator its derivative: ``backward`` and ``setup_context`` of a torch.autograd.Function.
 
     Args:
-        gradients: of the leading tensors of the schema; the rest has none.
+        num_gradients: how many of the schema's leading tensors have one.
+        gradients: theirs.
         setup_context: gets arguments and outputs as the function does.
     """
     signature = operation.signature
 
     class Derivative(torch.autograd.Function):
+        # Autograd is shown what may have a gradient, not all that a call has.
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            outputs = operation.below(arguments)
-            setup_context(ctx, signature.whole(arguments), signature.returned(outputs))
-            ctx.num_arguments = len(arguments)
+        def forward(ctx: Any, *shown: Any) -> Any:
+            *_, flat = shown
+            whole = signature.whole(flat)
+            outputs = operation.below(flat, whole)
+            setup_context(ctx, whole, signature.returned(outputs))
             return outputs if isinstance(outputs, Tensor) else tuple(outputs)
 
         @staticmethod
         def backward(ctx: Any, *incoming: Any) -> Any:
-            found = gradients(ctx, *incoming)
-            return *found, *[None] * (ctx.num_arguments - len(found))
+            return *gradients(ctx, *incoming), None
 
-    def run(*arguments: Any) -> Any:
-        return Derivative.apply(*arguments) if _needs_gradient(arguments) else operation.below(arguments)
+    def differentiated(flat: Sequence[Any]) -> Any:
+        return Derivative.apply(*flat[:num_gradients], flat)
 
-    operation.derivative = Derivative
+    def run(*flat: Any) -> Any:
+        return differentiated(flat) if _needs_gradient(flat) else operation.below(flat, signature.whole(flat))
+
+    operation.differentiated = differentiated
     _libraries[operation.overload._schema.name.removeprefix("fastmask::")].impl(operation.overload, run, "Autograd")

@@ -288,7 +288,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     )
 
 
-differentiable(_operation, _backward, _setup_context)
+differentiable(_operation, 3, _backward, _setup_context)
 
 
 def linear_masked_cross_entropy(

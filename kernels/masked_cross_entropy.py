@@ -166,14 +166,16 @@ def _rows_kernel(
         row_softmax.write_gradient(row, parts, g_ptr, g_start, first_tile, last_tile, SAME_PHASE, VECTOR, BLOCK_V)
 
 
-def _place(x: Tensor, name: str) -> dict[str, int]:
+class _Place(NamedTuple):
     """Where rows [B, N, V] or [R, V] lie: elements from a 16-byte boundary to them; strides of sequence, position."""
-    stride_b = x.stride(0) if x.ndim == 3 else 0
-    return {
-        f"offset_{name}": logit_rows.offset_from_boundary(x),
-        f"stride_{name}b": stride_b,
-        f"stride_{name}n": x.stride(-2),
-    }
+
+    offset: int
+    stride_b: int
+    stride_n: int
+
+
+def _place(x: Tensor) -> _Place:
+    return _Place(logit_rows.offset_from_boundary(x), x.stride(0) if x.ndim == 3 else 0, x.stride(-2))
 
 
 class RowLosses(NamedTuple):
@@ -195,9 +197,8 @@ def _plan(logits: Tensor, num_rows: int, options: LossOptions) -> Plan:
     return plan(num_rows, logits.shape[-1], logits.dtype, options, _launch.hardware(logits.device))
 
 
-def _allocate(logits: Tensor, num_rows: int, options: LossOptions) -> RowLosses:
+def _allocate(logits: Tensor, num_rows: int, options: LossOptions, num_pieces: int) -> RowLosses:
     """Room for them; records are zeros, since unmasked rows write none."""
-    num_pieces = _plan(logits, num_rows, options).num_pieces
     return RowLosses(
         logits.new_empty(num_rows, dtype=torch.float32),
         logits.new_empty(num_rows, dtype=torch.float32),
@@ -207,11 +208,13 @@ def _allocate(logits: Tensor, num_rows: int, options: LossOptions) -> RowLosses:
     )
 
 
-def _arguments(logits: Tensor, rows: LossRows, options: LossOptions, planned: Plan) -> dict[str, Any]:
+def _arguments(logits: Tensor, place: _Place, rows: LossRows, options: LossOptions, planned: Plan) -> dict[str, Any]:
     """The arguments that all kernels take."""
     return {
         "x_ptr": logits,
-        **_place(logits, "x"),
+        "offset_x": place.offset,
+        "stride_xb": place.stride_b,
+        "stride_xn": place.stride_n,
         "targets_ptr": rows.targets.contiguous(),
         "is_masked_ptr": None if rows.is_masked is None else rows.is_masked.contiguous(),
         "weights_ptr": None if rows.weights is None else rows.weights.contiguous(),
@@ -243,6 +246,7 @@ def _launch_rows(
     rows: LossRows,
     records: Tensor,
     options: LossOptions,
+    planned: Plan,
     num_pieces: int | None,
     gradient: Tensor | None,
     denominator: Tensor | None,
@@ -253,15 +257,18 @@ def _launch_rows(
 ) -> None:
     """Losses and gradient, where there is room for them; ``num_pieces`` of the records at hand, None for none."""
     num_rows = rows.targets.numel()
-    planned = _plan(logits, num_rows, options)
-    of_logits, of_gradient = _place(logits, "x"), _place(logits if gradient is None else gradient, "g")
+    of_logits = of_gradient = _place(logits)
+    if gradient is not None and gradient is not logits:
+        of_gradient = _place(gradient)
     arguments = {
-        **_arguments(logits, rows, options, planned),
+        **_arguments(logits, of_logits, rows, options, planned),
         "losses_ptr": None if losses is None else losses.loss,
         "nll_ptr": None if losses is None else losses.nll,
         "correct_ptr": losses.correct if losses is not None and options.with_correct else None,
         "gradient_ptr": gradient,
-        **of_gradient,
+        "offset_g": of_gradient.offset,
+        "stride_gb": of_gradient.stride_b,
+        "stride_gn": of_gradient.stride_n,
         "upstream_ptr": upstream,
         "stride_u": upstream.stride(0) if upstream is not None and upstream.ndim else 0,
         "denominator_ptr": denominator,
@@ -272,8 +279,8 @@ def _launch_rows(
         grid = (_launch.cdiv(num_rows, planned.rows),)
         _launch.launch(short_rows_kernel, grid, logits, **arguments, num_rows=num_rows, ROWS=planned.rows)
         return
-    apart = (g - x for g, x in zip(of_gradient.values(), of_logits.values(), strict=True))
     vector = logit_rows.vector(logits)
+    apart = [(g - x) % vector for g, x in zip(of_gradient, of_logits, strict=True)]
     _launch.launch(
         _rows_kernel,
         (num_rows, 1 if num_pieces is None or gradient is None else num_pieces),
@@ -282,7 +289,7 @@ def _launch_rows(
         **_piece_arguments(logits, records, planned),
         num_pieces=num_pieces,
         PIECE_LANES=_launch.next_power_of_2(num_pieces or 1),
-        SAME_PHASE=all(difference % vector == 0 for difference in apart),
+        SAME_PHASE=not any(apart),
     )
 
 
@@ -294,20 +301,21 @@ def losses_and_gradient(
     gradient: (the logits themselves, if need be) is filled with that of sum w loss / denominator.
     """
     num_rows = rows.targets.numel()
-    losses = _allocate(logits, num_rows, options)
+    planned = _plan(logits, num_rows, options)
+    losses = _allocate(logits, num_rows, options, planned.num_pieces)
     if num_rows:
-        num_pieces = losses.records.shape[1] if losses.records.shape[1] > 1 else None
+        num_pieces = planned.num_pieces if planned.num_pieces > 1 else None
         if num_pieces is not None:
-            planned = _plan(logits, num_rows, options)
             _launch.launch(
                 _records_kernel,
                 (num_rows, num_pieces),
                 logits,
-                **_arguments(logits, rows, options, planned),
+                **_arguments(logits, _place(logits), rows, options, planned),
                 **_piece_arguments(logits, losses.records, planned),
                 WITH_CORRECT=options.with_correct,
             )
-        _launch_rows(logits, rows, losses.records, options, num_pieces, gradient, denominator, losses=losses)
+        records = losses.records
+        _launch_rows(logits, rows, records, options, planned, num_pieces, gradient, denominator, losses=losses)
     return losses
 
 
@@ -331,7 +339,8 @@ def _reduced(
 def _fake(
     logits: Tensor, rows: LossRows, reduction: Reduction, options: LossOptions, with_gradient: bool = False, *_: Any
 ) -> RowLosses:
-    losses = _allocate(logits, rows.targets.numel(), options)
+    num_rows = rows.targets.numel()
+    losses = _allocate(logits, num_rows, options, _plan(logits, num_rows, options).num_pieces)
     if reduction.kind != "none":
         losses = losses._replace(loss=losses.loss.new_empty(()))
     return losses._replace(gradient=_new_gradient(logits)) if with_gradient else losses
@@ -369,12 +378,15 @@ def _write_gradient(
     logits: None where they lie where it goes. holds_unit: the buffer holds what an upstream gradient of 1 asks for,
     and is left alone if that is what comes.
     """
-    if rows.targets.numel():
+    num_rows = rows.targets.numel()
+    if num_rows:
+        logits, options = gradient if logits is None else logits, options._replace(with_correct=False)
         _launch_rows(
-            gradient if logits is None else logits,
+            logits,
             rows,
             records,
-            options._replace(with_correct=False),
+            options,
+            _plan(logits, num_rows, options),
             records.shape[1],
             gradient,
             denominator,
@@ -404,7 +416,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor]:
     return (gradient,)
 
 
-differentiable(_operation, _backward, _setup_context)
+differentiable(_operation, 1, _backward, _setup_context)
 
 
 @operator("masked_cross_entropy_", _fake, mutates=("logits",))
