@@ -140,10 +140,10 @@ def contenders() -> list[Contender]:
     ]
 
 
-def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
+def floor(case: Case, limits: Ceilings) -> Floor:
     """Bytes: in place, ids are written where they change only."""
     amount = case.batch * (case.seq_len * BYTES_PER_POSITION + case.count * BYTES_PER_ID)
-    return {"": Floor(amount, limits.copy, "GB/s")}
+    return Floor(amount, limits.copy, "GB/s")
 
 
-BENCHMARK = Benchmark("remask", cases, contenders, problem, floors)
+BENCHMARK = Benchmark("remask", cases, contenders, problem, floor)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, field
@@ -12,16 +13,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks import machine, peers
+from benchmarks import machine, sampler_peers
 from benchmarks.benchmark import Benchmark
-from benchmarks.records import Ceilings, Contender, Floor, Step
+from benchmarks.records import IDS_ONLY, Ceilings, Contender, Floor, Step
 from fastmask import functional
 
 TEMPERATURE = 0.7
 KEPT_SHARE = 1 - 0.9  # of the logits, by the default of upstream's top_k
-CUDA_SHAPES = tuple(itertools.product((32, 256, 2048, 8192), (8192, 50257, 126464, 152064)))
-CPU_SHAPES = ((512, 8192), (64, 50257), (32, 8192))
-CUDA_QUICK, CPU_QUICK = ((2048, 50257), (32, 8192)), ((64, 50257), (32, 8192))
+# Of small vocabularies (characters, proteins, codebooks) and of one row, too.
+SMALL_SHAPES = ((64, 33), (8192, 33), (8192, 64), (8192, 256))
+CUDA_SHAPES = (
+    *itertools.product((32, 256, 2048, 8192), (8192, 50257, 126464, 152064)),
+    *SMALL_SHAPES,
+    (1, 50257),
+    (1, 152064),
+    (32, 1024),
+)
+CPU_SHAPES = ((512, 8192), (64, 50257), (32, 8192), (32, 1024), (64, 33), (64, 64), (64, 256), (1, 50257))
+CUDA_QUICK, CPU_QUICK = ((2048, 50257), (32, 8192), (8192, 33), (1, 50257)), ((64, 50257), (32, 8192), (64, 33))
 
 # So spread that the argmax, a sample at another temperature and ours have other mean log-probabilities: at 256 draws
 # the first is 20 standard errors off, a sample at temperature 1 13, x-transformers' in bfloat16 9 and more.
@@ -47,7 +56,7 @@ class Case:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Every shape, filtered and not; ``quick``: a large and a small shape."""
+    """Every shape, filtered and not; ``quick``: a large and a small shape, a small vocabulary, and one row."""
     device = machine.default_device()
     shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
     if quick:
@@ -101,26 +110,32 @@ class SamplingProblem:
     def restore(self, contender: Contender) -> None:
         pass
 
-    def run(self, contender: Contender, function: peers.Sampler) -> tuple[Tensor, Tensor]:
+    def run(self, contender: Contender, function: sampler_peers.Sampler) -> tuple[Tensor, Tensor | None]:
         return function(self.logits, TEMPERATURE, self.top_k)
 
     def errors(self, step: Step) -> dict[str, float]:
-        """Of at least MIN_DRAWS samples: how many are not allowed, the worst probability, and the distribution."""
+        """Of at least MIN_DRAWS samples: how many are not allowed, the distribution, and the worst probability, which
+        IDS_ONLY do not tell."""
         torch.manual_seed(1)  # not the seed of the inputs: their noise would be correlated
         repeats = -(-MIN_DRAWS // self.logits.shape[1])
         not_allowed, worst, deviation = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(3))
         for _ in range(repeats):
-            ids, probs = (out.squeeze(0) for out in step.run())
+            ids, probs = step.run()
+            ids = ids.squeeze(0)
             in_range = (ids >= 0) & (ids < self.logits.shape[-1])
             chosen = self.logits[0].gather(-1, ids.where(in_range, 0)[:, None]).squeeze(-1).double()
             not_allowed += (~in_range | chosen.isneginf() | (chosen < self.least_kept)).sum()
             log_probs = chosen[:, None] - self.log_totals
-            relative = (probs.double()[:, None] / log_probs.exp() - 1).abs().amin(dim=-1)
-            worst = torch.maximum(worst, relative.max())  # NaN stays
+            if step.contender.given != IDS_ONLY:
+                relative = (probs.squeeze(0).double()[:, None] / log_probs.exp() - 1).abs().amin(dim=-1)
+                worst = torch.maximum(worst, relative.max())  # NaN stays
             deviation += (log_probs[:, 0] - self.mean).sum()
         standard_error = (repeats * self.variance.sum()).sqrt()
         figures = not_allowed, worst, (deviation / standard_error).abs()
-        return dict(zip(self.limits, (figure.item() for figure in figures), strict=True))
+        found = dict(zip(self.limits, (figure.item() for figure in figures), strict=True))
+        if step.contender.given == IDS_ONLY:
+            del found["probability"]
+        return found
 
 
 def _expect(logits: Tensor, top_k: int | None) -> tuple[Tensor, ...]:
@@ -145,25 +160,37 @@ def problem(case: Case) -> SamplingProblem:
     return SamplingProblem(logits, case.top_k)
 
 
-def ours() -> peers.Sampler:
+def ours(ids_only: bool = False) -> sampler_peers.Sampler:
+    """Of ids only it is asked for the probability that costs least: of what was sampled from."""
     seeds = itertools.count()
 
-    def sample(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-        mask_id, seed = logits.shape[-1] - 1, next(seeds)
-        sampled = functional.sample_tokens(logits, temperature=temperature, top_k=top_k, mask_id=mask_id, seed=seed)
-        return sampled.ids, sampled.log_probs.exp()
+    def sample(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor | None]:
+        sampled = functional.sample_tokens(
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            processed=ids_only,
+            mask_id=logits.shape[-1] - 1,
+            seed=next(seeds),
+        )
+        return sampled.ids, None if ids_only else sampled.log_probs.exp()
 
     return sample
 
 
 def contenders() -> list[Contender]:
-    return [Contender("fastmask", "", ours, is_ours=True), *peers.samplers()]
+    ids_only = functools.partial(ours, ids_only=True)
+    return [
+        Contender("fastmask", "", ours, is_ours=True),
+        Contender("fastmask", IDS_ONLY, ids_only, is_ours=True),
+        *sampler_peers.samplers(),
+    ]
 
 
-def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
+def floor(case: Case, limits: Ceilings) -> Floor:
     """Bytes: the rows read once."""
     logits = case.num_rows * case.num_tokens
-    return {"": Floor(logits * machine.default_dtype(case.device).itemsize, limits.copy, "GB/s", logits)}
+    return Floor(logits * machine.default_dtype(case.device).itemsize, limits.copy, "GB/s", logits)
 
 
-BENCHMARK = Benchmark("sample_tokens", cases, contenders, problem, floors)
+BENCHMARK = Benchmark("sample_tokens", cases, contenders, problem, floor)

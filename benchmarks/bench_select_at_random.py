@@ -111,8 +111,8 @@ def contenders() -> list[Contender]:
     return [Contender("fastmask", "", ours, is_ours=True), *peers.selectors()]
 
 
-def floors(case: Case, limits: Ceilings) -> dict[str, Floor]:
-    return {"": Floor(BYTES_PER_POSITION * case.batch * case.seq_len, limits.copy, "GB/s")}
+def floor(case: Case, limits: Ceilings) -> Floor:
+    return Floor(BYTES_PER_POSITION * case.batch * case.seq_len, limits.copy, "GB/s")
 
 
-BENCHMARK = Benchmark("select_at_random", cases, contenders, problem, floors)
+BENCHMARK = Benchmark("select_at_random", cases, contenders, problem, floor)

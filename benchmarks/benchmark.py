@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,7 +35,7 @@ class Benchmark:
     cases: Callable[[bool], Sequence[Any]]
     contenders: Callable[[], list[Contender]]
     problem: Callable[[Any], Problem]
-    floors: Callable[[Any, Ceilings], Mapping[str, Floor]]
+    floor: Callable[[Any, Ceilings], Floor]
     bounds: Callable[[Any, Any], Runs] = _no_bounds
     finish: Callable[[list[Row]], None] = _as_they_are
     published: Published | None = None
@@ -55,7 +55,7 @@ class Benchmark:
         try:
             problem = kept_problem(self, case)
             bounds = self.bounds(case, problem) if only is None else {}
-            rows = comparison.compare(contenders, problem, self.floors(case, limits), bounds, effort, earlier)
+            rows = comparison.compare(contenders, problem, self.floor(case, limits), bounds, effort, earlier)
         except torch.OutOfMemoryError as error:
             refusal = {"status": "out of memory", "reason": f"the case itself: {describe(error)}", "errors": {}}
             rows = [comparison.identity(contender) | refusal for contender in contenders]
@@ -67,8 +67,7 @@ class Benchmark:
     def update_floor(self, case: Any, row: Row) -> None:
         """Compares a row of the case, if it was timed, with its floor by the best ceilings so far."""
         if "ms" in row:
-            floors = self.floors(case, machine.ceilings(case.device))
-            row |= comparison.floor_figures(comparison.floor_of(row, floors), row["ms"])
+            row |= comparison.floor_figures(self.floor(case, machine.ceilings(case.device)), row["ms"])
 
 
 @functools.lru_cache(maxsize=1)

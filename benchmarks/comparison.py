@@ -9,17 +9,14 @@ import torch
 
 from benchmarks import gate, timing
 from benchmarks.gate import Refused, admit
-from benchmarks.records import ALL_ROWS, COMPACTED, UNITS, WITH_MASK, Contender, Floor, Problem, Row, Runs
+from benchmarks.records import IDS_ONLY, UNITS, Contender, Floor, Problem, Row, Runs
 from benchmarks.timing import Effort
-
-# Of which rivals the best is named so.
-RIVALS = {WITH_MASK: "best on all rows", ALL_ROWS: "best on all rows", COMPACTED: "best on compacted"}
 
 
 def compare(
     contenders: Iterable[Contender],
     problem: Problem,
-    floors: Mapping[str, Floor],
+    floor: Floor,
     bounds: Runs,
     effort: Effort,
     earlier: Sequence[Row] = (),
@@ -27,7 +24,7 @@ def compare(
     """Gate, time and measure the memory of every contender at one case.
 
     Args:
-        floors: what each kind of ``given`` must at least do.
+        floor: what the case must at least do.
         bounds: work that is timed in the same rounds and is no contender (bare products, the network alone).
         earlier: the rows of an earlier visit, whose rounds count too; who was refused or wrong there stays so.
 
@@ -60,14 +57,14 @@ def compare(
     for row in rows:
         if row["contender"] in steps:
             step = steps[row["contender"]]
-            row |= timing_figures(times[row["contender"]], floor_of(row, floors))
+            row |= timing_figures(times[row["contender"]], floor)
             row |= {"host_ms": timing.host_ms(step), "of_limit": _share_of_limit(row, problem.limits)}
             step.restore()
             row["peak_mib"] = None if step.contender.keeps_memory else timing.peak_mib(step.run, problem.device)
     for name in bounds:
         row = {"contender": name, "name": name, "given": "", "status": "bound", "reason": "", "errors": {}}
         row |= {"is_ours": False, "is_baseline": False, "host_ms": None, "peak_mib": None, "of_limit": None}
-        rows.append(row | timing_figures(times[name], floor_of(row, floors)))
+        rows.append(row | timing_figures(times[name], floor))
     add_ratios(rows)
     return rows
 
@@ -82,11 +79,6 @@ def identity(contender: Contender) -> Row:
     """What a row says of its contender, timed or not."""
     row: Row = {"contender": str(contender), "name": contender.name, "given": contender.given}
     return row | {"is_ours": contender.is_ours, "is_baseline": contender.is_baseline}
-
-
-def floor_of(row: Row, floors: Mapping[str, Floor]) -> Floor:
-    """What a row is held to; a bound of an operation on rows, to that of compacted rows."""
-    return floors[row["given"]] if row["given"] in floors else floors[COMPACTED]
 
 
 def floor_figures(floor: Floor, milliseconds: float) -> Row:
@@ -112,16 +104,13 @@ def _share_of_limit(row: Row, limits: Mapping[str, float]) -> float:
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """How many times faster than each of these a row is: eager, the best peers, the bound (a share, so below 1)."""
+    """How many times faster than each of these a row is: eager, the best peer at the same job (ids only are less of
+    one), the bound (a share, so below 1)."""
     timed = [row for row in rows if "ms" in row]
-    rivals: dict[str, list[float]] = {}
+    eager = [row["ms"] for row in timed if row["is_baseline"]]
+    bounds = [row["ms"] for row in timed if row["status"] == "bound"]
+    peers = [row for row in timed if row["status"] == "ok" and not row["is_ours"]]
     for row in timed:
-        if row["status"] == "bound":
-            rivals.setdefault("bound", []).append(row["ms"])
-        if row["is_baseline"]:
-            rivals.setdefault("eager", []).append(row["ms"])
-        if row["status"] == "ok" and not row["is_ours"]:
-            rivals.setdefault(RIVALS.get(row["given"], "best peer"), []).append(row["ms"])
-    names = [name for name in ("eager", "best peer", *dict.fromkeys(RIVALS.values()), "bound") if name in rivals]
-    for row in timed:
-        row["ratio"] = {name: min(rivals[name]) / row["ms"] for name in names}
+        same_job = [peer["ms"] for peer in peers if (peer["given"] == IDS_ONLY) == (row["given"] == IDS_ONLY)]
+        rivals = {"eager": eager, "best peer": same_job, "bound": bounds}
+        row["ratio"] = {name: min(times) / row["ms"] for name, times in rivals.items() if times}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gate import relative_error
-from benchmarks.records import ALL_ROWS, COMPACTED, Contender, Step
+from benchmarks.records import ALL_ROWS, GATHERED, Contender, Step
 
 Loss = Callable[..., Tensor]
 
@@ -32,7 +32,8 @@ class LossProblem:
 
     A contender's function is ``loss(rows, *parameters, targets, is_masked)`` for WITH_MASK and
     ``loss(rows, *parameters, labels)`` otherwise, the mean cross-entropy of the masked rows; it is run together
-    with its backward. A gradient on COMPACTED is of those rows only.
+    with its backward. For GATHERED it gets the masked rows only: gathering them is timed, and that their gradient
+    is put back among zeros.
 
     rows: [R, V] logits or [R, D] embeddings; parameters: () or (weight [V, D],); targets: [R] int64; is_masked:
     [R] bool; reference: the loss, the gradient of the rows and those of the parameters, float32 from float64.
@@ -64,13 +65,10 @@ class LossProblem:
     def arguments(self, given: str) -> tuple[Tensor, ...]:
         """The loss's arguments: shared by all contenders that are given the same, so that they fit side by side."""
         if given not in self._arguments:
-            rows, targets = self.rows, self.targets
-            extra: tuple[Tensor, ...] = (targets, self.is_masked)
+            extra: tuple[Tensor, ...] = (self.targets, self.is_masked)
             if given == ALL_ROWS:
-                extra = (targets.where(self.is_masked, IGNORE_INDEX),)
-            elif given == COMPACTED:
-                rows, extra = rows[self.is_masked], (targets[self.is_masked],)
-            leaves = (rows, *self.parameters)
+                extra = (self.targets.where(self.is_masked, IGNORE_INDEX),)
+            leaves = (self.rows, *self.parameters)
             self._arguments[given] = (*(leaf.detach().requires_grad_() for leaf in leaves), *extra)
         return self._arguments[given]
 
@@ -91,15 +89,16 @@ class LossProblem:
         leaves, extra = arguments[:count], arguments[count:]
         if contender.overwrites:
             leaves = (_Produced.apply(self.scratch(contender.given)), *leaves[1:])
-        loss = function(*leaves, *extra)
+        if contender.given == GATHERED:
+            loss = function(leaves[0][self.is_masked], *leaves[1:], self.targets[self.is_masked])
+        else:
+            loss = function(*leaves, *extra)
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     def errors(self, step: Step) -> dict[str, float]:
         """Relative L2 error of the loss and of each gradient."""
         outputs: Sequence[Tensor] = step.run()
-        loss, rows, *parameters = self.reference
-        expected = (loss, rows[self.is_masked] if step.contender.given == COMPACTED else rows, *parameters)
-        pairs = zip(outputs, expected, strict=True)
+        pairs = zip(outputs, self.reference, strict=True)
         return {name: relative_error(*pair) for name, pair in zip(_NAMES, pairs, strict=False)}
 
 

@@ -14,7 +14,7 @@ from benchmarks.timing import QUICK
 
 PACKAGES = (
     "fastmask", "torch", "triton", "x-transformers", "liger-kernel", "cut-cross-entropy", "fla-core",
-    "quack-kernels", "flash-attn", "flashinfer-python",
+    "quack-kernels", "nvidia-cutlass-dsl", "flash-attn", "flashinfer-python", "vllm",
 )  # fmt: skip
 
 _best: dict[torch.device, Ceilings] = {}

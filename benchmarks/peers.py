@@ -1,8 +1,8 @@
-"""The peers, each with its exact call: of the two losses, on all rows (labels -100) and on compacted rows; of the
-sampler; of the masking; of the choice of what is masked again, or at random.
+"""The peers, each with its exact call by its best path: of the two losses, on all rows (labels -100) and on gathered
+rows; of the masking; of the choice of what is masked again, or at random. Those of the sampler: sampler_peers.py.
 
 Nothing is imported before a contender is loaded. Signatures were read in liger-kernel 0.8.5, cut-cross-entropy
-25.1.1, fla-core 0.6.0, quack-kernels 0.6.5, flash-attention's and FlashInfer's repositories and torch 2.13.
+25.1.1, fla-core 0.6.0, quack-kernels 0.6.5, flash-attention 2.8.4's repository and torch 2.13.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.losses import IGNORE_INDEX, Loss
-from benchmarks.records import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Published
+from benchmarks.records import ALL_ROWS, GATHERED, WITH_MASK, Contender, Published
 
 Function = Callable[..., Any]
-Sampler = Callable[[Tensor, float, int | None], tuple[Tensor, Tensor]]
 Remasker = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 Selector = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,27 +37,30 @@ QUACK_LINEAR = Published(
 
 
 def _both(name: str, load: Callable[[], Loss], overwrites: bool = False, needs_cuda: bool = True) -> list[Contender]:
-    """A peer that takes labels: on all rows, and on rows compacted beforehand."""
+    """A peer that takes labels: on all rows, and on the masked rows, of which it overwrites what was gathered."""
     return [
-        Contender(name, given, load, overwrites=overwrites, needs_cuda=needs_cuda) for given in (ALL_ROWS, COMPACTED)
+        Contender(name, ALL_ROWS, load, overwrites=overwrites, needs_cuda=needs_cuda),
+        Contender(name, GATHERED, load, needs_cuda=needs_cuda),
     ]
 
 
-def _plain(function: Function) -> Callable[[], Function]:
+def plain(function: Function) -> Callable[[], Function]:
+    """Of what needs no import."""
     return lambda: function
 
 
-def _compiled(load: Callable[[], Function]) -> Callable[[], Function]:
+def compiled(load: Callable[[], Function]) -> Callable[[], Function]:
+    """By torch.compile, for each shape anew."""
     return lambda: torch.compile(load(), dynamic=False)
 
 
 def _with_pytorch(with_mask: Loss, with_labels: Loss) -> list[Contender]:
-    """Eager and compiled. Compiling takes minutes on a CPU, so only eager is timed there."""
+    """Eager and compiled; given the mask they gather. Compiling takes minutes on a CPU: only eager is timed there."""
     return [
-        Contender("PyTorch", WITH_MASK, _plain(with_mask), is_baseline=True),
-        *_both("PyTorch", _plain(with_labels), needs_cuda=False),
-        Contender("torch.compile", WITH_MASK, _compiled(_plain(with_mask)), needs_cuda=True),
-        *_both("torch.compile", _compiled(_plain(with_labels))),
+        Contender("PyTorch", WITH_MASK, plain(with_mask), is_baseline=True),
+        Contender("PyTorch", ALL_ROWS, plain(with_labels)),
+        Contender("torch.compile", WITH_MASK, compiled(plain(with_mask)), needs_cuda=True),
+        *_both("torch.compile", compiled(plain(with_labels))),
     ]
 
 
@@ -85,8 +87,12 @@ def _x_transformers() -> Loss:
     return loss
 
 
-def _liger() -> Loss:
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+def _liger(dsl: str) -> Loss:
+    """By default it takes Triton's for logits; CuTe's, of the same interface, is for Hopper and later."""
+    if dsl == "Triton":
+        from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+    else:
+        from liger_kernel.ops.cutedsl.ops.cross_entropy import LigerCrossEntropyFunction
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         out: Tensor = LigerCrossEntropyFunction.apply(logits, labels, None, IGNORE_INDEX)[0]
@@ -130,7 +136,8 @@ def dense() -> list[Contender]:
     """The peers of ``masked_cross_entropy``; those with the option both with a new buffer and in place."""
     contenders = _with_pytorch(dense_with_mask, _dense_with_labels)
     contenders.append(Contender("x-transformers", WITH_MASK, _x_transformers))
-    contenders += _both("Liger (in place)", _liger, overwrites=True)
+    for dsl in ("Triton", "CuTe"):
+        contenders += _both(f"Liger ({dsl}, in place)", functools.partial(_liger, dsl), overwrites=True)
     for name, load in (("fla-core", _fla), ("flash-attention", _flash_attention), ("QuACK", _quack)):
         contenders += _both(name, functools.partial(load, inplace=False))
         contenders += _both(f"{name} (in place)", functools.partial(load, inplace=True), overwrites=True)
@@ -164,6 +171,7 @@ def _torch_linear(chunked: bool) -> Loss:
 
 
 def _liger_linear(accumulator: torch.dtype | None) -> Loss:
+    """On Hopper and later, where nvidia-cutlass-dsl is installed, it takes CuTe's loss by itself."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     # Positions: bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
@@ -193,7 +201,8 @@ def _quack_linear() -> Loss:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func
 
     def loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        # The condition of its own module: the chunked kernels need sizes divisible by 8.
+        # The condition of its own module: the chunked kernels need sizes divisible by 8. Where V is of 128 they are
+        # the scaled-exp products on Hopper.
         if all(size % 8 == 0 for size in (*x.shape, len(weight))):
             out: Tensor = chunked_linear_cross_entropy(x, weight, labels, ignore_index=IGNORE_INDEX)
         else:
@@ -216,84 +225,6 @@ def linear() -> list[Contender]:
         *_both("Cut Cross-Entropy (filtered, its default)", functools.partial(_cut_cross_entropy, filter_eps="high")),
         *_both("fla-core", _fla_linear),
         *_both("QuACK", _quack_linear),
-    ]
-
-
-# --- sampling ---------------------------------------------------------------------------------------------------
-# From logits [1, M, V], a temperature and top_k: ids [1, M], and the probability of each under the softmax that
-# is filtered and not heated.
-
-
-def _probability(probs: Tensor, ids: Tensor) -> Tensor:
-    return probs.gather(-1, ids[..., None]).squeeze(-1)
-
-
-def _filtered(logits: Tensor, top_k: int | None) -> Tensor:
-    """The largest logits and their ties; the others -inf."""
-    if top_k is None:
-        return logits
-    least = logits.topk(top_k, dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < least, -torch.inf)
-
-
-def _upstream_step(precision: torch.dtype | None) -> Sampler:
-    """The lines of its ``generate``, without the softmax there that nothing uses."""
-    from x_transformers import nonautoregressive_wrapper as upstream
-
-    def sample(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-        if precision is not None:
-            logits = logits.to(precision)
-        if top_k is not None:
-            # It keeps ceil((1 - thres) V) logits: exactly top_k.
-            logits = upstream.top_k(logits, 1 - (top_k - 0.5) / logits.shape[-1])
-        ids = upstream.gumbel_sample(logits, temperature=temperature)
-        return ids, _probability(logits.softmax(dim=-1), ids)
-
-    return sample
-
-
-def _float64_gumbel(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """Of LLaDA's generation: argmax exp(z) / (-log u)^T, and the confidence, in float64."""
-    wide = _filtered(logits, top_k).double()
-    noise = (-torch.rand_like(wide).log()) ** temperature
-    ids = (wide.exp() / noise).argmax(dim=-1)
-    return ids, _probability(wide.softmax(dim=-1), ids)
-
-
-def _multinomial(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-    kept = _filtered(logits, top_k).float()
-    ids = torch.multinomial((kept / temperature).softmax(dim=-1).squeeze(0), 1).T
-    return ids, _probability(kept.softmax(dim=-1), ids)
-
-
-def _flashinfer() -> Sampler:
-    from flashinfer import sampling
-
-    def sample(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-        rows = logits.squeeze(0).float()  # which it would do itself, several times
-        probs = sampling.softmax(rows)
-        if top_k is None:
-            ids = sampling.sampling_from_logits(rows / temperature)
-        else:
-            ids = sampling.top_k_sampling_from_probs(sampling.softmax(rows, temperature), top_k)
-            probs = sampling.top_k_renorm_probs(probs, top_k)
-        ids = ids.long()
-        return ids[None], _probability(probs, ids)[None]
-
-    return sample
-
-
-def samplers() -> list[Contender]:
-    """The peers of ``sample_tokens``. Upstream's bfloat16 noise has 256 values: its own float32 stands beside it."""
-    own, in_float32 = (functools.partial(_upstream_step, precision) for precision in (None, torch.float32))
-    return [
-        Contender("x-transformers", "", own, is_baseline=True, timed_if_wrong=True),
-        Contender("x-transformers, torch.compile", "", _compiled(own), needs_cuda=True, timed_if_wrong=True),
-        Contender("x-transformers in float32", "", in_float32, needs_cuda=True),
-        Contender("x-transformers in float32, torch.compile", "", _compiled(in_float32), needs_cuda=True),
-        Contender("float64 Gumbel (LLaDA)", "", _plain(_float64_gumbel)),
-        Contender("torch.multinomial", "", _plain(_multinomial)),
-        Contender("FlashInfer", "", _flashinfer, needs_cuda=True),
     ]
 
 
@@ -325,7 +256,7 @@ def maskers(no_replace_prob: float, random_token_prob: float, mask_id: int) -> l
     load = functools.partial(_upstream_masking, no_replace_prob, random_token_prob, mask_id)
     return [
         Contender("x-transformers", "", load, is_baseline=True),
-        Contender("x-transformers, torch.compile", "", _compiled(load), needs_cuda=True),
+        Contender("x-transformers, torch.compile", "", compiled(load), needs_cuda=True),
     ]
 
 
@@ -382,7 +313,7 @@ def remaskers(mask_id: int) -> list[Contender]:
     )
     return [
         Contender("x-transformers", "", upstream, is_baseline=True),
-        Contender("x-transformers, torch.compile", "", _compiled(upstream), needs_cuda=True),
+        Contender("x-transformers, torch.compile", "", compiled(upstream), needs_cuda=True),
         Contender("PyTorch, ranks", "", ranks),
         Contender("PyTorch, kthvalue", "", kth_value),
     ]
@@ -404,7 +335,7 @@ def _bernoulli(eligible: Tensor, probability: Tensor) -> Tensor:
 def selectors() -> list[Contender]:
     """The peers of ``select_at_random``."""
     return [
-        Contender("torch.rand", "", _plain(_float32_uniforms), is_baseline=True),
-        Contender("torch.bernoulli", "", _plain(_bernoulli)),
-        Contender("torch.rand, torch.compile", "", _compiled(_plain(_float32_uniforms)), needs_cuda=True),
+        Contender("torch.rand", "", plain(_float32_uniforms), is_baseline=True),
+        Contender("torch.bernoulli", "", plain(_bernoulli)),
+        Contender("torch.rand, torch.compile", "", compiled(plain(_float32_uniforms)), needs_cuda=True),
     ]

@@ -13,10 +13,12 @@ Row = dict[str, Any]  # what a results file has of one contender at one case
 Runs = Mapping[str, Callable[[], object]]
 
 # What a contender is given, where that differs between contenders (the losses): the mask; labels with -100 where
-# unmasked; or only the masked rows, gathered beforehand and not timed. Ratios are told apart by it.
+# unmasked; or the masked rows, which are gathered in the run that is timed, and their gradient put back.
 WITH_MASK = "given the mask"
 ALL_ROWS = "all rows"
-COMPACTED = "compacted rows"
+GATHERED = "gathered rows"
+# What only tells which ids were sampled, and nothing of how probable they are: less work, and told apart.
+IDS_ONLY = "ids only"
 
 UNITS = {"GB/s": 1e9, "TFLOP/s": 1e12, "tokens/s": 1.0}
 

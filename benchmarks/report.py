@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Sequence
 
 from benchmarks import plots, results_file
-from benchmarks.end_to_end import GRAPH, STEPS, TASKS
-from benchmarks.records import Row
+from benchmarks.end_to_end import GRAPHS, STEPS, TASKS
+from benchmarks.records import IDS_ONLY, Row
 from benchmarks.results_file import Results
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def _ceilings(found: Results) -> str:
 
 
 def _end_to_end(found: Results) -> str:
-    head = ["shape", "", "fastmask", "x-transformers", "faster", "both compiled", "as a CUDA graph",
+    head = ["shape", "", "fastmask", "x-transformers", "faster", "both compiled", "both CUDA graphs",
             "outside the network", "peak memory, MiB"]  # fmt: skip
     lines = []
     for task in TASKS:
@@ -133,7 +133,7 @@ def _end_to_end(found: Results) -> str:
                 *(f"{_time(row['ms'])}, {row['rate']:,.0f} tokens/s" for row in (ours, theirs)),
                 _faster(ours, theirs),
                 _faster(*compiled),
-                _faster(by_name.get(GRAPH), theirs),
+                _faster(*(by_name.get(name) for name in GRAPHS.values())),
                 " / ".join(_time(row["outside_ms"]) for row in (ours, theirs)),
                 " / ".join("-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}" for row in (ours, theirs)),
             ])  # fmt: skip
@@ -145,15 +145,16 @@ def _operations(found: Results) -> list[str]:
 
 
 def _operation(found: Results, operation: str) -> str:
-    head = ["shape", "fastmask", "of the floor", "eager", "faster", "fastest other", "faster"]
+    """The fastest other may be eager. What tells ids only stands for itself; a host's time is told of GPUs."""
+    head = ["shape", "fastmask", "of the floor", "eager", "faster", "fastest other", "faster", "ids only",
+            "fastest other", "faster", "host's time, ours / eager"]  # fmt: skip
     lines = []
     for rows in _cases(found, operation):
-        ours = next((row for row in rows if row["name"] == "fastmask" and row["status"] == "ok"), None)
+        ours, other = _ours_and_fastest([row for row in rows if row["given"] != IDS_ONLY])
         if ours is None:
             continue
         eager = next((row for row in rows if row["is_baseline"] and "ms" in row), None)
-        others = [row for row in rows if row["status"] == "ok" and not row["is_ours"] and not row["is_baseline"]]
-        other = min(others, key=lambda row: row["ms"], default=None)
+        ids_only = _ours_and_fastest([row for row in rows if row["given"] == IDS_ONLY])
         lines.append([
             ours["case"],
             _time(ours["ms"]),
@@ -162,8 +163,25 @@ def _operation(found: Results, operation: str) -> str:
             _faster(ours, eager),
             "-" if other is None else f"{_time(other['ms'])}, {other['contender']}",
             _faster(ours, other),
+            "-" if ids_only[0] is None else _time(ids_only[0]["ms"]),
+            "-" if ids_only[1] is None else f"{_time(ids_only[1]['ms'])}, {ids_only[1]['name']}",
+            _faster(*ids_only),
+            _host_times(ours, eager),
         ])  # fmt: skip
     return _table(head, lines)
+
+
+def _ours_and_fastest(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
+    """Of one job: fastmask, and the fastest of all others that are right."""
+    right = [row for row in rows if row["status"] == "ok"]
+    ours = next((row for row in right if row["name"] == "fastmask"), None)
+    return ours, min((row for row in right if not row["is_ours"]), key=lambda row: row["ms"], default=None)
+
+
+def _host_times(ours: Row, eager: Row | None) -> str:
+    """Of rows that have them: a GPU's, of newer files."""
+    times = [row["host_ms"] for row in (ours, eager) if row is not None and row.get("host_ms") is not None]
+    return " / ".join(map(_time, times)) if len(times) == 2 else "-"
 
 
 def _scaling(found: Results) -> str:

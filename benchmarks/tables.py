@@ -47,7 +47,7 @@ def table(rows: Sequence[Row], published: Published | None) -> str:
 
 def _aligned(timed: Sequence[Row]) -> list[str]:
     columns = [column for column in _COLUMNS if any(row.get(column[1]) is not None for row in timed)]
-    ratios = [*timed[0]["ratio"]]
+    ratios = list(dict.fromkeys(name for row in timed for name in row["ratio"]))
     head = [
         "",
         *(timed[0]["unit"] if name == "rate" else name for name, _, _ in columns),
@@ -57,7 +57,7 @@ def _aligned(timed: Sequence[Row]) -> list[str]:
         [
             row["contender"],
             *("-" if row.get(key) is None else cell(row[key]) for _, key, cell in columns),
-            *(f"{row['ratio'][name]:.2f}" for name in ratios),
+            *(f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "-" for name in ratios),
         ]
         for row in timed
     ]
@@ -69,4 +69,4 @@ def _aligned(timed: Sequence[Row]) -> list[str]:
 
 
 def _with_given(name: str, given: Sequence[str]) -> str:
-    return f"{name} [{', '.join(given)}]" if any(given) else name
+    return f"{name} [{', '.join(one or 'in full' for one in given)}]" if any(given) else name

@@ -23,16 +23,16 @@ if "benchmarks" not in sys.modules:  # the root is not on pytest's path
 
 from benchmarks import bench_masked_cross_entropy as dense  # noqa: E402
 from benchmarks import comparison, losses  # noqa: E402
-from benchmarks.records import ALL_ROWS, COMPACTED, WITH_MASK, Contender, Floor, Row  # noqa: E402
+from benchmarks.records import WITH_MASK, Contender, Floor, Row  # noqa: E402
 from benchmarks.timing import Effort  # noqa: E402
 
 CPU = torch.device("cpu")
-FLOORS = dict.fromkeys((WITH_MASK, ALL_ROWS, COMPACTED, ""), Floor(1e6, 10.0, "GB/s"))
+FLOOR = Floor(1e6, 10.0, "GB/s")
 ONCE, THRICE = Effort(1, 1, 0.0), Effort(3, 3, 0.0)
 
 
-def compare(contenders, problem, floors=FLOORS, bounds=None, effort=THRICE) -> list[Row]:
-    rows = comparison.compare(contenders, problem, floors, bounds or {}, effort)
+def compare(contenders, problem, floor=FLOOR, bounds=None, effort=THRICE) -> list[Row]:
+    rows = comparison.compare(contenders, problem, floor, bounds or {}, effort)
     return [{"operation": "operation", "case": "case", "shape": {}} | row for row in rows]
 
 

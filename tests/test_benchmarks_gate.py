@@ -16,8 +16,8 @@ from benchmarks import bench_masked_cross_entropy as dense
 from benchmarks import bench_remask as remasking
 from benchmarks import bench_sample_tokens as sampling
 from benchmarks import bench_select_at_random as selecting
-from benchmarks import comparison, gate, losses, peers, tables
-from benchmarks.records import ALL_ROWS, COMPACTED, WITH_MASK, Ceilings
+from benchmarks import comparison, gate, losses, peers, sampler_peers, tables
+from benchmarks.records import ALL_ROWS, GATHERED, IDS_ONLY, WITH_MASK, Ceilings
 
 # ---- the losses ----
 
@@ -57,7 +57,7 @@ def test_gate_refuses_a_wrong_contender(problem, loss):
     assert f"not timed, wrong ({row['reason']}): {loss.__name__} [given the mask]" in tables.table([row], None)
 
 
-@pytest.mark.parametrize("given", [WITH_MASK, ALL_ROWS, COMPACTED])
+@pytest.mark.parametrize("given", [WITH_MASK, ALL_ROWS])
 def test_gate_admits_eager_whatever_it_is_given(given):
     for case in (dense.Case(32, 67, 0.3, CPU), linear.Case(32, 67, 16, 0.3, CPU)):
         module = dense if isinstance(case, dense.Case) else linear
@@ -70,11 +70,11 @@ def test_a_contender_that_raises_or_does_not_import_is_reported(problem, monkeyp
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     liger = [c for c in peers.dense() if c.name.startswith("Liger")]
     rows = compare([contender(raising), *liger, *(replace(c, needs_cuda=False) for c in liger)], problem)
-    assert [row["status"] for row in rows] == ["raises", *["needs CUDA"] * 2, *["does not import"] * 2]
+    assert [row["status"] for row in rows] == ["raises", *["needs CUDA"] * 4, *["does not import"] * 4]
     table = tables.table(rows, None)
     assert "not timed, raises (RuntimeError: no kernel for this shape): raising [given the mask]" in table
     assert "liger_kernel" in table
-    assert "Liger (in place) [all rows, compacted rows]" in table
+    assert "Liger (Triton, in place) [all rows, gathered rows]" in table
 
 
 def test_a_contender_that_overwrites_gets_its_rows_back_and_spoils_nobody_elses(problem):
@@ -94,6 +94,22 @@ def test_a_contender_that_overwrites_gets_its_rows_back_and_spoils_nobody_elses(
     assert problem.errors(step) == first
     assert [row["status"] for row in compare(both, problem, effort=ONCE)] == ["ok", "ok"]
     assert torch.equal(problem.rows, before)
+
+
+def test_gathered_rows_are_gathered_in_what_is_timed(problem):
+    """And their gradient put back, so that a loss given them does what one given the mask does."""
+    seen = []
+
+    def loss(logits, labels):
+        seen.append((len(logits), len(labels), logits.data_ptr() == problem.rows.data_ptr()))
+        return F.cross_entropy(logits, labels)
+
+    step, errors = gate.admit(contender(loss, GATHERED), problem)
+    assert max(errors.values()) < 1e-6
+    gradient = step.run()[1]
+    assert gradient.shape == problem.rows.shape
+    assert not gradient[~problem.is_masked].any()
+    assert seen == [(problem.is_masked.sum(), problem.is_masked.sum(), False)] * 2
 
 
 def weight_forgotten(x, weight, targets, is_masked):
@@ -117,18 +133,17 @@ def test_gate_refuses_a_gradient_of_unmasked_rows(problem):
 
 def test_floor_of_the_dense_loss_is_one_plus_mask_ratio_times_the_logits():
     case = dense.Case(16384, 32768, 0.5, torch.device("cuda"))
-    floors = dense.floors(case, Ceilings(copy=4000.0, product=1.0))
-    assert floors[WITH_MASK].amount == floors[ALL_ROWS].amount == 1.5 * 2**30
-    assert floors[COMPACTED].amount == 2**30
-    assert floors[WITH_MASK].milliseconds == pytest.approx(1.5 * 2**30 / 4e12 * 1e3)
-    assert floors[WITH_MASK].rate_of(floors[WITH_MASK].milliseconds) == pytest.approx(4000.0)
+    floor = dense.floor(case, Ceilings(copy=4000.0, product=1.0))
+    assert floor.amount == 1.5 * 2**30
+    assert floor.milliseconds == pytest.approx(1.5 * 2**30 / 4e12 * 1e3)
+    assert floor.rate_of(floor.milliseconds) == pytest.approx(4000.0)
 
 
 def test_floor_of_the_linear_loss_is_three_products_of_the_masked_rows():
     case = linear.Case(8192, 50257, 2048, 0.15, torch.device("cuda"))
-    floors = linear.floors(case, Ceilings(copy=1.0, product=800.0))
-    assert {floor.amount for floor in floors.values()} == {6.0 * 1229 * 2048 * 50257}
-    assert floors[ALL_ROWS].milliseconds == pytest.approx(6.0 * 1229 * 2048 * 50257 / 800e12 * 1e3)
+    floor = linear.floor(case, Ceilings(copy=1.0, product=800.0))
+    assert floor.amount == 6.0 * 1229 * 2048 * 50257
+    assert floor.milliseconds == pytest.approx(6.0 * 1229 * 2048 * 50257 / 800e12 * 1e3)
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.15, 0.5, 1.0])
@@ -157,8 +172,8 @@ def test_cases_and_contenders(module):
     given: dict[str, set[str]] = {}
     for c in contenders:
         given.setdefault(c.name, set()).add(c.given)
-    for name, kinds in given.items():
-        assert {ALL_ROWS, COMPACTED} <= kinds or name in ("fastmask", "fastmask (in place)", "x-transformers")
+    for kinds in given.values():
+        assert {ALL_ROWS, GATHERED} <= kinds or WITH_MASK in kinds
 
 
 # ---- sampling ----
@@ -171,14 +186,14 @@ def sampling_problem(request) -> sampling.SamplingProblem:
 
 def sampled(logits, temperature, top_k, heat=1.0):
     """What is right, where heat is 1."""
-    kept = peers._filtered(logits, top_k)
+    kept = sampler_peers.filtered(logits, top_k)
     ids = torch.multinomial((kept / (temperature * heat)).softmax(dim=-1)[0], 1).T
     return ids, kept.softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
 
 
 def argmax(logits, temperature, top_k):
     ids = logits.argmax(dim=-1)
-    return ids, peers._probability(peers._filtered(logits, top_k).softmax(dim=-1), ids)
+    return ids, sampler_peers.probability(sampler_peers.filtered(logits, top_k).softmax(dim=-1), ids)
 
 
 def warmer(logits, temperature, top_k):
@@ -187,7 +202,7 @@ def warmer(logits, temperature, top_k):
 
 def heated_probability(logits, temperature, top_k):
     ids, _ = sampled(logits, temperature, top_k)
-    return ids, peers._probability((peers._filtered(logits, top_k) / temperature).softmax(dim=-1), ids)
+    return ids, sampler_peers.probability((sampler_peers.filtered(logits, top_k) / temperature).softmax(dim=-1), ids)
 
 
 def mask_ids(logits, temperature, top_k):
@@ -206,7 +221,7 @@ def least_likely(logits, temperature, top_k):
     """One id that a filter would not keep."""
     ids, _ = sampled(logits, temperature, top_k)
     ids[0, 0] = logits[0, 0, :-1].argmin()
-    return ids, peers._probability(logits.softmax(dim=-1), ids)
+    return ids, sampler_peers.probability(logits.softmax(dim=-1), ids)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +240,16 @@ def test_gate_refuses_a_wrong_sampler(sampling_problem, sampler, error):
     assert not row["errors"][error] <= sampling_problem.limits[error]
 
 
+@pytest.mark.parametrize("sampler", [argmax, warmer, mask_ids, beyond])
+def test_gate_refuses_wrong_ids_where_nothing_else_is_told(sampling_problem, sampler):
+    def ids_only(*given):
+        return sampler(*given)[0], None
+
+    rows = compare([contender(ids_only, IDS_ONLY), contender(ids_only, "")], sampling_problem, effort=ONCE)
+    assert [row["status"] for row in rows] == ["wrong", "raises"]
+    assert "probability" not in rows[0]["errors"]
+
+
 def test_gate_refuses_an_id_that_the_filter_drops():
     problem = sampling.problem(sampling.Case(64, 500, 50, CPU))
     with pytest.raises(gate.Refused) as refusal:
@@ -234,8 +259,9 @@ def test_gate_refuses_an_id_that_the_filter_drops():
 
 def test_gate_admits_every_sampler_that_runs_here(sampling_problem):
     rows = compare(sampling.contenders(), sampling_problem, effort=ONCE)
-    assert {row["name"] for row in rows if row["status"] == "ok"} == {
+    assert {row["contender"] for row in rows if row["status"] == "ok"} == {
         "fastmask", "x-transformers", "float64 Gumbel (LLaDA)", "torch.multinomial",
+        "fastmask, ids only", "x-transformers, ids only", "torch.multinomial, ids only",
     }  # fmt: skip
     assert {row["status"] for row in rows} == {"ok", "needs CUDA"}
 
@@ -246,7 +272,7 @@ def test_gate_admits_either_side_of_a_tie_and_either_normaliser():
     logits[..., 4], logits[..., 7:10], logits[..., -1] = 2.0, 1.0, -torch.inf
     problem = sampling.SamplingProblem(logits, 2)
     for name in ("fastmask", "x-transformers"):
-        (one,) = [c for c in sampling.contenders() if c.name == name]
+        (one,) = [c for c in sampling.contenders() if str(c) == name]
         _, errors = gate.admit(one, problem)
         assert errors["probability"] < 1e-6
         assert errors["ids that are not allowed"] == 0
@@ -263,19 +289,26 @@ def test_bfloat16_noise_is_refused():
     """x-transformers' own step in bfloat16: its uniforms have 256 values."""
     logits = sampling.problem(sampling.Case(64, 8192, None, CPU)).logits.bfloat16()
     problem = sampling.SamplingProblem(logits, None)
-    (upstream,) = [c for c in sampling.contenders() if c.name == "x-transformers"]
+    (upstream,) = [c for c in sampling.contenders() if str(c) == "x-transformers"]
     with pytest.raises(gate.Refused, match="standard errors"):
         gate.admit(replace(upstream, timed_if_wrong=False), problem)
 
 
 def test_bytes_a_logit_are_the_time_at_the_measured_rate():
     case = sampling.Case(32, 1000, None, torch.device("cuda"))
-    floor = sampling.floors(case, Ceilings(copy=4000.0, product=1.0))[""]
+    floor = sampling.floor(case, Ceilings(copy=4000.0, product=1.0))
     row = comparison.timing_figures([2 * floor.milliseconds], floor)
     assert (row["bytes_per_logit"], row["percent_of_floor"]) == (pytest.approx(4.0), pytest.approx(50.0))
 
 
 # ---- masking ----
+
+
+def test_floor_of_masking_is_what_its_results_take():
+    """A token read; an id, a bool and an entry of the list written; with padding a bool read."""
+    limits = Ceilings(copy=1.0, product=1.0)
+    assert masking.floor(masking.Case(2, 1024, False, CPU), limits).amount == 2 * 1024 * 25
+    assert masking.floor(masking.Case(2, 1024, True, CPU), limits).amount == 2 * 1024 * 26
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "padded"])
@@ -386,7 +419,7 @@ def test_remask_is_given_back_what_it_overwrites(remask_problem):
 
 
 def test_floor_of_remask_is_what_must_be_read_and_written():
-    floor = remasking.floors(remasking.Case(2, 1024, CPU), Ceilings(copy=1.0, product=1.0))[""]
+    floor = remasking.floor(remasking.Case(2, 1024, CPU), Ceilings(copy=1.0, product=1.0))
     assert floor.amount == 2 * (1024 * (4 + 1 + 1) + 256 * 8)
 
 
@@ -434,4 +467,4 @@ def test_gate_admits_every_coin_that_runs_here(selection_problem):
 
 
 def test_floor_of_coins_is_a_byte_in_and_one_out():
-    assert selecting.floors(selecting.Case(2, 1024, CPU), Ceilings(copy=1.0, product=1.0))[""].amount == 2 * 1024 * 2
+    assert selecting.floor(selecting.Case(2, 1024, CPU), Ceilings(copy=1.0, product=1.0)).amount == 2 * 1024 * 2

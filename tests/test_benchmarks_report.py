@@ -10,6 +10,7 @@ from benchmark_helpers import a_row, some_results
 
 from benchmarks import end_to_end, plots, report, results_file, suite
 from benchmarks.__main__ import main
+from benchmarks.records import IDS_ONLY
 
 
 def names(directory) -> list[str]:
@@ -57,7 +58,7 @@ def test_every_table_of_every_machine_is_told(tmp_path):
     results_file.write(some_results(), tmp_path)
     told = everything(tmp_path)
     assert "| small | training step | 2.00 ms, 5,000 tokens/s | 5.00 ms, 2,000 tokens/s | 2.50x | 1.00 ms / " in told
-    rows = "| 8x9 | 2.00 ms | 50 % | 5.00 ms | 2.50x | 1.23 s, torch.multinomial | 617.00x |"
+    rows = "| 8x9 | 2.00 ms | 50 % | 5.00 ms | 2.50x | 5.00 ms, x-transformers | 2.50x |"
     assert rows in told.partition("### `sample_tokens`")[2].partition("###")[0]
     assert report.NOT_MEASURED in told
     results_file.write(some_results(device="cuda", name="NVIDIA H200", clocks={"clocks.sm": "1980 MHz"}), tmp_path)
@@ -66,6 +67,22 @@ def test_every_table_of_every_machine_is_told(tmp_path):
     assert told.index("## NVIDIA H200\n\nbfloat16; torch 2, clocks.sm 1980 MHz;") < told.index(
         "## A CPU\n\n2 threads"
     )
+
+
+def test_ids_only_stand_for_themselves_and_the_hosts_time_beside_them(tmp_path):
+    found = some_results(device="cuda")
+    found["rows"] = [
+        a_row("sample_tokens", "8x9", "fastmask", 2.0, host_ms=0.05),
+        a_row("sample_tokens", "8x9", "x-transformers", 5.0, host_ms=0.1),
+        a_row("sample_tokens", "8x9", "fastmask, ids only", 1.5, name="fastmask", given=IDS_ONLY),
+        a_row("sample_tokens", "8x9", "FlashInfer, ids only", 1.0, name="FlashInfer", given=IDS_ONLY),
+        a_row("sample_tokens", "8x9", "vLLM, ids only", 0.5, name="vLLM", given=IDS_ONLY, status="wrong"),
+    ]
+    results_file.write(found, tmp_path)
+    assert (
+        "| 8x9 | 2.00 ms | 50 % | 5.00 ms | 2.50x | 5.00 ms, x-transformers | 2.50x "
+        "| 1.50 ms | 1.00 ms, FlashInfer | 0.67x | 50.0 us / 100 us |"
+    ) in everything(tmp_path)
 
 
 def test_the_summary_tells_least_and_largest_gain_of_the_first_machine(tmp_path):
@@ -112,15 +129,16 @@ def test_what_a_machine_has_not_measured_has_no_column(tmp_path):
         row["peak_mib"] = None
     results_file.write(found, tmp_path)
     assert "both compiled" not in everything(tmp_path)
-    assert end_to_end.GRAPH.removeprefix("fastmask, ") not in everything(tmp_path)
+    assert "both CUDA graphs" not in everything(tmp_path)
     found["rows"] += [
         a_row("train", "small", "fastmask, network compiled", 1.0),
         a_row("train", "small", "x-transformers, network compiled", 4.0),
-        a_row("train", "small", end_to_end.GRAPH, 1.0),
+        a_row("train", "small", end_to_end.GRAPHS["fastmask"], 1.0),
+        a_row("train", "small", end_to_end.GRAPHS["x-transformers"], 3.0),
     ]
     results_file.write(found, tmp_path)
-    assert "| faster | both compiled | as a CUDA graph |" in everything(tmp_path)
-    assert "| 2.50x | 4.00x | 5.00x |" in everything(tmp_path)
+    assert "| faster | both compiled | both CUDA graphs |" in everything(tmp_path)
+    assert "| 2.50x | 4.00x | 3.00x |" in everything(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
