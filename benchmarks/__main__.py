@@ -3,7 +3,7 @@
 Writes benchmarks/results/<gpu-or-cpu>-<date>.json, anew after each case, and plots beside it. What today's file has
 else stays, where machine, versions and commit are the same. ``report`` rebuilds the tables of README.md and of
 benchmarks/README.md, and the plots, from the results files. Without a GPU ``static`` tells what the compilers make of
-the kernels, and ``host`` what calls cost the host.
+the kernels, ``host`` what calls cost the host, and ``predict`` how long a GPU should take.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import argparse
 import pathlib
 import sys
 
-from benchmarks import host_time, report, results_file, static, suite
+from benchmarks import host_time, predict, report, results_file, static, suite
 
 
 def main(arguments: list[str] | None = None) -> int:
     """1 if fastmask was refused anywhere."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "report", "static", "host"], default="run")
+    parser.add_argument("command", nargs="?", choices=["run", "report", "static", "host", "predict"], default="run")
     parser.add_argument(
         "--quick", action="store_true", help="a large and a small shape of each operation, fewer rounds; no scaling"
     )
@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         return static.main(chosen.output)
     if chosen.command == "host":
         return host_time.main()
+    if chosen.command == "predict":
+        return predict.main()
     return suite.run(chosen.quick, chosen.only, chosen.resume, chosen.output)
 
 

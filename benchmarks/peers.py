@@ -233,8 +233,8 @@ def linear() -> list[Contender]:
 
 
 def _upstream_masking(no_replace_prob: float, random_token_prob: float, mask_id: int) -> Function:
-    """The lines of its ``forward``, both coins fallen; padding as one would add it."""
-    from x_transformers.nonautoregressive_wrapper import get_mask_subset_prob
+    """The lines of its ``forward``, its coins falling as they do; padding as one would add it."""
+    from x_transformers.nonautoregressive_wrapper import coin_flip, get_mask_subset_prob
 
     def mask(tokens: Tensor, times: Tensor, maskable: Tensor | None) -> tuple[Tensor, Tensor]:
         keys, length = torch.rand(tokens.shape, device=tokens.device), tokens.new_full((1, 1), tokens.shape[1])
@@ -243,10 +243,15 @@ def _upstream_masking(no_replace_prob: float, random_token_prob: float, mask_id:
             order = keys.masked_fill(~maskable, 2.0).argsort(dim=-1).argsort(dim=-1)
             length = maskable.sum(dim=-1, keepdim=True)
         is_masked = order.float() < ((1 - times)[:, None] * length).clamp(min=1.0)
-        replaced = is_masked & ~get_mask_subset_prob(is_masked, no_replace_prob)
-        random = get_mask_subset_prob(replaced, random_token_prob * (1 - no_replace_prob))
-        ids = tokens.where(~random, torch.randint(0, mask_id + 1, tokens.shape, device=tokens.device))
-        return ids.masked_fill(replaced & ~random, mask_id), is_masked
+        ids, replaced, share_left = tokens, is_masked, 1.0
+        if coin_flip():
+            share_left -= no_replace_prob
+            replaced = replaced & ~get_mask_subset_prob(is_masked, no_replace_prob)
+        if coin_flip():
+            random = get_mask_subset_prob(replaced, random_token_prob * share_left)
+            ids = torch.where(random, torch.randint(0, mask_id + 1, tokens.shape, device=tokens.device), ids)
+            replaced = replaced & ~random
+        return ids.masked_fill(replaced, mask_id), is_masked
 
     return mask
 

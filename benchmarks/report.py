@@ -14,6 +14,7 @@ from benchmarks.results_file import Results
 ROOT = pathlib.Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 NOT_MEASURED = "**On a GPU nothing has been measured yet.**"
+ALLOCATOR = "What glibc does with large memory is in these times, see What limits the rest, on a CPU."
 TASK_NAMES = dict(zip(TASKS, ("training step", f"`generate`, {STEPS} steps"), strict=True))
 
 
@@ -91,7 +92,8 @@ def everything(machines: Sequence[Results]) -> str:
     """Of each machine: what it is, both tasks end to end, each operation, and how cost grows."""
     parts = [] if any(found["device"] == "cuda" for found in machines) else [NOT_MEASURED]
     for found in machines:
-        parts += [f"## {found['name']}", f"{_versions(found)}. {_ceilings(found)}"]
+        caveat = f" {ALLOCATOR}" * (found["device"] == "cpu")
+        parts += [f"## {found['name']}", f"{_versions(found)}. {_ceilings(found)}{caveat}"]
         for title, table in (
             ("End to end", _end_to_end(found)),
             ("The largest batch that fits", _largest_batches(found)),

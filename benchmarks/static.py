@@ -1,50 +1,39 @@
 """What the compilers make of the kernels, without a GPU: ``python -m benchmarks static``.
 
-The programs are those of ``benchmarks/programs.py``, for which the tests keep bounds (``tests/test_compiled_*.py``).
-Instructions an element are those of the two loops over a row where a program has two passes, else of the whole
-program; each counts once, rare branches included. Where every element passes each of them once at most, they imply a
-bandwidth that the program reaches at least, if nothing but instructions held it up.
+Three tables. The programs of ``benchmarks/programs.py``, for which the tests keep bounds
+(``tests/test_compiled_*.py``), by what their machine code takes. The launches of decoding steps. And the loss and the
+sampler at some vocabularies: what they take where they run (``benchmarks/executed.py``: a branch that is not taken
+counts nothing), and the share of the floor that their bounds leave (``benchmarks/ceilings.py``: barriers and latency
+are among them).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import compiled, machine
+import torch
+
+from benchmarks import bench_masked_cross_entropy as dense
+from benchmarks import bench_sample_tokens as sampling
+from benchmarks import ceilings, compiled, executed, machine, predict
+from benchmarks.benchmark import Benchmark
+from benchmarks.ceilings import GPUS
 from benchmarks.compiled import Figures
+from benchmarks.executed import Call
 from benchmarks.programs import DTYPES, PROGRAMS, STEPS, step
+from benchmarks.records import Ceilings
 
 Row = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """lanes: instructions of single lanes a second, all schedulers issuing; memory: bytes a second."""
-
-    name: str
-    lanes: float
-    memory: float
-    warp_size: int = 32
-
-
-# The H200's memory as copies were measured there, the others' by data sheet.
-GPUS = {
-    "sm_80": Gpu("A100 80 GB", 108 * 128 * 1.41e9, 2.0e12),
-    "sm_90": Gpu("H200", 132 * 128 * 1.755e9, 4.3e12),
-    "gfx942": Gpu("MI300X", 304 * 64 * 2.1e9, 5.3e12, warp_size=64),
-}
-
-
-# Where instructions imply a bandwidth: the bytes that a program moves an element, by how its name begins.
-BYTES_OF_AN_ELEMENT = {
-    "masked_cross_entropy": {"split, plain, bf16, records": 4, "split": 2, "": 4},
-    "sample_tokens": {"tiles": 2},
-}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+LOSS_VOCABULARIES = (33, 64, 256, 1024, 8192, 32768, 50257, 126464, 151936)
+SAMPLER_VOCABULARIES = (33, 256, 8192, 50257, 126464)
+MANY_ROWS = 4096
 
 
 def programs() -> Iterator[tuple[str, list[str]]]:
@@ -57,37 +46,64 @@ def programs() -> Iterator[tuple[str, list[str]]]:
 
 
 def describe(operation: str, program: str, target: str, figures: Figures) -> Row:
-    """A row of the table, from what ``benchmarks/compiled.py`` tells of a program."""
-    gpu = GPUS[target]
-    row = {"operation": operation, "program": program, "kernel": figures["kernel"], "target": target} | {
-        name: figures.get(name) for name in ("registers", "spills", "shared", "load_bits", "instructions")
-    }
-    sizes = BYTES_OF_AN_ELEMENT.get(operation, {})
-    moved = next((size for prefix, size in sizes.items() if program.startswith(prefix)), None)
-    counted = figures["instructions"] if operation != "masked_cross_entropy" else sum(figures.get("loops", [])[:2])
-    if figures["block"] and counted:
-        row["per_element"] = counted / (figures["block"] / (figures["num_warps"] * gpu.warp_size))
-        if moved is not None:
-            row["ceiling"] = gpu.lanes / row["per_element"] * moved
-    return row
+    """A row of the first table, from what ``benchmarks/compiled.py`` tells of a program."""
+    row = {"operation": operation, "program": program, "kernel": figures["kernel"], "target": target}
+    return row | {name: figures.get(name) for name in ("registers", "spills", "shared", "load_bits", "instructions")}
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: a row for each program and target."""
-    head = ("operation", "program", "target", "registers", "spills", "shared, bytes", "load, bits",
-            "instructions an element", "ceiling, TB/s (of the memory's)")  # fmt: skip
-    lines = [head, ("---",) * len(head), *(_cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    names = ("operation", "program", "target", "registers", "spills", "shared", "load_bits", "instructions")
+    head = (*names[:5], "shared, bytes", "load, bits", names[7])
+    return _markdown(head, [["-" if row[name] is None else str(row[name]) for name in names] for row in rows])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    facts = ("registers", "spills", "shared", "load_bits")
-    per_element = f"{row['per_element']:.1f}" if "per_element" in row else "-"
-    ceiling = "-"
-    if "ceiling" in row:
-        ceiling = f"{row['ceiling'] / 1e12:.1f} ({row['ceiling'] / GPUS[row['target']].memory:.0%})"
-    told = ("-" if row[name] is None else str(row[name]) for name in facts)
-    return row["operation"], row["program"], row["target"], *told, per_element, ceiling
+def _markdown(head: tuple[str, ...], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+Case = dense.Case | sampling.Case
+
+
+def cases() -> list[Case]:
+    """Of the last table: many rows, for the loss half of them masked."""
+    cuda = torch.device("cuda")
+    losses = [dense.Case(MANY_ROWS, num_tokens, 0.5, cuda) for num_tokens in LOSS_VOCABULARIES]
+    return [*losses, *(sampling.Case(MANY_ROWS, num_tokens, None, cuda) for num_tokens in SAMPLER_VOCABULARIES)]
+
+
+def _benchmark(case: Case) -> Benchmark:
+    return dense.BENCHMARK if isinstance(case, dense.Case) else sampling.BENCHMARK
+
+
+def describe_ceilings(case: Case, call: Call) -> Row:
+    """A row of the last table: what a logit takes of the launches together, and the bounds on each GPU."""
+    benchmark = _benchmark(case)
+    launches = call.launches["sm_90"]
+    share = case.mask_ratio if isinstance(case, dense.Case) else 1.0
+    logits = case.num_rows * case.num_tokens * share
+    row: Row = {"operation": benchmark.name, "case": str(case)}
+    row["per_logit"] = 32 * sum(launch.statements for launch in launches) / logits
+    row["special_per_logit"] = 32 * sum(launch.special for launch in launches) / logits
+    warps = sum(launch.barriers / launch.num_warps for launch in launches)
+    row["barriers_of_row"] = warps / (case.num_rows * share)
+    for name, gpu in GPUS.items():
+        seconds, bound = ceilings.predict(call.launches[gpu.target], call.num_others, gpu)
+        floor = benchmark.floor(case, Ceilings(gpu.memory / 1e9, gpu.product / 1e12)).milliseconds
+        assert floor is not None
+        row[name] = {"percent_of_floor": floor / seconds / 10, "bound": bound}
+    return row
+
+
+def ceilings_table(rows: list[Row]) -> str:
+    """Markdown: a row for each case."""
+    head = ("operation", "case", "instructions a logit", "special functions a logit", "barriers a row", *GPUS)
+    lines = []
+    for row in rows:
+        figures = [f"{row[name]:.1f}" for name in ("per_logit", "special_per_logit", "barriers_of_row")]
+        on_gpus = [f"{row[name]['percent_of_floor']:.0f} %, {row[name]['bound']}" for name in GPUS]
+        lines.append([row["operation"], row["case"], *figures, *on_gpus])
+    return _markdown(head, lines)
 
 
 def launches_of_steps(target: str) -> dict[str, list[str]]:
@@ -101,18 +117,21 @@ def launches_of_steps(target: str) -> dict[str, list[str]]:
 
 
 def main(directory: pathlib.Path) -> int:
-    """Compiles, prints the table, and writes static.json."""
+    """Compiles and counts, prints the tables, and writes static.json."""
     rows: list[Row] = []
     for operation, names in programs():
         print(f"{operation}, {len(names)} programs", file=sys.stderr, flush=True)
-        found = compiled.figures(operation, {name: list(GPUS) for name in names})
-        rows += [describe(operation, name, target, found[name][target]) for name in names for target in GPUS]
+        found = compiled.figures(operation, {name: list(TARGETS) for name in names})
+        rows += [describe(operation, name, target, found[name][target]) for name in names for target in TARGETS]
     print(table(rows))
     steps = launches_of_steps("sm_90")
     print("\n| a step by | launches on an H200 |\n|---|---|")
     print("\n".join(f"| {name} | {len(kernels)}: {', '.join(kernels)} |" for name, kernels in steps.items()))
+    preparations = [functools.partial(predict.prepare, _benchmark(case), case) for case in cases()]
+    targets = list(dict.fromkeys(gpu.target for gpu in GPUS.values()))
+    bounds = [*map(describe_ceilings, cases(), executed.count(preparations, targets))]
+    print(f"\n{ceilings_table(bounds)}")
     directory.mkdir(exist_ok=True)
-    (directory / "static.json").write_text(
-        json.dumps({"versions": machine.versions(), "rows": rows, "steps": steps}, indent=1) + "\n"
-    )
+    told = {"versions": machine.versions(), "rows": rows, "steps": steps, "ceilings": bounds}
+    (directory / "static.json").write_text(json.dumps(told, indent=1) + "\n")
     return 0

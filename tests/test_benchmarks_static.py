@@ -1,33 +1,52 @@
-"""``python -m benchmarks static``: the bandwidth that counted instructions imply."""
+"""``python -m benchmarks static``: what the compilers made, and the ceilings that what ran implies."""
 
 from __future__ import annotations
 
 import benchmark_helpers  # noqa: F401
 import pytest
+import torch
 
-from benchmarks import static
+from benchmarks import bench_masked_cross_entropy as dense
+from benchmarks import bench_sample_tokens as sampling
+from benchmarks import ceilings, static
+from benchmarks.executed import Call, Executed
 from benchmarks.programs import PROGRAMS
 
-FIGURES = {"kernel": "_kernel", "registers": 40, "spills": 0, "shared": 16, "load_bits": 128}
+CUDA = torch.device("cuda")
+FIGURES = {"kernel": "_kernel", "registers": 40, "spills": 0, "shared": 16, "load_bits": 128, "instructions": 640}
+LAUNCH = Executed("k", 4096, 4, 32, 0, 1e7, 1e6, 4 * 4096 * 6.0, 1000.0, 500.0, 2e9, 1e9)
 
 
-def test_the_static_table_implies_a_bandwidth():
-    figures = FIGURES | {"instructions": 640, "loops": [], "block": 4096, "num_warps": 4}
-    row = static.describe("sample_tokens", "tiles T", "sm_90", figures)
-    assert row["per_element"] == 640 / 32  # 4096 logits over 128 threads
-    assert row["ceiling"] == pytest.approx(132 * 128 * 1.755e9 / 20 * 2)
-    on_amd = static.describe("sample_tokens", "tiles T", "gfx942", figures | {"num_warps": 2})
-    assert on_amd["per_element"] == 640 / 32  # 2 warps of 64
-    assert "ceiling" not in static.describe("sample_tokens", "choice", "sm_90", figures)
-    assert "| sample_tokens | tiles T | sm_90 | 40 | 0 | 16 | 128 | 20.0 | 3.0 (69%) |" in static.table([row])
+def test_the_static_table_tells_what_the_compiler_made():
+    row = static.describe("sample_tokens", "tiles T", "sm_90", FIGURES)
+    assert static.table([row]).splitlines()[-1] == "| sample_tokens | tiles T | sm_90 | 40 | 0 | 16 | 128 | 640 |"
+    amd = static.describe("sample_tokens", "tiles T", "gfx942", {"kernel": "_kernel", "registers": 40})
+    assert static.table([amd]).splitlines()[-1] == "| sample_tokens | tiles T | gfx942 | 40 | - | - | - | - |"
 
 
-def test_two_passes_count_by_their_loops():
-    figures = FIGURES | {"instructions": 999, "block": 1024, "num_warps": 4}
-    row = static.describe("masked_cross_entropy", "one tile", "sm_90", figures | {"loops": [80, 40, 7]})
-    assert row["per_element"] == 120 / 8
-    amd = static.describe("masked_cross_entropy", "one tile", "gfx942", figures)
-    assert "per_element" not in amd  # no loops are told
+@pytest.mark.parametrize(
+    ("share", "case"), [(0.5, dense.Case(4096, 1000, 0.5, CUDA)), (1.0, sampling.Case(4096, 1000, None, CUDA))]
+)
+def test_ceilings_are_told_of_each_gpu(share, case):
+    """Of a masked logit and a masked row, where only some are."""
+    row = static.describe_ceilings(case, Call({"sm_90": [LAUNCH], "sm_100": [LAUNCH]}, 2))
+    assert row["per_logit"] == pytest.approx(32e7 / (4096 * 1000 * share))
+    assert row["special_per_logit"] == pytest.approx(row["per_logit"] / 10)
+    assert row["barriers_of_row"] == pytest.approx(6 / share)
+    assert {*row} >= {"H100", "H200", "B200"}
+    for name, gpu in ceilings.GPUS.items():
+        seconds, bound = ceilings.predict([LAUNCH], 2, gpu)
+        moved = 2 * 4096 * 1000 * (1.5 if share < 1 else 1.0)
+        assert row[name] == {"percent_of_floor": pytest.approx(100 * moved / gpu.memory / seconds), "bound": bound}
+    told = static.ceilings_table([row]).splitlines()
+    assert told[0].endswith("| H100 | H200 | B200 |")
+    assert f"| {case} | {row['per_logit']:.1f} |" in told[-1]
+
+
+def test_ceilings_are_of_small_and_large_vocabularies():
+    vocabularies = {case.num_tokens for case in static.cases() if isinstance(case, dense.Case)}
+    assert {33, 64, 256, 126464} <= vocabularies
+    assert all(case.num_rows == static.MANY_ROWS for case in static.cases())
 
 
 def test_the_static_table_takes_programs_that_the_tests_keep():

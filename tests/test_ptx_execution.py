@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 from ptx.by_hand import ORDERS, each, run
-from ptx.cost import Cost
+from ptx.cost import Cost, costs, programs_run
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,62 @@ def test_costs_are_whole_sectors_and_the_statements_of_each_warp(statement, read
     run(body, torch.zeros(64, dtype=torch.int32), cost=without, **launch)
     assert (cost.read, cost.written) == (2 * read, 2 * written)
     assert (cost.statements, without.statements) == (4 * 8, 4 * 7)  # three before the body, one behind
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_special_functions_barriers_and_distinct_sectors_are_told_apart(order):
+    body = """
+        mad.wide.u32 %rd3, %r1, 4, %rd1;
+        ld.global.b32 {%r3}, [ %rd3 + 0 ];
+        ex2.approx.ftz.f32 %r4, %r3;
+        lg2.approx.ftz.f32 %r4, %r4;
+        bar.sync 0;
+        bar.warp.sync -1;
+        st.global.b32 [ %rd3 + 0 ], {%r4};
+    """
+    cost = Cost("k")
+    run(body, torch.ones(64), warps=2, programs=(3, 1, 1), order=order, cost=cost)
+    assert (cost.special, cost.barriers) == (3 * 2 * 2, 3 * 2)
+    assert (cost.read, cost.written, cost.distinct()) == (3 * 256, 3 * 256, 256 + 256)  # all programs', the same
+
+
+LOAD, USE = "ld.global.b32 {%r3}, [ %rd3 + 0 ];", "add.s32 %r4, %r3, 1;"
+STORE, NEXT = "st.shared.b32 [ %r5 + 0 ], {%r4};", "$L__next:"
+
+
+@pytest.mark.parametrize(
+    ("statements", "loads"),
+    [
+        ((LOAD,), 0),  # nobody waits
+        ((LOAD, USE, STORE), 1),
+        ((LOAD, "ld.global.b32 {%r6}, [ %rd3 + 4 ];", "add.s32 %r4, %r3, %r6;", STORE), 1),  # side by side
+        ((LOAD, "mad.wide.u32 %rd3, %r3, 4, %rd3;", LOAD, USE, STORE), 2),  # one after the other
+        ((LOAD, "bra.uni $L__next;", NEXT, USE, STORE), 1),
+        ((LOAD, "setp.eq.s32 %p1, %r3, 0;", "@%p1 bra $L__next;", NEXT, LOAD, USE, STORE), 2),
+    ],
+)
+def test_a_warp_waits_for_what_it_needs(statements, loads):
+    """By loads, each of 600 cycles; all else takes few."""
+    cost = Cost("k")
+    body = "mad.wide.u32 %rd3, %r1, 0, %rd1;\nshl.b32 %r5, %r1, 2;\n" + "\n".join(statements)
+    run(body, torch.zeros(64, dtype=torch.int32), shared=256, cost=cost)
+    assert loads * 600 < cost.path.cycles < loads * 600 + 60
+    assert cost.path.statements == cost.statements
+
+
+def test_a_barrier_is_waited_for():
+    without, with_barriers = Cost("k"), Cost("k")
+    run("mov.b32 %r3, 0;", torch.zeros(1), warps=2, cost=without)
+    run("mov.b32 %r3, 0;\nbar.sync 0;\nbar.sync 0;", torch.zeros(1), warps=2, cost=with_barriers)
+    assert 60 <= with_barriers.path.cycles - without.path.cycles <= 64
+
+
+def test_few_programs_count_for_a_grid():
+    assert programs_run((3, 2, 2)).tolist() == [*range(12)]
+    with costs(2):
+        assert programs_run((3, 2, 2)).tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
+        assert programs_run((1, 2, 1)).tolist() == [0, 1]
+    assert programs_run((3, 1, 1)).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("order", ORDERS)

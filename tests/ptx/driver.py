@@ -37,8 +37,9 @@ class _Launcher:
         grid, warps, shared = (x, y, z), self._metadata.num_warps, self._metadata.shared
         counted = cost.of_launch(self._metadata.name)
         together = max(1, _THREADS // (warps * WARP))
-        for first in range(0, x * y * z, together):
-            programs = np.arange(first, min(first + together, x * y * z))
+        numbers = cost.programs_run(grid)
+        for first in range(0, len(numbers), together):
+            programs = numbers[first : first + together]
             Machine(program, programs, grid, warps, shared, parameters, regions, _Driver.order, counted).run()
 
 

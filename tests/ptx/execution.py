@@ -32,6 +32,7 @@ class Program:
         self.num_parameters = len(set(re.findall(r"\.param .*?_param_(\d+)", ptx)))
         statements, labels = parse(ptx)
         self.registers = sorted(set(re.findall(r"%(?:p|rs|r|rd)\d+", " ".join(s.text for s in statements))))
+        self.statements = statements
         self.steps = [self._step(statement, labels) for statement in statements]
         # Where threads that went different ways may meet again.
         self.starts = frozenset(labels.values())
@@ -74,6 +75,7 @@ class Machine:
     ) -> None:
         self.program, self.parameters, self.regions = program, parameters, regions
         self.cost = cost
+        self.follows = programs[0] == 0  # its first warp, for how long it takes
         self.num_warps, self.num_programs = num_warps, len(programs)
         shape = (num_warps, len(programs), WARP)
         size = num_warps * len(programs) * WARP
@@ -137,7 +139,10 @@ class Machine:
                 self.counter[select] = counter
                 break
         if self.cost is not None:
-            self.cost.statements += (counter - first) * len(np.unique(self.lanes[select] // WARP))
+            ran, warps = self.program.statements[first:counter], np.unique(self.lanes[select] // WARP)
+            self.cost.add_statements(ran, len(warps))
+            if self.follows and warps[0] == 0:
+                self.cost.path.run(ran)
 
     def _turn(self, step: Step, following: int, select: Selection) -> None:
         self.counter[select] = following
