@@ -1,9 +1,10 @@
 """Training steps and generations, fastmask against x-transformers' own wrapper, on the same network.
 
-A training step is masking, network, loss, backward and optimizer; a generation is the 18 steps and the filter that
-both have by default. The network is timed by itself in the same rounds, so that what lies outside it shows: as many
-passes, with backward where there is one, on masked ids, to logits of all rows for upstream and to embeddings for
-fastmask (whose head works on masked rows only, and counts as outside).
+A training step is masking, network, loss, backward and optimizer; a generation is the 18 steps that both have by
+default, with the filter of the vocabulary that both have, and at one size without. The network is timed by itself in
+the same rounds, so that what lies outside it shows: as many passes, with backward where there is one, on masked ids,
+to logits of all rows for upstream and to embeddings for fastmask (whose head works on masked rows only, and counts as
+outside).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ GRAPHS = {name: f"{name}, as a CUDA graph" for name in ("fastmask", "x-transform
 
 @dataclass(frozen=True)
 class Case:
-    """B sequences of N positions over V ids; a network of width D and some depth.
+    """B sequences of N positions over V ids; a network of width D and some depth. is_filtered: of generations.
 
     float32 on a CPU; on CUDA float32 parameters under bfloat16 autocast.
     """
@@ -45,9 +46,11 @@ class Case:
     dim: int
     depth: int
     device: torch.device
+    is_filtered: bool = True
 
     def __str__(self) -> str:
-        return f"B {self.batch}, N {self.seq_len}, V {self.num_tokens}, D {self.dim}, depth {self.depth}"
+        size = f"B {self.batch}, N {self.seq_len}, V {self.num_tokens}, D {self.dim}, depth {self.depth}"
+        return size + ", unfiltered" * (not self.is_filtered)
 
 
 # The last has so small a vocabulary that the network takes most of the time: the least there is to win.
@@ -63,12 +66,17 @@ CUDA_SIZES = tuple(
 
 
 def cases(task: str, quick: bool) -> list[Case]:
-    """Every size; ``quick``: the smallest network, whose compilation is short, at a large and a small one."""
+    """Every size, and generations without the filter at the largest vocabulary of the first network; ``quick``: that
+    network, whose compilation is short, at a large and a small size, with the filter."""
     device = machine.default_device()
     sizes = CUDA_SIZES if device.type == "cuda" else CPU_SIZES
     if quick:
         sizes = ((16, 1024, 50257, *NETWORKS[0]), CUDA_SIZES[0]) if device.type == "cuda" else (sizes[0], sizes[-1])
-    return [Case(task, *size, device) for size in sizes]
+    found = [Case(task, *size, device) for size in sizes]
+    if task == "generate" and not quick:
+        largest = max(found[:4], key=lambda case: case.num_tokens)
+        found.append(replace(largest, is_filtered=False))
+    return found
 
 
 @dataclass(frozen=True)
@@ -79,22 +87,24 @@ class Wrapping:
     is_compiled: bool = False
     has_graph: bool = False
 
-    def generation(self, model: Any, batch: int) -> Callable[[], Tensor]:
+    def generation(self, model: Any, case: Case) -> Callable[[], Tensor]:
         """What is called for each. x-transformers captures nothing itself: that is done for it, once."""
+        options = {} if case.is_filtered else {"filter_thres": None}
+        generate = functools.partial(model.generate, case.batch, **options)
         if not self.has_graph:
-            return functools.partial(model.generate, batch)
+            return generate
         if self.wrapper is fastmask.NonAutoregressiveWrapper:
-            return functools.partial(_generate_as_graph, model, batch)
-        return _captured(model, batch)
+            return functools.partial(_generate_as_graph, generate)
+        return _captured(generate)
 
 
-def _generate_as_graph(model: Any, batch: int) -> Tensor:
+def _generate_as_graph(generate: Callable[..., Tensor]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "cuda_graph=True has no effect")
-        return cast(Tensor, model.generate(batch, cuda_graph=True))
+        return generate(cuda_graph=True)
 
 
-def _captured(model: Any, batch: int) -> Callable[[], Tensor]:
+def _captured(generate: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """A replay of a generation."""
     # Autocast's cache is freed when autocast ends, and the graph would still read it.
     uncached = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
@@ -102,14 +112,14 @@ def _captured(model: Any, batch: int) -> Callable[[], Tensor]:
     stream.wait_stream(torch.cuda.current_stream())
     with uncached:
         with torch.cuda.stream(stream):
-            model.generate(batch)  # starts libraries, which a capture must not
+            generate()  # starts libraries, which a capture must not
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
-            ids = model.generate(batch)
+            ids = generate()
 
     def replay() -> Tensor:
         graph.replay()
-        return cast(Tensor, ids.clone())
+        return ids.clone()
 
     return replay
 
@@ -164,7 +174,7 @@ class WrapperProblem:
         if self.case.task == "generate":
             with autocast(self.device):
                 if function not in self._generations:
-                    self._generations[function] = function.generation(model, self.case.batch)
+                    self._generations[function] = function.generation(model, self.case)
                 return self._generations[function]()
         if function not in self._optimizers:
             self._optimizers[function] = torch.optim.AdamW(self.net.parameters(), lr=0.0)
@@ -206,7 +216,7 @@ class WrapperProblem:
         ids = step.run()
         outside = ((ids < 0) | (ids >= self.mask_id)).sum().item()
         with torch.no_grad(), autocast(self.device):
-            greedy = step.function.generation(self.model(step.function, steps=1), self.case.batch)()
+            greedy = step.function.generation(self.model(step.function, steps=1), self.case)()
             logits = self.net(torch.full_like(self.tokens, self.mask_id)).float()
         chosen = logits.gather(-1, greedy[..., None]).squeeze(-1)
         regret = (logits[..., : self.mask_id].amax(dim=-1) - chosen).mean().item()

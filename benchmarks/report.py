@@ -81,7 +81,7 @@ def _extremes(pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
 
 
 def _summary_line(ours: Row, theirs: Row) -> list[str]:
-    shape = ours["case"].partition(", D ")[0]
+    shape = ours["case"].partition(", D ")[0] + ", unfiltered" * ours["case"].endswith(", unfiltered")
     return [TASK_NAMES[ours["operation"]], shape, _time(ours["ms"]), _time(theirs["ms"]), _faster(ours, theirs)]
 
 

@@ -55,6 +55,32 @@ def test_a_training_step_leaves_the_network_as_it_was():
     assert all(torch.equal(*pair) for pair in zip(before, problem.net.parameters(), strict=True))
 
 
+def test_generations_are_told_with_and_without_the_filter():
+    """Which both wrappers leave out, where it is None."""
+    cases = end_to_end.cases("generate", False)
+    (unfiltered,) = [case for case in cases if not case.is_filtered]
+    assert replace(unfiltered, is_filtered=True) in cases
+    assert str(unfiltered) == f"{replace(unfiltered, is_filtered=True)}, unfiltered"
+    assert all(case.is_filtered for case in end_to_end.cases("train", False))
+    given = []
+
+    class Model:
+        def generate(self, batch, **options):
+            given.append((batch, options))
+
+    for case in (unfiltered, replace(unfiltered, is_filtered=True)):
+        end_to_end.Wrapping(Model).generation(Model(), case)()
+    assert given == [(unfiltered.batch, {"filter_thres": None}), (unfiltered.batch, {})]
+
+
+def test_a_graph_of_ours_has_a_rival():
+    on_gpu = {c.name: c for c in end_to_end.contenders("generate") if c.name in end_to_end.GRAPHS.values()}
+    assert [on_gpu[name].is_ours for name in end_to_end.GRAPHS.values()] == [True, False]
+    problem = end_to_end.WrapperProblem(end_to_end.Case("generate", **TINY))
+    (row,) = compare([replace(on_gpu[end_to_end.GRAPHS["x-transformers"]], needs_cuda=False)], problem, effort=ONCE)
+    assert row["status"] == "raises"  # nothing is captured on a CPU, and nothing else timed in its place
+
+
 def test_a_generation_that_is_no_graph_is_not_timed_as_one():
     problem = end_to_end.WrapperProblem(end_to_end.Case("generate", **TINY))
     (contender,) = [c for c in end_to_end.contenders("generate") if c.name == end_to_end.GRAPHS["fastmask"]]
