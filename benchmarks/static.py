@@ -77,12 +77,13 @@ def _benchmark(case: Case) -> Benchmark:
 
 
 def describe_ceilings(case: Case, call: Call) -> Row:
-    """A row of the last table: what a logit takes of the launches together, and the bounds on each GPU."""
+    """A row of the last table: what a row and a logit take of the launches together, and the bounds on each GPU."""
     benchmark = _benchmark(case)
     launches = call.launches["sm_90"]
     share = case.mask_ratio if isinstance(case, dense.Case) else 1.0
     logits = case.num_rows * case.num_tokens * share
     row: Row = {"operation": benchmark.name, "case": str(case)}
+    row["warp_instructions"] = sum(launch.statements for launch in launches) / (case.num_rows * share)
     row["per_logit"] = 32 * sum(launch.statements for launch in launches) / logits
     row["special_per_logit"] = 32 * sum(launch.special for launch in launches) / logits
     warps = sum(launch.barriers / launch.num_warps for launch in launches)
@@ -97,10 +98,12 @@ def describe_ceilings(case: Case, call: Call) -> Row:
 
 def ceilings_table(rows: list[Row]) -> str:
     """Markdown: a row for each case."""
-    head = ("operation", "case", "instructions a logit", "special functions a logit", "barriers a row", *GPUS)
+    head = ("operation", "case", "warp instructions a row", "instructions a logit", "special functions a logit",
+            "barriers a row", *GPUS)  # fmt: skip
     lines = []
     for row in rows:
-        figures = [f"{row[name]:.1f}" for name in ("per_logit", "special_per_logit", "barriers_of_row")]
+        figures = [f"{row['warp_instructions']:.0f}"]
+        figures += [f"{row[name]:.1f}" for name in ("per_logit", "special_per_logit", "barriers_of_row")]
         on_gpus = [f"{row[name]['percent_of_floor']:.0f} %, {row[name]['bound']}" for name in GPUS]
         lines.append([row["operation"], row["case"], *figures, *on_gpus])
     return _markdown(head, lines)

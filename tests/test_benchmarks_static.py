@@ -31,6 +31,7 @@ def test_ceilings_are_told_of_each_gpu(share, case):
     """Of a masked logit and a masked row, where only some are."""
     row = static.describe_ceilings(case, Call({"sm_90": [LAUNCH], "sm_100": [LAUNCH]}, 2))
     assert row["per_logit"] == pytest.approx(32e7 / (4096 * 1000 * share))
+    assert row["warp_instructions"] == pytest.approx(1e7 / (4096 * share))
     assert row["special_per_logit"] == pytest.approx(row["per_logit"] / 10)
     assert row["barriers_of_row"] == pytest.approx(6 / share)
     assert {*row} >= {"H100", "H200", "B200"}
@@ -40,7 +41,7 @@ def test_ceilings_are_told_of_each_gpu(share, case):
         assert row[name] == {"percent_of_floor": pytest.approx(100 * moved / gpu.memory / seconds), "bound": bound}
     told = static.ceilings_table([row]).splitlines()
     assert told[0].endswith("| H100 | H200 | B200 |")
-    assert f"| {case} | {row['per_logit']:.1f} |" in told[-1]
+    assert f"| {case} | {row['warp_instructions']:.0f} | {row['per_logit']:.1f} |" in told[-1]
 
 
 def test_ceilings_are_of_small_and_large_vocabularies():
