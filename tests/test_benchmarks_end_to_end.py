@@ -73,6 +73,7 @@ def test_generations_are_told_with_and_without_the_filter():
     assert given == [(unfiltered.batch, {"filter_thres": None}), (unfiltered.batch, {})]
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_a_graph_of_ours_has_a_rival():
     on_gpu = {c.name: c for c in end_to_end.contenders("generate") if c.name in end_to_end.GRAPHS.values()}
     assert [on_gpu[name].is_ours for name in end_to_end.GRAPHS.values()] == [True, False]
