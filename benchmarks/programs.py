@@ -194,7 +194,7 @@ _OWN: dict[str, Any] = {
 _TILES: dict[str, dict[str, Any]] = {
     "tiles": {"num_tokens": 50257, "temperature": 1.0},
     "tiles T": {"num_tokens": 50257},
-    "tiles T small": {"num_tokens": 63},
+    "tiles T small": {"num_tokens": 100},
     "tiles T sub-tiles": {"num_tokens": 50264},
     "tiles T filtered": {"num_tokens": 50257, "top_k": 5000},
     "tiles T margin": {"num_tokens": 50257, "with_margin": True},
@@ -214,9 +214,14 @@ _CHOICES: dict[str, dict[str, Any]] = {
     "choice": {"num_tokens": 151944, "with_kept": True, **_EVERYTHING},
     "choice T 0": {"num_tokens": 151944, "temperature": 0.0, "with_kept": True, **_EVERYTHING},
     "choice misaligned": {"num_tokens": 151943, "with_kept": True, **_EVERYTHING},
-    "choice small": {"num_tokens": 50, "width": 56, "with_kept": True, **_EVERYTHING, "top_k": 5},
+    "choice small": {"num_tokens": 100, "width": 104, "with_kept": True, **_EVERYTHING, "top_k": 5},
     "choice own sub-tiles": {"num_tokens": 50264, "in_place": True, **_OWN},
     "choice own": {"num_tokens": 151944, "with_kept": True, "processed": True, **_EVERYTHING, **_OWN},
+}
+_SHORT_ROWS: dict[str, dict[str, Any]] = {
+    "short rows": {"num_tokens": 33},
+    "short rows everything": {"num_tokens": 50, "with_kept": True, **_EVERYTHING, "top_k": 5},
+    "short rows own": {"num_tokens": 63, "with_kept": True, "processed": True, **_EVERYTHING, **_OWN},
 }
 # Of float32 the programs that hold most; of float64, which nobody samples for speed, that they compile.
 _OTHER_SAMPLES: dict[str, tuple[str, ...]] = {
@@ -230,14 +235,13 @@ _OTHER_SAMPLES: dict[str, tuple[str, ...]] = {
 
 
 def _sample_tokens() -> dict[str, Program]:
-    options = _TILES | _CHOICES
+    kernels = dict.fromkeys(_TILES, "_tiles_kernel") | dict.fromkeys(_CHOICES, "_choose_kernel")
+    kernels |= dict.fromkeys(_SHORT_ROWS, "_short_samples_kernel")
+    options = _TILES | _CHOICES | _SHORT_ROWS
     named = [(name, "bf16") for name in options]
     named += [(name, dtype) for dtype, names in _OTHER_SAMPLES.items() for name in names]
     return {
-        _of_dtype(name, dtype): Program(
-            functools.partial(_sample, dtype=dtype, **options[name]),
-            "_tiles_kernel" if name in _TILES else "_choose_kernel",
-        )
+        _of_dtype(name, dtype): Program(functools.partial(_sample, dtype=dtype, **options[name]), kernels[name])
         for name, dtype in named
     }
 

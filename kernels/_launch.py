@@ -29,11 +29,6 @@ class Hardware(NamedTuple):
         """Of one program."""
         return self.max_threads // self.warp_size
 
-    @property
-    def is_hopper(self) -> bool:
-        """An H100 or H200: some launch plans give registers as its multiprocessors have them."""
-        return self.capability == (9, 0)
-
 
 # What launch plans were made for, and what stands in where there is no GPU (the interpreter, the PTX machine).
 H100 = Hardware("nvidia", (9, 0), 132, 32, 1024, 50 * 2**20)

@@ -1,6 +1,7 @@
 """Elementary functions inside a kernel, to relative accuracy where the hardware's are not, and in the interpreter."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -48,6 +49,68 @@ def exp_from(x, origin):
         return exp2((x.to(tl.float64) * scale - origin * scale).to(tl.float32))
     else:
         return exp2(tl.fma(x, scale, -origin * scale))
+
+
+class Line(NamedTuple):
+    """(x - origin) factor as a kernel forms it in one operation, x slope - offset: less ``rest``, whatever x is."""
+
+    slope: tl.tensor
+    offset: tl.tensor
+    rest: tl.tensor
+
+
+@triton.jit
+def line(origin, factor):
+    """(x - origin) factor of x <= origin, as exponents of 2.
+
+    From 2^31 on, where the offset may overflow, the next number is 2^7 or more away, and weighs 0. There a power of
+    two is as good a factor, and leaves the offset exact.
+    """
+    exponent = (origin.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    power = (tl.minimum(285 - exponent, 254) << 23).to(tl.float32, bitcast=True)  # origin times it: from 2^31 to 2^32
+    slope = tl.where(tl.abs(origin * factor) < 2.0**31, factor, power).to(tl.float32)
+    offset = origin * slope
+    return Line(slope, offset, _fused(origin, slope, offset))
+
+
+@triton.jit
+def exp2_at(x, line, BY_POLYNOMIAL: tl.constexpr = False):
+    """2 to the x-th number of a line, times 2^rest. BY_POLYNOMIAL: of a vector, every fourth so."""
+    exponent = _fused(x, line.slope, line.offset)
+    if BY_POLYNOMIAL:
+        N: tl.constexpr = x.shape[0]
+        even, odd = tl.split(tl.reshape(exponent, (N // 4, 2, 2)))
+        first, third = tl.split(even)
+        even = tl.join(exp2_by_polynomial(first), exp2(third))
+        return tl.reshape(tl.join(even, exp2(odd)), (N,))
+    else:
+        return exp2(exponent)
+
+
+@triton.jit
+def exp2_by_polynomial(x):
+    """2**x to 1e-7 of itself for x <= 127, 0 below -127 and of NaN, without the unit for exponentials: 2^whole times
+    a polynomial on [-1/2, 1/2], least in relative error."""
+    x = tl.maximum(x, -127.0)
+    shifted = x + 12582912.0  # 1.5 2^23: its last bits are the whole part
+    rest = x - (shifted - 12582912.0)
+    power = rest * 0.00015345810970757157 + 0.0013399930903688073
+    power = power * rest + 0.009618489071726799
+    power = power * rest + 0.05550328642129898
+    power = power * rest + 0.24022646248340607
+    power = power * rest + 0.6931471824645996
+    power = power * rest + 1.0
+    bits = power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fused(x, slope, offset):
+    """x slope - offset, rounded once."""
+    if _INTERPRETS:  # its tl.fma rounds the product too
+        return (x.to(tl.float64) * slope - offset).to(tl.float32)
+    else:
+        return tl.fma(x, slope, -offset)
 
 
 @triton.jit

@@ -76,12 +76,15 @@ def _together(operation: Callable[[Tensor, Tensor], Tensor], conditions: list[Te
 
 
 @triton.jit
-def own(values_ptr, number, flat, seq_len):
-    """What the sequence of a row's flat position has of its own, or the number that is for all."""
-    return number if values_ptr is None else tl.load(values_ptr + flat // seq_len)
+def own(values_ptr, number, flat, seq_len, is_row=None):
+    """What the sequence of a row's flat position has of its own, or the number that is for all.
+
+    is_row: which of several flat positions are any; None for all.
+    """
+    return number if values_ptr is None else tl.load(values_ptr + flat // seq_len, mask=is_row)
 
 
 @triton.jit
-def holds(conditions_ptr, flat, seq_len):
+def holds(conditions_ptr, flat, seq_len, is_row=None):
     """Whether a condition holds of the sequence of a row's flat position."""
-    return tl.load(conditions_ptr + flat // seq_len) != 0
+    return tl.load(conditions_ptr + flat // seq_len, mask=is_row) != 0

@@ -18,18 +18,8 @@ from fastmask.kernels import _math, philox
 _SUB_TILE = tl.constexpr(streams.SUB_TILE)
 LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2.0))
-
-
-class TileSums(NamedTuple):
-    """Sums over logits z of one tile, relative to its shift: w = exp(z - shift), exp((z - shift) / T), w (z - shift);
-    or, where the figures are processed, w = exp((z - shift) / T).
-
-    energy: None where no entropy is asked for.
-    """
-
-    total: tl.tensor
-    heated: tl.tensor
-    energy: tl.tensor | None
+# What a tile is reduced by, before its lanes are: as many as two warps have threads.
+LANES = tl.constexpr(64)
 
 
 class Row(NamedTuple):
@@ -82,52 +72,103 @@ def weights(z, shift, factor, threshold):
 
 
 @triton.jit
-def load_body(x_ptr, first, length, SIZE: tl.constexpr):
+def kept(z, threshold):
+    """The logits that are not below the threshold, if any, and -inf elsewhere; a NaN stays."""
+    return z if threshold is None else tl.where(z < threshold, -float("inf"), z)
+
+
+@triton.jit
+def load_body(x_ptr, first, length, left_out, VECTOR: tl.constexpr, SIZE: tl.constexpr):
     """SIZE elements of a body from ``first`` on, float32; -inf from ``length`` elements on, which is a multiple of
-    16 bytes."""
+    16 bytes, and in the vector that is left out, if any."""
     if x_ptr.dtype.element_ty == tl.bfloat16:
         word = tl.arange(0, SIZE // 2)
         first = tl.multiple_of(first // 2, 4)
-        words = logit_rows.load_words(x_ptr, first + word, word < tl.multiple_of(length // 2, 4))
-        even, odd = logit_rows.halves(words)
+        in_body = word < tl.multiple_of(length // 2, 4)
+        if left_out is not None:
+            in_body &= word // (VECTOR // 2) != left_out
+        even, odd = logit_rows.halves(logit_rows.load_words(x_ptr, first + word, in_body))
         return tl.interleave(even, odd)
     else:
         lane = tl.arange(0, SIZE)
-        return tl.load(x_ptr + first + lane, mask=lane < length, other=-float("inf")).to(tl.float32)
+        in_body = lane < length
+        if left_out is not None:
+            in_body &= lane // VECTOR != left_out
+        return tl.load(x_ptr + first + lane, mask=in_body, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
-def tile_sums(z, shift, figure_factor, factor, threshold, WITH_ENTROPY: tl.constexpr, sub_tiles_ptr=None,
-              is_same=None):  # fmt: skip
-    """Sums over a block of logits; the heated ones of its sub-tiles too, where there is a place to store them.
-
-    figure_factor: log2(e) / T of the figures, None for 1. factor: of the samples, None where that is the same.
-    is_same: whether it turns out to be: then both are summed by sub-tiles, to round as if that were known.
-    """
-    unheated = weights(z, shift, of_figures(figure_factor), threshold)
-    heated = unheated if factor is None else weights(z, shift, factor, threshold)
-    if sub_tiles_ptr is None:
-        heated_total = tl.sum(heated)
+def edges(length, body, left_out, VECTOR: tl.constexpr):
+    """Columns [64] of a tile that its body does not hold, and which of them are any: those before it, those after
+    it, and the vector that is left out."""
+    lane = tl.arange(0, LANES)
+    is_head, is_tail = lane < VECTOR, lane < 2 * VECTOR
+    after = body.column + body.length
+    offs_v = lane + tl.where(is_head, 0, after - VECTOR)
+    in_v = offs_v < tl.where(is_head, tl.minimum(body.column, length), length)
+    if left_out is None:
+        return offs_v, in_v & is_tail
     else:
-        SUB_TILES: tl.constexpr = z.shape[0] // _SUB_TILE
-        sub_tiles = tl.sum(tl.reshape(heated, (SUB_TILES, _SUB_TILE)), 1)
-        tl.store(sub_tiles_ptr + tl.arange(0, SUB_TILES), sub_tiles)
-        heated_total = tl.sum(sub_tiles)
-    total = heated_total if factor is None else tl.sum(unheated)
-    if is_same is not None:
-        total = tl.where(is_same, heated_total, tl.sum(unheated))
-    energy = None
-    if WITH_ENTROPY:
-        energy = tl.sum(unheated * tl.maximum(z - shift, -1e30))  # 0 times infinity is NaN
-    return TileSums(total, heated_total, energy)
+        first = tl.where(is_left_out(left_out, body, VECTOR), body.column + left_out * VECTOR, length)
+        offs_v = tl.where(is_tail, offs_v, first + lane - 2 * VECTOR)
+        return offs_v, tl.where(is_tail, in_v, (offs_v < length) & (lane < 3 * VECTOR))
 
 
 @triton.jit
-def second_largest(z, largest):
-    """The second largest of a block, the largest itself where two are."""
+def is_left_out(left_out, body, VECTOR: tl.constexpr):
+    """Whether the body has the vector that is left out."""
+    return (left_out >= 0) & (left_out * VECTOR < body.length)
+
+
+@triton.jit
+def by_lane(x, VECTOR: tl.constexpr):
+    """A block by what each of 64 lanes holds, [., 64, .]: the first VECTOR elements are the first lane's, and so on,
+    around.
+
+    One warp or two, where vectors of so many are loaded, find what a lane holds in one thread's registers.
+    """
+    PER_LANE: tl.constexpr = min(VECTOR, x.shape[0] // LANES)
+    return tl.reshape(x, (x.shape[0] // (PER_LANE * LANES), LANES, PER_LANE))
+
+
+@triton.jit
+def sum_by_lane(x, VECTOR: tl.constexpr):
+    """The sum of what each lane holds of a block, [64]."""
+    return tl.sum(tl.sum(by_lane(x, VECTOR), 2), 0)
+
+
+@triton.jit
+def max_by_lane(x, VECTOR: tl.constexpr):
+    """Its maximum, likewise."""
+    return tl.max(tl.max(by_lane(x, VECTOR), 2), 0)
+
+
+@triton.jit
+def sum_of_lanes(x):
+    """The sum over lanes, in the same order by one warp and by two."""
+    return tl.sum(tl.sum(tl.reshape(x, (2, LANES // 2)), 0))
+
+
+@triton.jit
+def sum_of_sub_tiles(x):
+    """Likewise of a whole tile's sub-tiles."""
+    if x.shape[0] == 64:
+        x = tl.sum(tl.reshape(x, (8, 8)), 0)
+        x = tl.sum(tl.reshape(x, (2, 4)), 0)
+    return tl.sum(x)
+
+
+@triton.jit
+def gap(z, shift):
+    """z - shift, finite: 0 times infinity is NaN."""
+    return tl.maximum(z - shift, -1e30)
+
+
+@triton.jit
+def below(z, largest):
+    """The logits that are not the largest, -inf where they are, and how many are: 1 or 0."""
     is_largest = z == largest
-    second = tl.max(tl.where(is_largest, -float("inf"), z))
-    return tl.where(tl.sum(is_largest.to(tl.int32)) > 1, largest, second)
+    return tl.where(is_largest, -float("inf"), z), is_largest.to(tl.int32)
 
 
 @triton.jit
@@ -180,13 +221,17 @@ def winner(weight, lane, num_lanes, counter, stream: tl.constexpr, first):
     """
     best = tl.full((), 0, tl.int32)
     if num_lanes > 1:
-        high, low, _, _ = philox.draw(
-            counter.seed, stream, counter.sample, counter.position, first + lane, counter.step
-        )
-        # Triton 3.9's interpreter raises at an argmax of NaN alone.
-        race = tl.where((lane < num_lanes) & (weight >= 0.0), weight / philox.exponential(high, low), -1.0)
+        race = tl.where(lane < num_lanes, keys(weight, lane, counter, stream, first), -1.0)
         best = tl.argmax(race, 0).to(tl.int32)
     return best
+
+
+@triton.jit
+def keys(weight, lane, counter, stream: tl.constexpr, first):
+    """weight_i / E_i, of which the largest wins; -1 of what weighs NaN: Triton 3.9's interpreter raises at an argmax
+    of NaN alone."""
+    high, low, _, _ = philox.draw(counter.seed, stream, counter.sample, counter.position, first + lane, counter.step)
+    return tl.where(weight >= 0.0, weight / philox.exponential(high, low), -1.0)
 
 
 @triton.jit

@@ -6,7 +6,8 @@
 It is run hierarchically, over tiles of 4096 ids, sub-tiles of 64, single ids (``fastmask/reference/sample_tokens.py``
 is the specification). One program a tile reads it once and leaves its maximum and its sums of exponentials; one
 program a row lets the tiles race, then the winner's sub-tiles, then its ids. So few rows keep many SMs busy as well
-as many rows do, and the sample does not depend on how the work was spread.
+as many rows do, and the sample does not depend on how the work was spread. Rows of at most 64 logits are sampled at
+once, by one launch (``kernels/_short_samples.py``).
 
 Bytes for each row: its V logits, 12 or 20 for each tile written and read; and the winning tile again, or 256 more for
 each tile and a sub-tile again; where one id has p > .94, its tile once more. A vocabulary filter reads the row before
@@ -23,7 +24,9 @@ from torch import Tensor
 from fastmask import _streams as streams
 from fastmask.kernels import _launch, _math, vocabulary_filter
 from fastmask.kernels import _logit_rows as logit_rows
+from fastmask.kernels import _sampled_figures as figures
 from fastmask.kernels import _sequences as sequences
+from fastmask.kernels import _short_samples as short_samples
 from fastmask.kernels import _tile_race as race
 from fastmask.kernels._operator import operator
 from fastmask.kernels._sequences import OwnOptions
@@ -44,10 +47,6 @@ _SECOND = tl.constexpr(3)
 _ENERGY = tl.constexpr(4)
 _SHORT_RECORD = 3  # without the last two
 _LONG_RECORD = 5
-
-# Where all others weigh less than this beside the largest's 1, that would round them away: log p, their sum, is
-# formed without it. Above, the sum's own rounding is below 5e-6 of log p.
-_SURE = tl.constexpr(1 / 16)
 
 
 @triton.jit(do_not_specialize=["offset_x", "num_places", "V", "mask_id", "seq_len"])
@@ -74,13 +73,13 @@ def _tiles_kernel(
     RECORD: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    BY_POLYNOMIAL: tl.constexpr,
 ):
     # This program reduces one tile of one row to its record.
     row = tl.program_id(0)
     flat = tl.load(row_indices_ptr + row)
     if logit_rows.is_stray(flat, num_places):
         return
-    excluded = logit_rows.Excluded(mask_id, forbidden_ptr)
     first = tl.program_id(1) * _TILE
     length = tl.minimum(V - first, _TILE)
     x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
@@ -96,44 +95,69 @@ def _tiles_kernel(
         if figure_factors_ptr is not None:  # which is the samples' too, where anything races
             factor = None
 
-    block = tl.arange(0, BLOCK)
-    z = race.load_body(x_ptr, body.start, body.length, BLOCK)
-    z = logit_rows.without_excluded(
-        z, first + body.column + block, block < body.length, first, first + _TILE, excluded
-    )
-    offs_v, in_v = logit_rows.edges(length, body.column, body.length, VECTOR)
-    edge_max = tl.full((), -float("inf"), tl.float32)
-    edges = tl.full((2 * VECTOR,), -float("inf"), tl.float32)
+    # Of the mask's column the whole vector is left out, and its other columns are edges.
+    left_out = None if mask_id is None else (mask_id - first - body.column + _TILE) // VECTOR - _TILE // VECTOR
+    if forbidden_ptr is not None:  # loaded before the logits, whose threads it is brought to then, not they to its
+        block = tl.arange(0, BLOCK)
+        is_forbidden = tl.load(forbidden_ptr + first + body.column + block, mask=block < body.length, other=0) != 0
+    z = race.load_body(x_ptr, body.start, body.length, left_out, VECTOR, BLOCK)
+    if forbidden_ptr is not None:
+        z = tl.where(is_forbidden, -float("inf"), z)
+    forbidden = logit_rows.Excluded(None, forbidden_ptr)
+    lane_max = race.max_by_lane(z, VECTOR)
+    edges = tl.full((race.LANES,), -float("inf"), tl.float32)
     has_edges = body.length < length if sub_tiles_ptr is None else False
+    if left_out is not None:
+        has_edges |= race.is_left_out(left_out, body, VECTOR)
     if has_edges:
+        offs_v, in_v = race.edges(length, body, left_out, VECTOR)
+        if mask_id is not None:
+            in_v &= first + offs_v != mask_id
         edges = tl.load(x_ptr + start + offs_v, mask=in_v, other=-float("inf")).to(tl.float32)
-        edges = logit_rows.without_excluded(edges, first + offs_v, in_v, first, first + _TILE, excluded)
-        edge_max = tl.max(edges)
-    body_max = tl.max(z)
-    largest = tl.maximum(body_max, edge_max)
+        edges = logit_rows.without_excluded(edges, first + offs_v, in_v, first, first + _TILE, forbidden)
+        lane_max = tl.maximum(lane_max, edges)
+    largest = tl.max(lane_max)
     shift = race.finite(largest)
     tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    sub_tiles = sub_tiles_ptr + tile * (BLOCK // _SUB_TILE) if sub_tiles_ptr is not None else None
-    total, heated, energy = race.tile_sums(
-        z, shift, figure_factor, factor, threshold, WITH_ENTROPY, sub_tiles, is_same
-    )
-    if has_edges:
-        edge_sums = race.tile_sums(edges, shift, figure_factor, factor, threshold, WITH_ENTROPY)
-        total += edge_sums.total
-        heated += edge_sums.heated
-        if WITH_ENTROPY:
-            energy += edge_sums.energy
     records_ptr += tile * RECORD
     tl.store(records_ptr + _MAX, largest)
-    tl.store(records_ptr + _SUM, total)
-    tl.store(records_ptr + _HEATED, heated)
     if WITH_MARGIN:
-        second = tl.maximum(race.second_largest(z, body_max), tl.minimum(body_max, edge_max))
-        if has_edges:
-            second = tl.maximum(second, race.second_largest(edges, edge_max))
-        tl.store(records_ptr + _SECOND, second)
+        below, is_largest = race.below(z, largest)
+        edges_below, edge_is_largest = race.below(edges, largest)
+        second = tl.max(tl.maximum(race.max_by_lane(below, VECTOR), edges_below))
+        number = tl.sum(race.sum_by_lane(is_largest, VECTOR) + edge_is_largest)
+        tl.store(records_ptr + _SECOND, tl.where(number > 1, largest, second))
+
+    z, edges = race.kept(z, threshold), race.kept(edges, threshold)
+    line = _math.line(shift, race.of_figures(figure_factor))
+    correction = _math.exp2(-line.rest)
+    weight, weight_of_edges = _math.exp2_at(z, line), _math.exp2_at(edges, line)
+    total = race.sum_of_lanes(race.sum_by_lane(weight, VECTOR) + weight_of_edges)
     if WITH_ENTROPY:
-        tl.store(records_ptr + _ENERGY, energy)
+        energy = race.sum_by_lane(weight * race.gap(z, shift), VECTOR) + weight_of_edges * race.gap(edges, shift)
+        tl.store(records_ptr + _ENERGY, race.sum_of_lanes(energy) * correction)
+    if factor is not None:
+        line = _math.line(shift, factor)
+        weight, weight_of_edges = _math.exp2_at(z, line, BY_POLYNOMIAL), _math.exp2_at(edges, line)
+    if sub_tiles_ptr is None:
+        heated = total
+        if factor is not None:
+            heated = race.sum_of_lanes(race.sum_by_lane(weight, VECTOR) + weight_of_edges)
+    else:
+        SUB_TILES: tl.constexpr = BLOCK // _SUB_TILE
+        sub_tile = tl.arange(0, SUB_TILES)
+        sub_tiles = tl.sum(tl.reshape(weight, (SUB_TILES, _SUB_TILE)), 1)
+        if mask_id is not None:
+            if has_edges:
+                sub_tiles += tl.where(sub_tile == (mask_id - first) // _SUB_TILE, tl.sum(weight_of_edges), 0.0)
+        tl.store(sub_tiles_ptr + tile * SUB_TILES + sub_tile, sub_tiles)
+        heated = race.sum_of_sub_tiles(sub_tiles)
+        if factor is None:
+            total = heated
+        elif is_same is not None:  # it rounds as if that were known
+            total = tl.where(is_same, heated, total)
+    tl.store(records_ptr + _SUM, total * correction)
+    tl.store(records_ptr + _HEATED, heated * _math.exp2(-line.rest))
 
 
 @triton.jit(do_not_specialize=["num_places", "num_tiles", "V", "mask_id", "seq_len", "sample_offset", "step"])
@@ -177,14 +201,10 @@ def _choose_kernel(
     # This program chooses the id of one row: the tiles race, then the winner's sub-tiles, then that one's ids.
     row = tl.program_id(0)
     flat = tl.load(row_indices_ptr + row)
+    written = figures.Written(ids_ptr, log_probs_ptr, margins_ptr, entropies_ptr)
     if logit_rows.is_stray(flat, num_places):
         if not IN_PLACE:
-            tl.store(ids_ptr + row, -1)
-            tl.store(log_probs_ptr + row, 0.0)
-            if margins_ptr is not None:
-                tl.store(margins_ptr + row, 0.0)
-            if entropies_ptr is not None:
-                tl.store(entropies_ptr + row, 0.0)
+            figures.store_stray(written, row, None)
         return
     excluded = logit_rows.Excluded(mask_id, forbidden_ptr)
     start = tl.multiple_of((row.to(tl.int64) if IS_COMPACT else flat) * stride_x, VECTOR)
@@ -260,49 +280,30 @@ def _choose_kernel(
     z_chosen = tl.load(x_ptr + start + id, mask=id < V, other=float("nan")).to(tl.float32)
     z_chosen = logit_rows.without_excluded(z_chosen, id, id < V, 0, V, excluded)
     log_total = _math.log(total)
-    if not KEEPS_ONE and total < 1.0 + _SURE:
+    if not KEEPS_ONE and total < 1.0 + figures.SURE:
         others = tl.sum(tl.where(tile == best, 0.0, sums * scale))
         others += race.others(logits, best * _TILE, SUB_TILES * _SUB_TILE, top, figure_factor, threshold, VECTOR)
         log_total = _math.log1p(others)
-    log_prob = race.nats(z_chosen - top, over_temperature) - log_total
-    if threshold is not None:  # a kept id may lie below it
-        log_prob = tl.where(z_chosen < threshold, -float("inf"), log_prob)
-    log_prob_of_one = tl.where(id == largest_id, 0.0, z_chosen - float("inf"))
-    if KEEPS_ONE:
-        log_prob = log_prob_of_one
-    if keeps_one_ptr is not None:
-        keeps_one = sequences.holds(keeps_one_ptr, flat, seq_len)
-        log_prob = tl.where(keeps_one, log_prob_of_one, log_prob)
-    tl.store(ids_ptr + out, id)
-    tl.store(log_probs_ptr + out, tl.where(is_lawful, log_prob, float("nan")))
+    keeps_one = sequences.holds(keeps_one_ptr, flat, seq_len) if keeps_one_ptr is not None else None
+    law = figures.Law(top, total, log_total, over_temperature, threshold, keeps_one, is_lawful)
+    figures.store_sample(written, out, None, law, id, largest_id, z_chosen, KEEPS_ONE)
     if margins_ptr is not None:
-        if KEEPS_ONE:
-            margin = 1.0
-        else:
+        second = top
+        if not KEEPS_ONE:
             seconds = tl.load(records_ptr + tile * RECORD + _SECOND, mask=in_row, other=-float("inf"))
             second = tl.max(tl.where(tile == best, seconds, maxima))
-            if threshold is not None:
-                second = tl.where(second < threshold, -float("inf"), second)
-            # 1 - exp(-gap), to relative accuracy where the two are close.
-            half = _math.tanh(race.nats(0.5 * (top - second), over_temperature))
-            margin = tl.where(second == -float("inf"), 1.0, 2.0 * half / (1.0 + half)) / total
-            if keeps_one_ptr is not None:
-                margin = tl.where(keeps_one, 1.0, margin)
-        tl.store(margins_ptr + out, tl.where(is_lawful, margin, float("nan")))
+        figures.store_margin(written, out, None, law, second, KEEPS_ONE)
     if entropies_ptr is not None:
-        if KEEPS_ONE:
-            entropy = 0.0
-        else:
+        energy = total
+        if not KEEPS_ONE:
             energies = tl.load(records_ptr + tile * RECORD + _ENERGY, mask=in_row, other=0.0)
-            energy = tl.sum(scale * (energies + sums * tl.maximum(maxima - race.finite(top), -1e30)))
-            entropy = tl.maximum(log_total - race.nats(energy / total, over_temperature), 0.0)
-            if keeps_one_ptr is not None:
-                entropy = tl.where(keeps_one, 0.0, entropy)
-        tl.store(entropies_ptr + out, tl.where(is_lawful, entropy, float("nan")))
+            energy = tl.sum(scale * (energies + sums * race.gap(maxima, race.finite(top))))
+        figures.store_entropy(written, out, None, law, energy, KEEPS_ONE)
 
 
 # Warps of the programs over tiles, and of the choice.
-_TILE_WARPS = 2  # 64 logits a thread (32 on AMD): what a program costs besides is spread over them
+_TILE_WARPS = 1  # 128 logits a thread (64 on AMD): what a program costs besides is spread over them
+_COSTLY_TILE_WARPS = 2  # where so many would spill; the sums are the same
 _CHOICE_WARPS = 2  # 64 lanes race: more warps would draw the same random numbers again
 # Where rows of up to so many ids begin and end at 16 bytes, tiles leave the sums of their sub-tiles to the choice: of
 # longer ones that costs more than to read the winning tile again.
@@ -378,9 +379,8 @@ def _sample_behind_head(
     width = _launch.cdiv(num_ids, vector) * vector
     buffer = head.embeddings.new_empty((min(HEAD_CHUNK_ROWS, num_rows), width), dtype=dtype)
     parts = []
-    for chunk in range(
-        max(1, _launch.cdiv(num_rows, HEAD_CHUNK_ROWS))
-    ):  # traced, this fixes the chunks, not the rows
+    num_chunks = max(1, _launch.cdiv(num_rows, HEAD_CHUNK_ROWS))
+    for chunk in range(num_chunks):  # traced, this fixes the chunks, not the rows
         part = slice(chunk * HEAD_CHUNK_ROWS, (chunk + 1) * HEAD_CHUNK_ROWS)
         x = head.scaled(rows.of(head.embeddings, part)).to(dtype)
         logits = buffer[: x.shape[0], :num_ids]
@@ -430,44 +430,69 @@ def _sample_tokens_(
     )
     of_rows = listed.arguments()
     factor = None if sampling.is_greedy else _math.over_temperature(sampling.temperature)
-    figures = sampling.temperature_of_figures
-    figure_factor = None if figures == 1.0 else _math.over_temperature(figures)
+    figures_at = sampling.temperature_of_figures
+    figure_factor = None if figures_at == 1.0 else _math.over_temperature(figures_at)
+    keeps_one = sampling.top_k == 1
+    seq_len = rows.seq_len if any(values is not None for values in own) else None
+    filters = (sampling.top_k, sampling.min_p, sampling.top_p, figures_at, own, seq_len)
+    of_law = {
+        "thresholds_ptr": None if keeps_one else vocabulary_filter.thresholds(listed, *filters),
+        "figure_factor": figure_factor,
+        "figure_factors_ptr": own.figure_factors,
+        "factors_ptr": own.factors,
+    }
+    of_choice = {
+        "seed_ptr": draws.seed,
+        "kept_ids_ptr": None if kept_ids is None else kept_ids.contiguous(),
+        "ids_ptr": out.ids,
+        "log_probs_ptr": out.log_probs,
+        "margins_ptr": out.margins,
+        "entropies_ptr": out.entropies,
+        "seq_len": rows.seq_len,
+        "sample_offset": draws.sample_offset,
+        "step": draws.step,
+        "factor": factor,
+        "is_greedy_ptr": own.is_greedy,
+        "keeps_one_ptr": own.keeps_one,
+        "is_lawful_ptr": own.is_lawful,
+        "IN_PLACE": in_place,
+        "KEEPS_ONE": keeps_one,
+    }
+    if num_ids <= _SUB_TILE.value:
+        short_samples.launch(listed, of_law | of_choice)
+        return
+
     num_tiles = _launch.cdiv(num_ids, _TILE.value)
-    lanes = max(_SUB_TILE.value, min(_TILE.value, _launch.next_power_of_2(num_ids)))
+    lanes = min(_TILE.value, _launch.next_power_of_2(num_ids))
     sub_tiles = lanes // _SUB_TILE.value
     loads_vectors = of_rows["offset_x"] == 0 and _holds_whole_vectors(listed)
     is_raced = factor is not None or own.factors is not None
     leaves_sums = is_raced and loads_vectors and num_ids % listed.vector == 0 and num_ids <= _SUMMED
-    keeps_one = sampling.top_k == 1
     with_margin, with_entropy = (wanted and not keeps_one for wanted in (sampling.with_margin, sampling.with_entropy))
 
     def room(*shape: int) -> Tensor:
         return logits.new_empty((num_rows, *shape), dtype=torch.float32)
 
     record = _LONG_RECORD if with_margin or with_entropy else _SHORT_RECORD
-    seq_len = rows.seq_len if any(values is not None for values in own) else None
-    filters = (sampling.top_k, sampling.min_p, sampling.top_p, figures, own, seq_len)
-    of_tiles = {
-        "thresholds_ptr": None if keeps_one else vocabulary_filter.thresholds(listed, *filters),
+    of_tiles = of_law | {
         "records_ptr": room(num_tiles, record),
         "sub_tiles_ptr": room(num_tiles, sub_tiles) if leaves_sums else None,
-        "figure_factor": figure_factor,
-        "figure_factors_ptr": own.figure_factors,
-        "factors_ptr": own.factors,
         "RECORD": record,
     }
+    is_costly = lanes == _TILE.value and (with_margin or sampling.forbidden is not None or logits.element_size() == 8)
     _launch.launch(
         _tiles_kernel,
         (num_rows, num_tiles),
         logits,
         **of_rows,
         **of_tiles,
-        factor=None if sampling.temperature == figures else factor,
+        factor=None if sampling.temperature == figures_at else factor,
         seq_len=seq_len,
         WITH_MARGIN=with_margin,
         WITH_ENTROPY=with_entropy,
         BLOCK=lanes,
-        num_warps=_TILE_WARPS,
+        BY_POLYNOMIAL=own.factors is None and logits.element_size() == 2 and _is_b200(logits.device),
+        num_warps=_COSTLY_TILE_WARPS if is_costly else _TILE_WARPS,
     )
     del of_rows["offset_x"]  # the choice counts from a row's first
     of_rows["VECTOR"] = listed.vector if loads_vectors else 1
@@ -477,27 +502,18 @@ def _sample_tokens_(
         logits,
         **of_rows,
         **of_tiles,
+        **of_choice,
         scratch_ptr=room(sub_tiles) if is_raced and not leaves_sums else None,
-        seed_ptr=draws.seed,
-        kept_ids_ptr=None if kept_ids is None else kept_ids.contiguous(),
-        ids_ptr=out.ids,
-        log_probs_ptr=out.log_probs,
-        margins_ptr=out.margins,
-        entropies_ptr=out.entropies,
         num_tiles=num_tiles,
-        seq_len=rows.seq_len,
-        sample_offset=draws.sample_offset,
-        step=draws.step,
-        factor=factor,
-        is_greedy_ptr=own.is_greedy,
-        keeps_one_ptr=own.keeps_one,
-        is_lawful_ptr=own.is_lawful,
-        IN_PLACE=in_place,
-        KEEPS_ONE=keeps_one,
         TILE_LANES=_launch.next_power_of_2(num_tiles),
         SUB_TILES=sub_tiles,
         num_warps=1 if leaves_sums else _CHOICE_WARPS,
     )
+
+
+def _is_b200(device: torch.device) -> bool:
+    """Whether every eighth exponential is formed by a polynomial, see ``docs/kernels.md``."""
+    return _launch.hardware(device).capability == (10, 0)
 
 
 def _holds_whole_vectors(rows: logit_rows.LogitRows) -> bool:

@@ -52,10 +52,11 @@ _RESIDENT_WARPS = 32  # of a multiprocessor: their candidates, 17 MB on an H100,
 # and is read again; but a warp has registers for so many logits only. For p a block of them does.
 _EXPECTED = 6.8
 _LEAST_SAMPLE, _MOST_SAMPLE_OF_WARP = 1024, 2048
-# So many registers for each thread of a nucleus's program do on Hopper, without a spill, for logits of 16 bits: 16
-# warps find room in a multiprocessor, where of its own accord the compiler leaves it to 12 of one warp, or to 8. With
-# k before they do not.
-_HOPPER_REGISTERS = 128
+# So many registers for each thread of a nucleus's program do from Hopper on, without a spill, for logits of 16 bits:
+# 16 warps find room in a multiprocessor, where of its own accord the compiler leaves it to 12 of one warp, or to 8.
+# With k before they do not. On a B200 one warp takes more: 13 find room there, and float16 does not spill as it would
+# of its own accord. An A100's and an RTX 4090's programs would spill.
+_REGISTERS, _REGISTERS_OF_WARP_ON_B200 = 128, 152
 # A shorter row is searched in registers at once; its block holds its edges too.
 _SHORT, _SHORT_BLOCK = 2048, 128
 # Least distance in the order of float32 between two numbers of the logits' dtype.
@@ -578,8 +579,8 @@ def _launch_long(rows: LogitRows, out: Tensor, filters: _Filters) -> None:
     most_sample = _MOST_SAMPLE_OF_WARP * num_warps
     options: dict[str, int] = {}
     if filters.has_nucleus:
-        if x.element_size() == 2 and hardware.is_hopper and not filters.counts:
-            options = {"maxnreg": _HOPPER_REGISTERS}
+        if x.element_size() == 2 and not filters.counts:
+            options = _registers(hardware, num_warps)
     elif filters.counts and rows.num_rows <= _FEW_ROWS * hardware.num_multiprocessors:
         num_warps = min(4 * num_warps, _MOST_WARPS)
     sample = None
@@ -608,6 +609,14 @@ def _launch_long(rows: LogitRows, out: Tensor, filters: _Filters) -> None:
         num_warps=num_warps,
         **options,
     )
+
+
+def _registers(hardware: _launch.Hardware, num_warps: int) -> dict[str, int]:
+    """Triton's option that bounds the registers of a nucleus's program; none where it would spill."""
+    major = hardware.capability[0] if hardware.capability is not None else 0
+    if major < 9:
+        return {}
+    return {"maxnreg": _REGISTERS_OF_WARP_ON_B200 if major == 10 and num_warps == 1 else _REGISTERS}
 
 
 def _sample_size(logits_of_lane: float, share: float, most: int) -> int:

@@ -9,23 +9,22 @@ from benchmarks.compiled import TARGETS
 
 OPERATION = "sample_tokens"
 
-# Of the whole program over the 64 logits of a thread, addresses, reductions and branches included. Of those the
-# mask's column (3.9 a logit) is mostly jumped over, and so are the edges (2.3) where rows begin at 16 bytes, as
-# they do behind a linear head. Measured with Triton 3.7.1: 12.7, 16.3, 16.2, 19.4, 23.8, 18.7, 26.5, 12.8, 15.3,
-# 19.4, 27.6. On an H200 (29.6e12 instructions of lanes a second) a bf16 logit at 80 % of 4.3 TB/s leaves 17.2, at
-# 50 % 27.5.
+# Of the whole program over the 128 or 64 logits of a thread, addresses, reductions and branches included; edges, and
+# the vector of the mask's column, are a logit or two more. Measured with Triton 3.7.1: 7.6, 10.8, 12.8, 12.8, 19.8,
+# 14.0, 23.6, 7.5, 10.8, 12.8, 23.4. On an H200 (29.6e12 instructions of lanes a second) a bf16 logit at 80 % of
+# 4.3 TB/s leaves 17.2, at 50 % 27.5.
 MOST_INSTRUCTIONS_A_LOGIT = {
-    "tiles": 14.0,
-    "tiles T": 17.5,
-    "tiles T sub-tiles": 17.5,
-    "tiles T filtered": 21.0,
-    "tiles T margin": 25.5,
-    "tiles T entropy": 20.5,
-    "tiles T margin entropy": 28.5,
-    "tiles T processed": 14.0,
-    "tiles T processed entropy": 16.5,
-    "tiles T min_p": 21.0,
-    "tiles T forbidden": 28.0,
+    "tiles": 8.0,
+    "tiles T": 11.5,
+    "tiles T sub-tiles": 13.5,
+    "tiles T filtered": 13.5,
+    "tiles T margin": 20.5,
+    "tiles T entropy": 14.5,
+    "tiles T margin entropy": 24.5,
+    "tiles T processed": 8.0,
+    "tiles T processed entropy": 11.5,
+    "tiles T min_p": 13.5,
+    "tiles T forbidden": 24.5,
 }
 
 

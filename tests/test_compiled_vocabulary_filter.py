@@ -15,6 +15,9 @@ OPERATION = "vocabulary_filter"
 # Of the loops over a row, 16 logits a thread, the largest first: of the pass for k 14.7, of p 17.4, of its measure
 # before 11.6, of which the mask's column (3) is mostly jumped over. At 25 % of 4.3 TB/s a bf16 logit leaves 55: for
 # these passes, the tiles and the searches.
+NUCLEI = (
+    "thresholds p", "thresholds p fp16", "thresholds p of 50257", "thresholds p of 50257 fp16", "thresholds p long",
+)  # fmt: skip
 MOST_INSTRUCTIONS_A_PASS = {"thresholds k of 50257": [15.5], "thresholds p of 50257": [18.2, 12.3]}
 
 
@@ -43,18 +46,31 @@ def test_instructions_of_a_pass_of_the_filter(figures, name):
 
 @pytest.mark.slow
 def test_16_warps_of_a_nucleus_fit_into_a_multiprocessor(figures):
-    for name in ("thresholds p", "thresholds p fp16", "thresholds p of 50257", "thresholds p of 50257 fp16",
-                 "thresholds p long"):  # fmt: skip
+    for name in NUCLEI:
         assert figures[name]["sm_90"]["registers"] * 32 * 16 <= 2**16, name
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_launch_of_16_bit_logits_asks_for_few_registers_on_hopper(kernel, target):
+@pytest.mark.slow
+def test_so_they_do_on_blackwell_where_nothing_spills():
+    """13 programs of one warp on a B200."""
+    for name, of_name in compiled.figures(OPERATION, dict.fromkeys(NUCLEI, ("sm_100", "sm_120"))).items():
+        for target, figure in of_name.items():
+            assert_nothing_spills({name: of_name}, target)
+            warps = 13 if target == "sm_100" and figure["num_warps"] == 1 else 16
+            assert figure["registers"] * 32 * warps <= 2**16, (name, target)
+
+
+@pytest.mark.parametrize("target", compiled.TARGETS)
+def test_a_launch_of_16_bit_logits_asks_for_few_registers_from_hopper_on(kernel, target):
     """Of a nucleus alone; launches are recorded, nothing runs."""
-    asked = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        with compiled.recorded(compiled.hardware(target)) as launches:
-            F.sample_tokens(torch.zeros(1, 2, 8192, dtype=dtype), top_p=0.9, seed=0, backend="triton")
-        asked += [launch.arguments.get("maxnreg") for launch in launches if launch.name == "_thresholds_kernel"]
-    most = kernel.module("vocabulary_filter")._HOPPER_REGISTERS if target == "sm_90" else None
-    assert asked == [most, most, None]
+    filter = kernel.module("vocabulary_filter")
+    for vocabulary in (8192, 50257):
+        asked = []
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            with compiled.recorded(compiled.hardware(target)) as launches:
+                F.sample_tokens(torch.zeros(1, 2, vocabulary, dtype=dtype), top_p=0.9, seed=0, backend="triton")
+            asked += [launch.arguments.get("maxnreg") for launch in launches if launch.name == "_thresholds_kernel"]
+        most = filter._REGISTERS if target in ("sm_90", "sm_100", "sm_120") else None
+        if target == "sm_100" and vocabulary == 8192:
+            most = filter._REGISTERS_OF_WARP_ON_B200
+        assert asked == [most, most, None]

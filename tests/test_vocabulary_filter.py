@@ -357,16 +357,16 @@ def listed_rows(kernel, *shape, dtype=torch.bfloat16):
     return kernel.module("_logit_rows").LogitRows(logits, row_indices, True)
 
 
-@pytest.mark.parametrize("is_hopper", [True, False])
-def test_a_launch_of_16_bit_logits_asks_for_few_registers_on_hopper(kernel, launches, is_hopper):
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=str)
+def test_a_launch_of_16_bit_logits_asks_for_few_registers_from_hopper_on(kernel, launches, capability):
     """Of a nucleus alone."""
-    module, asked = kernel.module(OPERATION), launches(capability=(9, 0) if is_hopper else (8, 0))
+    module, asked = kernel.module(OPERATION), launches(capability=capability)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rows = listed_rows(kernel, 2, 8192, dtype=dtype)
         for top_k, min_p, top_p in ((None, 0.1, 0.9), (820, 0.1, None), (820, None, 0.9)):
             module.thresholds(rows, top_k, min_p, top_p)
     registers = [given.get("maxnreg") for given in asked]
-    most = module._HOPPER_REGISTERS if is_hopper else None
+    most = module._REGISTERS if capability >= (9, 0) else None
     assert registers == [most, None, None, most, None, None, None, None, None]
 
 
