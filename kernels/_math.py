@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from fastmask._kept import kept
+
 _LN2 = tl.constexpr(0.6931471805599453)
 _LN2_HIGH = tl.constexpr(0.693145751953125)  # 16 bits: times an integer below 2^8 it is exact
 _LN2_LOW = tl.constexpr(1.4286068203094172e-06)
@@ -23,6 +25,7 @@ def exp2(x):
     return tl.exp2(x) if _INTERPRETS else libdevice.exp2(x)
 
 
+@kept
 def over_temperature(temperature: float) -> float:
     """log2(e) / T: what a difference of logits is multiplied by before exp2.
 

@@ -34,6 +34,11 @@ class OwnOptions(NamedTuple):
     keeps_one: Tensor | None = None
     is_lawful: Tensor | None = None
 
+    @property
+    def are_any(self) -> bool:
+        """Whether a sequence has anything of its own."""
+        return bool([values for values in self if values is not None])
+
 
 def own_options(per_sequence: PerSequence | None, sampling: Sampling, num_ids: int) -> OwnOptions:
     """What kernels over num_ids ids read, computed as precisely as numbers are, so that it rounds as they do.

@@ -313,7 +313,6 @@ _SUMMED = 65536
 HEAD_CHUNK_ROWS = 4096
 
 
-@torch.no_grad()
 def sample_tokens(
     logits: Tensor | LinearLogits,
     rows: SampledRows,
@@ -324,11 +323,12 @@ def sample_tokens(
     per_sequence: PerSequence | None = None,
 ) -> Sampled:
     """See the reference."""
-    if isinstance(logits, LinearLogits):
-        own = sequences.own_options(per_sequence, sampling, len(logits.weight))
-        return _sample_behind_head(logits, rows, draws, sampling, own, kept_ids, out)
-    own = sequences.own_options(per_sequence, sampling, logits.shape[-1])
-    return _sample(logits, rows, draws, sampling, own, kept_ids, out)
+    with torch.no_grad():
+        if isinstance(logits, LinearLogits):
+            own = sequences.own_options(per_sequence, sampling, len(logits.weight))
+            return _sample_behind_head(logits, rows, draws, sampling, own, kept_ids, out)
+        own = sequences.own_options(per_sequence, sampling, logits.shape[-1])
+        return _sample(logits, rows, draws, sampling, own, kept_ids, out)
 
 
 def _sample(
@@ -433,7 +433,7 @@ def _sample_tokens_(
     figures_at = sampling.temperature_of_figures
     figure_factor = None if figures_at == 1.0 else _math.over_temperature(figures_at)
     keeps_one = sampling.top_k == 1
-    seq_len = rows.seq_len if any(values is not None for values in own) else None
+    seq_len = rows.seq_len if own.are_any else None
     filters = (sampling.top_k, sampling.min_p, sampling.top_p, figures_at, own, seq_len)
     of_law = {
         "thresholds_ptr": None if keeps_one else vocabulary_filter.thresholds(listed, *filters),
@@ -468,7 +468,7 @@ def _sample_tokens_(
     loads_vectors = of_rows["offset_x"] == 0 and _holds_whole_vectors(listed)
     is_raced = factor is not None or own.factors is not None
     leaves_sums = is_raced and loads_vectors and num_ids % listed.vector == 0 and num_ids <= _SUMMED
-    with_margin, with_entropy = (wanted and not keeps_one for wanted in (sampling.with_margin, sampling.with_entropy))
+    with_margin, with_entropy = sampling.with_margin and not keeps_one, sampling.with_entropy and not keeps_one
 
     def room(*shape: int) -> Tensor:
         return logits.new_empty((num_rows, *shape), dtype=torch.float32)

@@ -510,6 +510,8 @@ def thresholds(
     own: of which options each sequence, of seq_len positions, has its own.
     """
     own = OwnOptions() if own is None else own
+    if top_k is None and min_p is None and top_p is None and not own.are_any:  # told quickly, as it is at most calls
+        return None
     filters = _Filters(num_kept_ptr=own.num_kept, gaps_ptr=own.gaps, top_ps_ptr=own.top_ps, seq_len=seq_len)
     if own.num_kept is None and top_k is not None and top_k < rows.num_ids:
         filters = filters._replace(num_kept=top_k)
