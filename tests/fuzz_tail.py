@@ -40,15 +40,15 @@ def sampler(row: torch.Tensor, seed: int, whole: bool) -> Callable[[int], torch.
     if whole:
         rows = row.expand(1, ROWS, len(row))
         return lambda call: functional.sample_tokens(rows, seed=seed, sample_offset=call, backend="reference").ids[0]
-    z, places = row[None].clone(), SampledRows(torch.arange(ROWS), ROWS, True)
-    options = reference._options(Sampling(), None, places)
-    sub_tiles = reference._figures(z, reference._filter_(z, options), options).sub_tiles
-    assert sub_tiles is not None
-    z, sub_tiles = z.expand(ROWS, -1), sub_tiles.expand(ROWS, -1)
+    places = SampledRows(torch.arange(ROWS), ROWS, True)
+    z = reference._logits_of(places, row[None], slice(1))
+    shares = reference._figures(z, reference._options(Sampling(), None, places)).shares
+    assert shares is not None
+    z, shares = z.expand(ROWS, -1), shares.expand(ROWS, -1)
 
     def ids(call: int) -> torch.Tensor:
         draws = Draws(torch.tensor(seed), sample_offset=call)
-        return reference._race(z, sub_tiles, 1.0, places, draws).squeeze(-1)
+        return reference._race(z, shares, 1.0, reference.Race.of(places, draws)).squeeze(-1)
 
     return ids
 

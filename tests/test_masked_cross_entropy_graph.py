@@ -152,7 +152,7 @@ def test_the_reference_works_on_chunks(reference, needs_grad):
     class Large(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() > 4 * 2**19:
+            if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() > 4 * 2**20:
                 large.add(out.untyped_storage().data_ptr())
             return out
 

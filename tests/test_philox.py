@@ -129,6 +129,38 @@ def test_numbers_draw_what_tensors_do(seed):
         assert all(word.dtype == torch.int64 and word.shape == () for word in numbers)
 
 
+COUNTERS = {
+    "a row of ids": ((1, 33), (5, 1), (5, 1)),
+    "ids of each row": ((5, 64), (5, 1), (5, 1)),
+    "positions": ((), (257,), (3, 1)),
+    "samples": ((), (), (6,)),
+    "one number among others": ((2, 3), "number", ()),
+    "ids alone": ((7,), "number", "number"),
+    "more than are few": ((), (4097,), (9, 1)),
+    "none": ((0,), (1,), ()),
+}
+
+
+@pytest.mark.parametrize("shapes", COUNTERS.values(), ids=list(COUNTERS))
+def test_on_a_cpu_few_are_drawn_in_numpy_and_are_the_same(shapes, monkeypatch):
+    rng = np.random.default_rng(0)
+    numbers = [
+        int(rng.integers(2**40)) if shape == "number" else torch.from_numpy(np.array(rng.integers(0, 2**40, shape)))
+        for shape in shapes
+    ]
+    coordinates = dict(zip(("element", "position", "sample"), numbers, strict=True))
+
+    def drawn(seed):
+        words = philox.draw(torch.tensor(seed), streams.ELEMENT_RACE, 3, **coordinates)
+        return torch.stack([*words, philox.exponential(*words[:2]).view(torch.int32).long()])
+
+    seeds = (0, -1, 0x123456789ABCDEF)
+    here = [drawn(seed) for seed in seeds]
+    monkeypatch.setattr(philox._philox_in_numpy, "np", None)
+    for seed, numbers in zip(seeds, here, strict=True):
+        assert torch.equal(numbers, drawn(seed))
+
+
 def test_counters_do_not_collide():
     """Every coordinate, stream and seed changes all four words; the last step of a stream stays in it."""
     seen = set()
@@ -212,7 +244,10 @@ def exact_exponential(high: int, low: int) -> float:
     return -math.log((2**65 - twice) / 2**65)
 
 
-def test_exponential_is_exact_in_both_tails():
+@pytest.mark.parametrize("in_numpy", [True, False])
+def test_exponential_is_exact_in_both_tails(in_numpy, monkeypatch):
+    if not in_numpy:
+        monkeypatch.setattr(philox._philox_in_numpy, "np", None)
     high, low = torch.tensor(EXTREMES).unbind(1)
     expected = torch.tensor([exact_exponential(h, x) for h, x in EXTREMES], dtype=torch.float64)
     drawn = philox.exponential(high, low)

@@ -69,29 +69,35 @@ def _head_pass(logits: LinearLogits, rows: _HeadRows, wanted: _Wanted) -> _Pass:
     embeddings, indices, accumulator = logits.embeddings, rows.indices, rows.coefficients.dtype
     weight, bias = logits.weight.to(rows.dtype), None if logits.bias is None else logits.bias.to(rows.dtype)
     by_embeddings = weight.new_empty(len(indices), embeddings.shape[-1]) if wanted.embeddings else None
-    by_weight = torch.zeros_like(weight, dtype=accumulator) if wanted.weight else None
-    by_bias = weight.new_zeros(len(weight), dtype=accumulator) if wanted.bias else None
+    by_weight = by_bias = None
     losses = []
     for start in range(0, max(1, len(indices)), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
-        x, y = embeddings[indices[chunk]].to(rows.dtype), rows.targets[indices[chunk]]
+        x, y = embeddings.index_select(0, indices[chunk]).to(rows.dtype), rows.targets.index_select(0, indices[chunk])
         z = torch.nn.functional.linear(x, weight, bias)
         size = chunk_rows(z, rows.columns)
         coefficients = rows.coefficients[chunk].split(size)
         for z_part, y_part, c_part in zip(z.split(size), y.split(size), coefficients, strict=True):
-            out = chunk_losses_(z_part, y_part, rows.options, rows.columns, with_gradient=any(wanted))
+            out = chunk_losses_(z_part, y_part, rows.options, rows.columns, c_part if any(wanted) else None)
             losses.append(out._replace(gradient=None))
-            if out.gradient is not None:  # it takes the place of the logits
-                z_part.copy_(out.gradient.mul_(c_part[:, None]))
+            if out.gradient is not None and out.gradient.dtype != z_part.dtype:  # else it lies there
+                z_part.copy_(out.gradient)
         if by_embeddings is not None:
             by_embeddings[chunk] = z @ weight
-        if by_weight is not None:
-            by_weight += z.mT @ x
-        if by_bias is not None:
-            by_bias += z.sum(dim=0, dtype=accumulator)
+        if wanted.weight:
+            by_weight = _added(by_weight, z.mT, x, accumulator)
+        if wanted.bias:
+            by_bias = z.sum(dim=0, dtype=accumulator) + (0.0 if by_bias is None else by_bias)
     if by_embeddings is not None and rows.columns is not None:
         rows.columns.add_up_(by_embeddings)
     return _Pass(joined(losses), by_embeddings, by_weight, by_bias)
+
+
+def _added(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a b, in place of a total of that dtype; None for 0."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
 
 
 class _LinearRows(torch.autograd.Function):

@@ -27,17 +27,18 @@ from torch import Tensor
 from fastmask._autograd import first_order_only
 from fastmask._devices import is_readable
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
+from fastmask.reference.vocabulary_filter import first_largest
 from fastmask.vocabulary_parallel import Columns
 
-# A chunk's temporaries stay in a CPU core's cache.
-_CHUNK_ELEMENTS = 2**19
+# A chunk's temporaries stay in a CPU's cache, and its small operations are few beside the large ones.
+_CHUNK_ELEMENTS = 2**20
 # Rows of which ranks that split the vocabulary speak at once: enough for messages and matrix products, few enough for
 # memory (1024 x 50257 float32: 196 MiB).
 CHUNK_ROWS = 1024
 
 
 class RowLosses(NamedTuple):
-    """Unweighted losses of M rows, and the gradient of ``loss`` by the logits where asked for."""
+    """Unweighted losses of M rows, and the gradient by the logits where asked for."""
 
     loss: Tensor
     nll: Tensor
@@ -51,29 +52,42 @@ def chunk_rows(logits: Tensor, columns: Columns | None = None) -> int:
 
 
 def chunk_losses_(
-    logits: Tensor, targets: Tensor, options: LossOptions, columns: Columns | None = None, *, with_gradient: bool
+    logits: Tensor,
+    targets: Tensor,
+    options: LossOptions,
+    columns: Columns | None = None,
+    coefficients: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> RowLosses:
-    """The module's equations with w = 1, for logits [M, V] and targets [M]; float32 logits are overwritten, and the
-    gradient lies there. A row whose target is no id is NaN. columns: which they are; None for all."""
+    """The module's equations with w = 1, for logits [M, V] and targets [M]. A row whose target is no id is NaN.
+
+    Args:
+        columns: which they are; None for all.
+        coefficients: [M], for the gradient of sum_m coefficients_m loss_m; None for no gradient.
+        out: [M, V], overwritten, where the gradient lies; None for the logits, where they are float32 or float64.
+    """
     columns = Columns.whole(logits.shape[-1]) if columns is None else columns
     label_smoothing, excluded = options.label_smoothing, columns.place(options.exclude_id)
     num_allowed = columns.num_tokens - (options.exclude_id is not None)
-    target, is_here = columns.local(targets[:, None])
+    target, is_here, is_id = _places(targets[:, None], columns)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    out = z if out is None else out
     if columns.width == 0:  # stands for none, and is left out
         z, excluded = z.new_zeros(len(z), 1), 0
+        out = z
     slope = None
     if options.softcap is not None:
-        z = z.div_(options.softcap).tanh_()
-        slope = (1.0 - z) * (1.0 + z) if with_gradient else None  # 1 - z^2 would cancel near 1
+        z = torch.div(z, options.softcap, out=out).tanh_()
+        slope = (1.0 - z) * (1.0 + z) if coefficients is not None else None  # 1 - z^2 would cancel near 1
         z *= options.softcap
     if excluded is not None:
+        z = z if z is out else out.copy_(z)
         z[:, excluded] = -torch.inf
     z_max = columns.largest(z.amax(dim=-1, keepdim=True))
-    z_target = z.gather(-1, target).where(is_here, 0.0)
-    correct = torch.zeros_like(is_here)
+    z_target = _where(z.gather(-1, target), is_here, 0.0)
+    largest_ids = None
     if options.with_correct:
-        correct = columns.argmax(z) == targets[:, None]
+        largest_ids = first_largest(z) if columns.group is None else columns.argmax(z)
 
     gaps = []
     if label_smoothing > 0.0:
@@ -84,37 +98,46 @@ def chunk_losses_(
     # e is exp(z - z_max), or all of a row a unit times as much: what the fused softmax's own sum has missed is in the
     # total, by which e is divided.
     if columns.group is None:
-        e = torch.softmax(z, dim=-1, out=z)
+        e = torch.softmax(z, dim=-1, out=out)
         unit = e.amax(dim=-1, keepdim=True)
     else:
-        e, unit = z.sub_(z_max).exp_(), torch.ones_like(z_max)
-    others = e.scatter_(-1, target, e.gather(-1, target).where(~is_here, 0.0)).sum(dim=-1, keepdim=True)
-    others, z_target, *gaps = columns.totals(others, z_target, *gaps)
-    z_target = z_target.where(columns.has(targets[:, None]), torch.nan)
-    e_target = unit * (z_target - z_max).exp()
+        e, unit = torch.sub(z, z_max, out=out).exp_(), torch.ones_like(z_max)
+    e = e.scatter_(-1, target, 0.0 if is_here is None else e.gather(-1, target).where(~is_here, 0.0))
+    others, z_target, *gaps = columns.totals(e.sum(dim=-1, keepdim=True), z_target, *gaps)
+    gap_of_target = _where(z_target, is_id, torch.nan) - z_max
+    e_target = unit * gap_of_target.exp()
     total = others + e_target
 
-    correct &= ~total.isnan()
     log_total = (total / unit).log()
-    lse = z_max + log_total
     ratio = others / e_target
-    nll = torch.where(ratio <= 0.5, ratio.log1p(), z_max - z_target + log_total)
+    nll = torch.where(ratio <= 0.5, ratio.log1p(), log_total - gap_of_target)
     loss = nll
     if label_smoothing > 0.0:
         loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_total - gaps[0] / num_allowed)
+    by_lse: Tensor | float = 0.0  # what z-loss grows by with L
     if options.z_loss > 0.0:
-        loss = loss + options.z_loss * lse.square()
+        lse = z_max + log_total
+        loss, by_lse = loss + options.z_loss * lse.square(), 2.0 * options.z_loss * lse
+    if largest_ids is None:
+        correct = torch.zeros_like(target, dtype=torch.bool)
+    else:
+        correct = (largest_ids == targets[:, None]) & ~total.isnan()
 
     gradient = None
-    if with_gradient:
-        by_lse = 2.0 * options.z_loss * lse  # what z-loss grows by with L
-        gradient = e.mul_((1.0 + by_lse) / total)
+    if coefficients is not None:
+        c = coefficients[:, None]
+        over_total = c / total
+        at_target = (label_smoothing - 1.0) * over_total * others
         if label_smoothing > 0.0:
-            gradient -= label_smoothing / num_allowed
-        p_target = e_target / total
-        at_target = (1.0 - label_smoothing) * -others / total + label_smoothing * (p_target - 1.0 / num_allowed)
-        at_target += by_lse * p_target
-        gradient.scatter_(-1, target, at_target.where(is_here, gradient.gather(-1, target)))
+            at_target += label_smoothing * (over_total * e_target - c / num_allowed)
+        if options.z_loss > 0.0:
+            at_target += by_lse * over_total * e_target
+        gradient = e.mul_((1.0 + by_lse) * over_total if options.z_loss > 0.0 else over_total)
+        if label_smoothing > 0.0:
+            gradient -= label_smoothing / num_allowed * c
+        gradient.scatter_(
+            -1, target, at_target if is_here is None else at_target.where(is_here, gradient.gather(-1, target))
+        )
         if slope is not None:
             gradient *= slope
         if excluded is not None:
@@ -123,8 +146,24 @@ def chunk_losses_(
     return RowLosses(loss.squeeze(-1), nll.squeeze(-1), correct.squeeze(-1), gradient)
 
 
+def _places(targets: Tensor, columns: Columns) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The columns here of targets [M, 1], int64; which are here, and which are ids at all, None for all of them."""
+    if columns.group is None and len(targets) > 0 and is_readable(targets):
+        least, largest = targets.aminmax()
+        if least.item() >= 0 and largest.item() < columns.num_tokens:
+            return targets.long(), None, None
+    return *columns.local(targets), columns.has(targets)
+
+
+def _where(values: Tensor, condition: Tensor | None, otherwise: float) -> Tensor:
+    """The values where a condition holds; None for everywhere."""
+    return values if condition is None else values.where(condition, otherwise)
+
+
 def joined(parts: list[RowLosses]) -> RowLosses:
     """The losses of some rows after those of others; no gradients."""
+    if len(parts) == 1:
+        return parts[0]._replace(gradient=None)
     losses, nlls, corrects, _ = zip(*parts, strict=True)
     return RowLosses(torch.cat(losses), torch.cat(nlls), torch.cat(corrects))
 
@@ -132,8 +171,8 @@ def joined(parts: list[RowLosses]) -> RowLosses:
 class _MaskedRows(torch.autograd.Function):
     """coefficients_m * loss_m over the rows ``indices`` [M] of logits [R, V]: their sum where is_reduced, else [M].
 
-    A row is read once, in forward, where its gradient takes the place of its copy; of 16 bits, whose gradient would
-    underflow before a loss scale arrives, again in backward.
+    A row is read once, in forward, where its gradient is formed too. One of 16 bits, whose gradient would underflow
+    before a loss scale arrives, is read again in backward.
     """
 
     @staticmethod
@@ -150,7 +189,8 @@ class _MaskedRows(torch.autograd.Function):
         with_grad: bool,
     ) -> Any:
         in_forward = with_grad and ctx.needs_input_grad[0] and logits.dtype == coefficients.dtype
-        out = _pass(logits, targets, indices, coefficients, options, columns, with_gradient=in_forward)
+        rows = (len(logits) if is_reduced and not inplace_grad else len(indices)) if in_forward else None
+        out = _pass(logits, targets, indices, coefficients, options, columns, rows)
         ctx.save_for_backward(logits, targets, indices, coefficients, out.gradient)
         ctx.options, ctx.inplace_grad, ctx.columns = options, inplace_grad, columns
         ctx.mark_non_differentiable(out.nll, out.correct)
@@ -163,11 +203,11 @@ class _MaskedRows(torch.autograd.Function):
         logits, targets, indices, coefficients, gradient = ctx.saved_tensors
         if gradient is None:
             options = ctx.options._replace(with_correct=False)
-            out = _pass(logits, targets, indices, coefficients * grad, options, ctx.columns, with_gradient=True)
-            gradient = out.gradient
+            coefficients = coefficients * grad
+            gradient = _pass(logits, targets, indices, coefficients, options, ctx.columns, len(indices)).gradient
         else:
             gradient = scaled(gradient, grad)
-        if ctx.inplace_grad or len(indices) < len(logits):
+        if ctx.inplace_grad or len(gradient) < len(logits):
             place = logits.detach().zero_() if ctx.inplace_grad else torch.zeros_like(logits)
             gradient = place.index_copy_(0, indices, gradient)
         return gradient, *[None] * 8
@@ -180,20 +220,35 @@ def _pass(
     coefficients: Tensor,
     options: LossOptions,
     columns: Columns | None,
-    *,
-    with_gradient: bool,
+    gradient_rows: int | None,
 ) -> RowLosses:
-    """Losses of the rows, unweighted, and the gradient [M, V] of sum_m coefficients_m loss_m where asked for."""
-    size = chunk_rows(logits, columns)
-    parts, losses = indices.split(size), []
-    gradient = logits.new_empty(len(indices), logits.shape[-1]) if with_gradient else None
-    places = [None] * len(parts) if gradient is None else gradient.split(size)
-    for part, c, place in zip(parts, coefficients.split(size), places, strict=True):
-        rows = torch.index_select(logits, 0, part, out=place)
-        out = chunk_losses_(rows, targets[part], options, columns, with_gradient=with_gradient)
-        losses.append(out._replace(gradient=None))
-        if out.gradient is not None:
-            rows.copy_(out.gradient.mul_(c[:, None]))
+    """Losses of the M rows, unweighted, and the gradient of sum_m coefficients_m loss_m: [R, V] or [M, V], as many
+    rows as are asked for; None for none."""
+    size, takes_all = chunk_rows(logits, columns), len(indices) == len(logits)
+    is_exact = logits.dtype == coefficients.dtype
+    is_spread = gradient_rows is not None and gradient_rows > len(indices)
+    gradient = None
+    if gradient_rows is not None:
+        gradient = torch.zeros_like(logits) if is_spread else logits.new_empty(len(indices), logits.shape[-1])
+    losses = []
+    for first in range(0, max(1, len(indices)), size):
+        chunk = slice(first, first + size)
+        part, place = indices[chunk], None
+        if gradient is not None and is_exact and not is_spread:
+            place = gradient[chunk]
+        if takes_all and place is not None:
+            rows = logits[chunk]
+        else:
+            rows, place = torch.index_select(logits, 0, part, out=place), None
+        c = None if gradient is None else coefficients[chunk]
+        found = chunk_losses_(rows, targets.index_select(0, part), options, columns, c, place)
+        losses.append(found._replace(gradient=None))
+        if gradient is None or found.gradient is None:
+            continue
+        if is_spread:
+            gradient.index_copy_(0, part, found.gradient)
+        elif not is_exact:
+            gradient[chunk] = found.gradient
     return joined(losses)._replace(gradient=gradient)
 
 
@@ -259,12 +314,16 @@ def mean_denominator(indices: Tensor, reduction: Reduction) -> Tensor | float:
 
 def coefficients_of(rows: LossRows, indices: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
     """What the loss of each row that counts is multiplied by, [M]."""
-    found = indices.new_ones(len(indices), dtype=dtype)
+    denominator = mean_denominator(indices, reduction) if reduction.kind == "mean" else 1
     if rows.weights is not None:
-        found = rows.weights.flatten()[indices].to(dtype)
-    return found / mean_denominator(indices, reduction) if reduction.kind == "mean" else found
+        return rows.weights.flatten()[indices].to(dtype) / denominator
+    if isinstance(denominator, Tensor):
+        return torch.ones_like(indices, dtype=dtype) / denominator
+    return torch.full_like(indices, 1.0 / denominator, dtype=dtype)
 
 
 def scatter_rows(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     """values [M] at flat positions indices [M] of a zero tensor of that shape."""
-    return values.new_zeros(shape.numel()).index_put((indices,), values).view(shape)
+    if len(indices) == shape.numel():  # in order
+        return values.view(shape)
+    return values.new_zeros(shape.numel()).index_copy_(0, indices, values).view(shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmask._devices import is_readable
 from fastmask._streams import STEP_BITS
+from fastmask.reference import _philox_in_numpy
 
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
@@ -60,14 +61,14 @@ def draw(
         stream, step: which stream, and the step within it (below 2**24).
         sample, position, element: int64 tensors or ints, the counter's coordinates.
     """
-    if is_readable(seed) and not any(isinstance(c, Tensor) for c in (element, position, sample)):
-        words = _of_numbers((element, position, sample, (stream << STEP_BITS) | step), int(seed))
-        return tuple(seed.new_full((), word) for word in words)  # type: ignore[return-value]
+    counter = element, position, sample, (stream << STEP_BITS) | step
+    tensors = [c for c in counter if isinstance(c, Tensor)]
+    if is_readable(seed) and not tensors:
+        return tuple(seed.new_full((), word) for word in _of_numbers(counter, int(seed)))  # type: ignore[return-value]
+    if all(map(is_readable, (seed, *tensors))) and _philox_in_numpy.takes(*tensors):
+        return _philox_in_numpy.philox4x32(counter, seed)  # type: ignore[return-value]
     # Numbers are filled in on the device: copying them there would wait for it.
-    element, position, sample, c3 = (
-        (c if isinstance(c, Tensor) else seed.new_full((), c)) & _WORD
-        for c in (element, position, sample, (stream << STEP_BITS) | step)
-    )
+    element, position, sample, c3 = ((c if isinstance(c, Tensor) else seed.new_full((), c)) & _WORD for c in counter)
     return philox4x32(element, position, sample, c3, seed & _WORD, (seed >> 32) & _WORD)
 
 
@@ -97,6 +98,8 @@ def exponential(high: Tensor, low: Tensor) -> Tensor:
 
     Above one half, 1 - v is formed from the complemented bits: both tails are as deep as 64 bits allow.
     """
+    if is_readable(high) and is_readable(low) and _philox_in_numpy.takes(high, low):
+        return _philox_in_numpy.exponential(high, low)
     v = _unit_interval(high, low)
     complement = _unit_interval(high ^ _WORD, low ^ _WORD)
     return torch.where(v < 0.5, -torch.log1p(-v), -torch.log(complement))

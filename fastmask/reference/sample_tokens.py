@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from fastmask import _streams as streams
 from fastmask.records import Draws, LinearLogits, PerSequence, Sampled, SampledRows, Sampling
 from fastmask.reference import philox
-from fastmask.reference.vocabulary_filter import exact, thresholds
+from fastmask.reference.vocabulary_filter import exact, first_largest, known_to_hold, thresholds
 
 # Logits held at once, as many as were fastest on a CPU.
 _CHUNK_ELEMENTS = 2**22
@@ -56,10 +57,13 @@ def sample_tokens(
     left to the matrix product (BLAS), which may round by a row's place and the batch's size.
     """
     if isinstance(logits, LinearLogits):
-        chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // len(logits.weight))
+        num_tokens = len(logits.weight)
+        chunk = max(HEAD_CHUNK_ROWS, _CHUNK_ELEMENTS // _padded(num_tokens))
     else:
-        chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
-    return by_chunks(logits, rows, draws, sampling, kept_ids, out, per_sequence, chunk, _sample_chunk_)
+        num_tokens = logits.shape[-1]
+        chunk = max(1, _CHUNK_ELEMENTS // _padded(num_tokens))
+    run = partial(_sample_chunk_, num_tokens=num_tokens)
+    return by_chunks(logits, rows, draws, sampling, kept_ids, out, per_sequence, chunk, run)
 
 
 def by_chunks(
@@ -86,10 +90,23 @@ def by_chunks(
 
 
 def _logits_of(rows: SampledRows, logits: Tensor | LinearLogits, part: slice) -> Tensor:
-    """The logits of some of the rows [M, V] float32, which may be written to."""
+    """The logits of some of the rows [M, V] float32, filled up with -inf, which may be written to."""
     if isinstance(logits, LinearLogits):
-        return logits.of_rows(rows.of(logits.embeddings, part)).float()
-    return rows.of(logits, part).to(torch.float32, copy=rows.is_compact)  # indexing has made a copy
+        z, is_copy = logits.of_rows(rows.of(logits.embeddings, part)), True
+    else:
+        z, is_copy = rows.of(logits, part), not rows.is_compact  # indexing has made one
+    num_tokens = z.shape[-1]
+    if _padded(num_tokens) == num_tokens:
+        return z.to(torch.float32, copy=not is_copy)
+    padded = z.new_empty(len(z), _padded(num_tokens), dtype=torch.float32)
+    padded[:, :num_tokens] = z
+    padded[:, num_tokens:] = -torch.inf
+    return padded
+
+
+def _padded(num_tokens: int) -> int:
+    """In how many columns so many logits lie: beyond one sub-tile in whole ones."""
+    return num_tokens + (-num_tokens % streams.SUB_TILE if num_tokens > streams.SUB_TILE else 0)
 
 
 def _written(sampled: Sampled, rows: SampledRows, out: Sampled) -> Sampled:
@@ -104,7 +121,8 @@ def _written(sampled: Sampled, rows: SampledRows, out: Sampled) -> Sampled:
 
 def _joined(parts: Sequence[Iterable[Tensor | None]]) -> Iterator[Any]:
     """Each field of the parts, their rows together; None where there is none."""
-    return (None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+    for first, *others in zip(*parts, strict=True):
+        yield torch.cat([first, *others]) if others and first is not None else first
 
 
 class Options(NamedTuple):
@@ -172,61 +190,70 @@ class _Figures(NamedTuple):
     """What is known of rows of logits before a race.
 
     is_valid: [M, 1] bool, whether the largest logit is finite. largest_ids: [M, 1] int64, its id, of those that tie
-    the lowest. log_totals: [M, 1] float32, log sum exp(z - max z). sub_tiles: [M, S] float32, the heated law's share
-    of each, None where nothing races. margins, entropies: [M, 1] float32, None where not asked for.
+    the lowest. log_totals: [M, 1] float32, log sum exp(z - max z). shares: [M, S] float32, the heated law's share of
+    each sub-tile, [M, V] where one holds all ids; None where nothing races. margins, entropies: [M, 1] float32, None
+    where not asked for.
     """
 
     is_valid: Tensor
     largest_ids: Tensor
     log_totals: Tensor
-    sub_tiles: Tensor | None
+    shares: Tensor | None
     margins: Tensor | None
     entropies: Tensor | None
 
 
-def _sample_chunk_(z: Tensor, rows: SampledRows, draws: Draws, options: Options, kept_ids: Tensor | None) -> Sampled:
-    """Of logits z [M, V] float32, which are filtered in place."""
-    is_whole = z.device.type != "cpu" or torch.compiler.is_compiling()
-    parts = [(z[part], options.part(part)) for part in ([slice(None)] if is_whole else _blocks(z))]
-    blocks = [_figures(part, _filter_(part, own), own) for part, own in parts]
-    is_valid, ids, log_totals, sub_tiles, margins, entropies = _joined(blocks)
-    if sub_tiles is not None:
-        raced = _race(z, sub_tiles, options.heat, rows, draws)
+def _sample_chunk_(
+    z: Tensor, rows: SampledRows, draws: Draws, options: Options, kept_ids: Tensor | None, *, num_tokens: int
+) -> Sampled:
+    """Of logits z as :func:`_logits_of` gives them, which are filtered in place."""
+    blocks = [_figures(z[part], options.part(part)) for part in _blocks(z)]
+    is_valid, ids, log_totals, shares, margins, entropies = _joined(blocks)
+    if shares is not None:
+        raced = _race(z, shares, options.heat, Race.of(rows, draws))
         ids = ids.where(options.is_greedy, raced) if isinstance(options.is_greedy, Tensor) else raced
-    ids = ids.where(is_valid, lowest_allowed(options.sampling, z.shape[-1]))
-    if kept_ids is not None:
-        ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
-
     is_row = rows.row_indices[:, None] >= 0
-    is_id = ids < z.shape[-1]
-    log_probs = (z.gather(-1, ids.where(is_id, 0)) - log_totals).where(is_id, torch.nan)
+    is_sound = known_to_hold(is_valid & is_row)
+    if not is_sound:
+        ids = ids.where(is_valid, lowest_allowed(options.sampling, num_tokens))
+    if kept_ids is None:
+        log_probs = z.gather(-1, ids) - log_totals
+    else:
+        ids = torch.where(kept_ids[:, None] >= 0, kept_ids[:, None], ids)
+        is_id = ids < num_tokens
+        log_probs = (z.gather(-1, ids.where(is_id, 0)) - log_totals).where(is_id, torch.nan)
+
     figures: list[Any] = [log_probs, margins, entropies]
-    figures = [None if x is None else x.where(is_valid, torch.nan).where(is_row, 0.0).squeeze(-1) for x in figures]
-    return Sampled(ids.where(is_row, -1).squeeze(-1), *figures)
+    if not is_sound:
+        ids = ids.where(is_row, -1)
+        figures = [None if x is None else x.where(is_valid, torch.nan).where(is_row, 0.0) for x in figures]
+    return Sampled(*(None if x is None else x.squeeze(-1) for x in (ids, *figures)))  # type: ignore[arg-type]
 
 
 def _blocks(z: Tensor) -> Sequence[slice]:
     """As many rows of a chunk as are worked on at once, for a CPU's caches."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
     rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // z.shape[-1])
     return [slice(first, first + rows) for first in range(0, max(1, len(z)), rows)]
 
 
-def _filter_(z: Tensor, options: Options) -> Tensor:
+def _filter_(z: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Leaves in z [M, V] what may be sampled, less the row's largest and over the figures' temperature, else -inf;
-    whether the row has a law, [M, 1]."""
+    whether the row has a law, and the id of its largest, [M, 1] each."""
     sampling = options.sampling
     if sampling.mask_id is not None:
         z[:, sampling.mask_id] = -torch.inf
     if sampling.forbidden is not None:
-        z.masked_fill_(sampling.forbidden, -torch.inf)
-    largest = z.amax(dim=-1, keepdim=True)
+        z[:, : len(sampling.forbidden)].masked_fill_(sampling.forbidden, -torch.inf)
+    largest_ids = first_largest(z)
+    largest = z.gather(-1, largest_ids)
     is_valid = largest.isfinite() if options.is_lawful is None else largest.isfinite() & options.is_lawful
-    if options.keeps_one is not False:  # of those that tie the first alone
-        first = z.argmax(dim=-1, keepdim=True)
-        if options.keeps_one is True:
-            z.fill_(-torch.inf).scatter_(-1, first, 0.0)
-            return is_valid
-        z.masked_fill_(options.keeps_one.expand_as(z).scatter(-1, first, False), -torch.inf)
+    if options.keeps_one is True:
+        z.fill_(-torch.inf).scatter_(-1, largest_ids, 0.0)
+        return is_valid, largest_ids
+    if isinstance(options.keeps_one, Tensor):
+        z.masked_fill_(options.keeps_one.expand_as(z).scatter(-1, largest_ids, False), -torch.inf)
     temperature = options.figures_at
     threshold = thresholds(z, options.top_k, options.min_p, options.top_p, temperature)
     stays = None if threshold is None else torch.ge(z, threshold, out=torch.empty_like(z))
@@ -235,30 +262,35 @@ def _filter_(z: Tensor, options: Options) -> Tensor:
         torch.minimum(z, F.threshold(stays, 0.5, -torch.inf, inplace=True), out=z)
     if not is_one(temperature):
         z.mul_(over(temperature))
-    return is_valid
+    return is_valid, largest_ids
 
 
-def _figures(z: Tensor, is_valid: Tensor, options: Options) -> _Figures:
-    """Of z [M, V] as :func:`_filter_` leaves it."""
-    missing = -z.shape[-1] % streams.SUB_TILE
-    z = F.pad(z, (0, missing), value=-torch.inf) if missing else z
+def _figures(z: Tensor, options: Options) -> _Figures:
+    """Of logits z, which are filtered in place."""
+    is_valid, largest_ids = _filter_(z, options)
     law = z.softmax(dim=-1)
-    sub_tiles = None
-    if options.is_greedy is not True:
-        sub_tiles = sub_tiles_of(law if is_one(options.heat) else heated(z, options.heat))
+    races, is_short = options.is_greedy is not True, z.shape[-1] <= streams.SUB_TILE
+    shares = None
+    if races and is_one(options.heat):
+        shares = law.clone() if is_short else sub_tiles_of(law)
     energy = _sum(law * z.clamp(min=-1e30)) if options.sampling.with_entropy else None  # 0 times infinity is NaN
-    # Summed without the largest's own 1, which would round them away.
-    largest_ids = z.argmax(dim=-1, keepdim=True)
     p_largest = law.gather(-1, largest_ids)
+    # Summed without the largest's own 1, which would round them away.
     others = _sum(law.scatter_(-1, largest_ids, 0.0)) / p_largest
     log_totals = others.log1p()
+    if races and shares is None:
+        shares = heated(z, options.heat, law)
+        shares = shares if is_short else sub_tiles_of(shares)
+    margins = None
+    if options.sampling.with_margin:
+        second = z.scatter(-1, largest_ids, -torch.inf).amax(dim=-1, keepdim=True)
+        margins = -torch.expm1(second) / (1.0 + others)  # 1 where nothing else stays
     return _Figures(
         is_valid,
         largest_ids,
         log_totals,
-        sub_tiles,
-        # 1 - exp(second largest): 1 where nothing else stays.
-        -torch.expm1(z.topk(2, dim=-1).values[:, 1:]) / (1.0 + others) if options.sampling.with_margin else None,
+        shares,
+        margins,
         None if energy is None else (log_totals - energy).clamp(min=0.0),
     )
 
@@ -269,8 +301,8 @@ def sub_tiles_of(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """The sum of each row of x [M, 64 S], [M, 1]: by sub-tiles, since a CPU splits a row that is alone."""
-    return sub_tiles_of(x).sum(dim=-1, keepdim=True)
+    """The sum of each row of x [M, V], [M, 1]: by sub-tiles, since a CPU splits a row that is alone."""
+    return (x if x.shape[-1] <= streams.SUB_TILE else sub_tiles_of(x)).sum(dim=-1, keepdim=True)
 
 
 def lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
@@ -283,9 +315,10 @@ def lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
     return excluded.argmin()
 
 
-def heated(z: Tensor, temperature: float | Tensor) -> Tensor:
+def heated(z: Tensor, temperature: float | Tensor, out: Tensor | None = None) -> Tensor:
     """softmax(z / temperature), [M, V], of z <= 0. Of what a CPU has, softmax alone rounds by nothing but the row."""
-    return (z * over(temperature)).softmax(dim=-1)
+    law = torch.mul(z, over(temperature), out=out)
+    return torch.softmax(law, dim=-1, out=law)
 
 
 def over(temperature: float | Tensor) -> float | Tensor:
@@ -301,52 +334,66 @@ def is_one(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) and temperature == 1.0
 
 
-def _race(z: Tensor, sub_tiles: Tensor, temperature: float | Tensor, rows: SampledRows, draws: Draws) -> Tensor:
-    """Ids [M, 1] of z [M, V], by their heated law, of which sub_tiles [M, S] are sums."""
-    per_tile = min(streams.TILE // streams.SUB_TILE, sub_tiles.shape[-1])
-    sub_tiles = F.pad(sub_tiles, (0, -sub_tiles.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))
-    tile = _winner(sub_tiles.sum(dim=-1), streams.TILE_RACE, rows, draws, torch.zeros_like(rows.row_indices))
-    return race_in_tile(z, sub_tiles, tile, temperature, rows, draws)
+class Race(NamedTuple):
+    """Which random numbers M rows draw.
+
+    sample, position: [M, 1] int64, coordinates of their counters.
+    """
+
+    draws: Draws
+    sample: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(cls, rows: SampledRows, draws: Draws) -> Race:
+        """Of rows, each of its own position."""
+        row_indices = rows.row_indices[:, None]
+        return cls(draws, row_indices // rows.seq_len + draws.sample_offset, row_indices % rows.seq_len)
+
+    def keys(self, weights: Tensor, stream: int, first: Tensor | None) -> Tensor:
+        """weights_i / E_i, [M, G], of counters that start at ``first`` [M, 1], None for 0; the largest wins."""
+        element = torch.arange(weights.shape[-1], device=weights.device)
+        high, low, _, _ = philox.draw(
+            self.draws.seed,
+            stream,
+            self.draws.step,
+            sample=self.sample,
+            position=self.position,
+            element=element if first is None else element + first,
+        )
+        return weights / philox.exponential(high, low)
+
+    def winner(self, weights: Tensor, stream: int, first: Tensor | None) -> Tensor:
+        """argmax_i weights_i / E_i, [M, 1]."""
+        if weights.shape[-1] == 1:
+            return torch.zeros_like(self.sample)
+        return first_largest(self.keys(weights, stream, first))
+
+
+def _race(z: Tensor, shares: Tensor, temperature: float | Tensor, race: Race) -> Tensor:
+    """Ids [M, 1] of z [M, V], by the shares of its heated law; see ``_Figures``."""
+    if z.shape[-1] <= streams.SUB_TILE:
+        return race.winner(shares, streams.ELEMENT_RACE, None)
+    per_tile = streams.TILE // streams.SUB_TILE
+    if shares.shape[-1] <= per_tile:
+        return race_in_tile(z, shares[:, None], None, temperature, race)
+    sub_tiles = F.pad(shares, (0, -shares.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))
+    tile = race.winner(sub_tiles.sum(dim=-1), streams.TILE_RACE, None)
+    return race_in_tile(z, sub_tiles, tile, temperature, race)
 
 
 def race_in_tile(
-    z: Tensor,
-    sub_tiles: Tensor,
-    tile: Tensor,
-    temperature: float | Tensor,
-    rows: SampledRows,
-    draws: Draws,
-    first_tile: int = 0,
+    z: Tensor, sub_tiles: Tensor, tile: Tensor | None, temperature: float | Tensor, race: Race, first_tile: int = 0
 ) -> Tensor:
-    """Ids [M, 1] by the sub-tiles [M, tiles, sub-tiles] of each row's tile [M], and then its ids; the first tile that
-    there is of z [M, V] is the vocabulary's first_tile."""
-    row, per_tile = torch.arange(len(z), device=z.device), sub_tiles.shape[-1]
-    first, offset = tile * per_tile, first_tile * streams.TILE // streams.SUB_TILE
-    sub_tile = first + _winner(sub_tiles[row, tile], streams.SUB_TILE_RACE, rows, draws, first + offset)
-    first, offset = sub_tile * streams.SUB_TILE, first_tile * streams.TILE
-    ids = first[:, None] + torch.arange(streams.SUB_TILE, device=z.device)
-    is_id = ids < z.shape[-1]
-    z = z.gather(-1, ids.where(is_id, 0)).where(is_id, -torch.inf)
-    first = first + offset
-    return (first + _winner(heated(z, temperature), streams.ELEMENT_RACE, rows, draws, first))[:, None]
-
-
-def _winner(weights: Tensor, stream: int, rows: SampledRows, draws: Draws, first: Tensor) -> Tensor:
-    """argmax_i weights_i / E_i, [M], over weights [M, G] whose counters start at ``first`` [M]."""
-    if weights.shape[-1] == 1:
-        return torch.zeros_like(first)
-    return race_keys(weights, stream, rows, draws, first).argmax(dim=-1)
-
-
-def race_keys(weights: Tensor, stream: int, rows: SampledRows, draws: Draws, first: Tensor) -> Tensor:
-    """weights_i / E_i, [M, G]; the largest wins."""
-    element = first[:, None] + torch.arange(weights.shape[-1], device=weights.device)
-    high, low, _, _ = philox.draw(
-        draws.seed,
-        stream,
-        draws.step,
-        sample=(rows.row_indices // rows.seq_len + draws.sample_offset)[:, None],
-        position=(rows.row_indices % rows.seq_len)[:, None],
-        element=element,
-    )
-    return weights / philox.exponential(high, low)
+    """Ids [M, 1] by the sub-tiles [M, tiles, sub-tiles] of each row's tile [M, 1], None for the only one, and then
+    its ids; the first tile that there is of z [M, V] is the vocabulary's first_tile."""
+    row, per_tile = torch.arange(len(z), device=z.device)[:, None], sub_tiles.shape[-1]
+    first = first_tile * per_tile
+    if tile is None:
+        sub_tile = race.winner(sub_tiles[:, 0], streams.SUB_TILE_RACE, None)
+    else:
+        sub_tile = tile * per_tile
+        sub_tile = sub_tile + race.winner(sub_tiles[row, tile][:, 0], streams.SUB_TILE_RACE, sub_tile + first)
+    z = z.unflatten(-1, (-1, streams.SUB_TILE))[row, sub_tile][:, 0]
+    ids = (sub_tile + first) * streams.SUB_TILE
+    return ids + race.winner(heated(z, temperature), streams.ELEMENT_RACE, ids)

@@ -19,12 +19,12 @@ from fastmask import _streams as streams
 from fastmask.records import Draws, LinearLogits, PerSequence, Sampled, SampledRows, Sampling
 from fastmask.reference.sample_tokens import (
     Options,
+    Race,
     by_chunks,
     is_one,
     lowest_allowed,
     over,
     race_in_tile,
-    race_keys,
     sub_tiles_of,
 )
 from fastmask.reference.vocabulary_filter import exact
@@ -53,16 +53,15 @@ def sample_tokens(
 def _sample_chunk_(
     z: Tensor, rows: SampledRows, draws: Draws, options: Options, kept_ids: Tensor | None, *, columns: Columns
 ) -> Sampled:
-    """Of logits z [M, width] float32."""
+    """Of logits z [M, width] float32, behind which -inf may lie."""
     sampling = options.sampling
-    missing = -columns.width % streams.SUB_TILE if columns.width else streams.SUB_TILE
-    z = F.pad(z, (0, missing), value=-torch.inf)
+    z = F.pad(z, (0, -z.shape[-1] % streams.SUB_TILE if columns.width else streams.SUB_TILE), value=-torch.inf)
     mask = columns.place(sampling.mask_id)
     if mask is not None:
         z[:, mask] = -torch.inf
     if sampling.forbidden is not None:
         here = sampling.forbidden[columns.first : columns.first + columns.width]
-        z.masked_fill_(F.pad(here, (0, missing), value=True), -torch.inf)
+        z.masked_fill_(F.pad(here, (0, z.shape[-1] - len(here)), value=True), -torch.inf)
 
     first = z.argmax(dim=-1, keepdim=True)
     maxima, ids = columns.gathered(z.gather(-1, first), first + columns.first)
@@ -115,11 +114,10 @@ def _race(z: Tensor, options: Options, rows: SampledRows, draws: Draws, columns:
     weights = (z if is_one(options.heat) else z * over(options.heat)).exp()
     sub_tiles, per_tile = sub_tiles_of(weights), streams.TILE // streams.SUB_TILE
     sub_tiles = F.pad(sub_tiles, (0, -sub_tiles.shape[-1] % per_tile)).unflatten(-1, (-1, per_tile))
-    first_tile = columns.first // streams.TILE
-    start = torch.full_like(rows.row_indices, first_tile)
-    keys = race_keys(sub_tiles.sum(dim=-1), streams.TILE_RACE, rows, draws, start)
-    tile = keys.argmax(dim=-1)
-    return keys.gather(-1, tile[:, None]), race_in_tile(z, sub_tiles, tile, options.heat, rows, draws, first_tile)
+    first_tile, race = columns.first // streams.TILE, Race.of(rows, draws)
+    keys = race.keys(sub_tiles.sum(dim=-1), streams.TILE_RACE, torch.full_like(race.sample, first_tile))
+    tile = keys.argmax(dim=-1, keepdim=True)
+    return keys.gather(-1, tile), race_in_tile(z, sub_tiles, tile, options.heat, race, first_tile)
 
 
 def _filtered(z: Tensor, largest: Tensor, options: Options, columns: Columns) -> Tensor:

@@ -1,0 +1,85 @@
+"""The draws of ``fastmask/reference/philox.py``, bit for bit, where they are few and on a CPU.
+
+There each of a hundred operations takes longer to be called than to run, and numpy calls them in a third of PyTorch's
+time. Constants are arrays without dimensions: numpy converts a number at each call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import numpy as np
+except ImportError:  # torch runs without it
+    np = None  # type: ignore[assignment]
+
+# From so many counters on PyTorch shares the work among its threads.
+_MOST = 2**15
+
+if np is not None:
+    _ROUND_A, _ROUND_B = np.array(0xD2511F53, np.uint64), np.array(0xCD9E8D57, np.uint64)
+    _WORD, _HALF = np.array(0xFFFFFFFF, np.uint64), np.array(32, np.uint64)
+    _KEY_STEPS = np.arange(10, dtype=np.uint64)[:, None] * np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
+    _HIGH_UNIT, _LOW_UNIT = np.array(2.0**-32, np.float32), np.array(2.0**-64, np.float32)
+    _ONE_HALF = np.array(0.5, np.float32)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether readable tensors, which broadcast, are so few numbers that they are drawn, or transformed, here."""
+    if np is None:
+        return False
+    shape = np.broadcast(*(x.numpy() for x in tensors))
+    return bool(shape.ndim > 0 and 0 < shape.size <= _MOST)
+
+
+def philox4x32(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox on a counter of four tensors int64, or numbers, that broadcast: four words int64."""
+    multiply, xor, shift, cut = np.multiply, np.bitwise_xor, np.right_shift, np.bitwise_and
+    c0, c1, c2, c3 = (_words(c) & _WORD for c in counter)
+    key = _words(seed)
+    table = np.concatenate([key & _WORD, shift(key, _HALF)]) + _KEY_STEPS & _WORD
+    keys = [(table[number, 0, ...], table[number, 1, ...]) for number in range(10)]
+    for key_a, key_b in keys[:3]:
+        a, b = multiply(c0, _ROUND_A), multiply(c2, _ROUND_B)
+        c0, c2 = shift(b, _HALF) ^ c1 ^ key_a, shift(a, _HALF) ^ c3 ^ key_b
+        c1, c3 = cut(b, _WORD), cut(a, _WORD)
+    for key_a, key_b in keys[3:]:  # each word depends on all coordinates now, and nothing broadcasts
+        a, b = multiply(c0, _ROUND_A), multiply(c2, _ROUND_B)
+        shift(b, _HALF, c0)
+        xor(c0, c1, c0)
+        xor(c0, key_a, c0)
+        shift(a, _HALF, c2)
+        xor(c2, c3, c2)
+        xor(c2, key_b, c2)
+        c1, c3 = cut(b, _WORD, b), cut(a, _WORD, a)
+    return tuple(torch.from_numpy(c.view(np.int64)) for c in (c0, c1, c2, c3))
+
+
+def exponential(high: Tensor, low: Tensor) -> Tensor:
+    """E = -log1p(-v) of the 64-bit uniform v of two words."""
+    high, low = _words(high), _words(low)
+    v, complement = _unit_interval(high, low), _unit_interval(high ^ _WORD, low ^ _WORD)
+    is_below = v < _ONE_HALF
+    torch.from_numpy(np.negative(v, v)).log1p_()
+    torch.from_numpy(complement).log_()
+    np.copyto(complement, v, where=is_below)
+    return torch.from_numpy(np.negative(complement, complement))
+
+
+def _unit_interval(high: Any, low: Any) -> Any:
+    unit, rest = high.astype(np.float32), low.astype(np.float32)
+    np.multiply(unit, _HIGH_UNIT, unit)
+    np.add(rest, _ONE_HALF, rest)
+    np.multiply(rest, _LOW_UNIT, rest)
+    return np.add(unit, rest, unit)
+
+
+def _words(x: Tensor | int) -> Any:
+    """Numbers as unsigned ones, of one dimension at least: numpy has no arrays of none as results."""
+    if not isinstance(x, Tensor):
+        return np.array([x & 0xFFFFFFFF], np.uint64)
+    words = x.numpy().view(np.uint64)
+    return words if words.ndim else words.reshape(1)
