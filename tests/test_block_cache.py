@@ -20,11 +20,11 @@ from block_causal import (
     wrapped,
 )
 from generating import MASK, Jumping, V
+from graph_recorder import without_numpy
 from test_generate_waits import Waits, inside_the_steps, refusing_values
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmask import NonAutoregressiveWrapper
-from fastmask.reference import vocabulary_filter
 from fastmask.schedules import even_split
 
 N = 16
@@ -164,7 +164,7 @@ def test_ten_times_fewer_multiply_adds():
 
 
 def test_nothing_waits(monkeypatch):
-    monkeypatch.setattr(vocabulary_filter, "np", None)  # a short way that only a CPU has
+    without_numpy(monkeypatch)
     wrapper, mode = model(), Waits()
 
     @contextmanager

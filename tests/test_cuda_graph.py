@@ -23,13 +23,12 @@ from unittest import mock
 import pytest
 import torch
 from block_causal import BlockCausal, BothSides, wrapped
-from graph_recorder import WAITS, OnCuda, Recorder
+from graph_recorder import WAITS, OnCuda, Recorder, without_numpy
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Encoder, TransformerWrapper
 
 from fastmask import NonAutoregressiveWrapper, _cuda_graph, planning
-from fastmask.reference import vocabulary_filter
 
 V, N, MASK = 11, 16, 4
 
@@ -164,8 +163,7 @@ def graphs(monkeypatch) -> list[Recorder]:
     sync_debug = SyncDebugMode()
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", sync_debug.set)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: sync_debug.mode)
-    # What the reference does by numpy on a CPU only.
-    monkeypatch.setattr(vocabulary_filter, "np", None)
+    without_numpy(monkeypatch)
     monkeypatch.setenv("FASTMASK_BACKEND", "reference")
     return captured
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from generating import MASK, N, Small, V, prompts, wrap_small
+from graph_recorder import without_numpy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmask import NonAutoregressiveWrapper, _dispatch, functional, generation
 from fastmask._host_count import HostCount
 from fastmask.ops.sample_tokens import as_forbidden
-from fastmask.reference import _philox_in_numpy, vocabulary_filter
 
 
 class Waits(TorchDispatchMode):
@@ -40,8 +40,7 @@ class Waits(TorchDispatchMode):
 
 def assert_waits_for_nothing(monkeypatch, run) -> None:
     """Nothing that ``run()`` does brings a value to the host, nor has a shape that depends on one."""
-    for module in (vocabulary_filter, _philox_in_numpy):  # short ways that only a CPU has
-        monkeypatch.setattr(module, "np", None)
+    without_numpy(monkeypatch)
     mode = Waits()
     with mode, refusing_values(monkeypatch):
         run()
@@ -142,8 +141,7 @@ def generate_some_way(way: str, device, prompted: bool, length: int = 8) -> list
 @pytest.mark.parametrize("prompted", [False, True])
 def test_no_step_waits_for_the_device(way, prompted, device, monkeypatch, answered):
     """Nothing in the loop brings a value to the host, nor has a shape that depends on one."""
-    for module in (vocabulary_filter, _philox_in_numpy):  # short ways that only a CPU has
-        monkeypatch.setattr(module, "np", None)
+    without_numpy(monkeypatch)
     mode = Waits()
 
     @contextmanager

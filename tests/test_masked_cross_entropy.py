@@ -432,6 +432,21 @@ def test_targets_out_of_range(operation, backend, target):
     torch.testing.assert_close(out.loss[is_masked], nll[is_masked])
 
 
+def test_a_target_out_of_range_changes_no_other_row(operation, backend):
+    logits, targets, _, _ = (x.to(backend.device) for x in small())
+    logits.requires_grad_()
+    given = {"reduction": "sum", "label_smoothing": 0.1, "with_correct": True}
+    usual = operation(logits, targets, **given)
+    (expected,) = gradient(usual.loss, logits)
+    targets[0, 2] = 6
+    out = operation(logits, targets, **given)
+    (grad,) = gradient(out.loss, logits)
+    others = torch.arange(8, device=backend.device).view(2, 4) != 2
+    assert torch.equal(out.nll[others], usual.nll[others])
+    assert torch.equal(out.correct[others], usual.correct[others])
+    assert torch.equal(grad[others], expected[others])
+
+
 # ---- shapes ----
 
 
