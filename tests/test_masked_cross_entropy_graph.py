@@ -163,6 +163,26 @@ def test_the_reference_works_on_chunks(reference, needs_grad):
     assert len(large - {logits.untyped_storage().data_ptr()}) == needs_grad
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_reference_by_chunks_is_the_same(reference, monkeypatch, dtype, reduction, share):
+    """Of rows that have targets and weights of their own: several full chunks, and one that is not."""
+    logits, targets = draw(23, 40, dtype=dtype).to(reference.device), draw_targets(23, vocabulary=40)
+    is_masked, weights = torch.arange(23) % 7 < 7 * share, torch.linspace(0.5, 2.0, 23)
+    others = [x.to(reference.device) for x in (targets, is_masked, weights)]
+
+    def run():
+        z = logits.clone().requires_grad_()
+        out = functional.masked_cross_entropy(z, *others, reduction=reduction, backend="reference")
+        return out.loss.detach(), out.nll, *gradient(out.loss.sum(), z)
+
+    whole = run()
+    monkeypatch.setattr(reference.module("masked_cross_entropy"), "_CHUNK_ELEMENTS", 5 * 40)
+    for ours, expected in zip(run(), whole, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("upstream", [1.0, -3.0])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
