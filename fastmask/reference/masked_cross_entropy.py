@@ -127,7 +127,7 @@ def chunk_losses_(
     if coefficients is not None:
         c = coefficients[:, None]
         over_total = c / total
-        at_target = (label_smoothing - 1.0) * over_total * others
+        at_target = (label_smoothing - 1.0) * c * (others / total)
         if label_smoothing > 0.0:
             at_target += label_smoothing * (over_total * e_target - c / num_allowed)
         if options.z_loss > 0.0:
