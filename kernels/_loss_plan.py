@@ -9,9 +9,9 @@ import torch
 from fastmask.kernels._launch import Hardware, cdiv, next_power_of_2
 from fastmask.records import LossOptions
 
-# Columns that a thread has of a tile: as many as its registers hold beside those of the next tile, which is asked for
+# Columns that a warp has of a tile: as many as its registers hold beside those of the next tile, which is asked for
 # before; and where every element costs more (softcap, label smoothing), where what is computed takes the registers.
-_COLUMNS, _COSTLY_COLUMNS = 32, 8
+_COLUMNS, _COSTLY_COLUMNS = 1024, 256
 # As many threads as a multiprocessor's registers hold, in at most so many programs, of which some load while some
 # reduce; in fewer where the rows in flight would not fit the L2, from which the gradient reads them again.
 _THREADS, _MOST_PROGRAMS = 512, 4
@@ -20,10 +20,10 @@ MOST_REGISTERS = 65536 // _THREADS
 # Rows for each multiprocessor below which some would be idle. Of those, rows longer than this are spread over several
 # programs, by a launch more, in smaller tiles, the longest of which takes less time.
 _FEW_ROWS, _SPLIT_FROM = 1, 8192
-_SPLIT_WARPS, _SPLIT_COLUMNS = 8, 16
+_SPLIT_WARPS, _SPLIT_COLUMNS = 8, 512
 # Up to so many columns a program, one warp, does several rows: at most so many, since each thread holds some facts of
-# all of them, and so many columns a thread, of which there is no next tile.
-_SHORT, _SHORT_ROWS, _SHORT_COLUMNS, _COSTLY_SHORT_COLUMNS = 256, 8, 32, 8
+# all of them, and as many columns as above.
+_SHORT, _SHORT_ROWS = 256, 8
 
 
 class Plan(NamedTuple):
@@ -43,12 +43,12 @@ class Plan(NamedTuple):
 def plan(num_rows: int, vocabulary: int, dtype: torch.dtype, options: LossOptions, hardware: Hardware) -> Plan:
     """The launch plan of logits [num_rows, vocabulary]; the pieces are the same with and without the argmax."""
     is_costly = options.softcap is not None or options.label_smoothing != 0.0
-    if vocabulary <= _SHORT:
-        return _of_short_rows(num_rows, vocabulary, is_costly, hardware)
     columns = _COSTLY_COLUMNS if is_costly else _COLUMNS
+    if vocabulary <= _SHORT:
+        return _of_short_rows(num_rows, vocabulary, columns, hardware)
     num_multiprocessors, warp_size = hardware.num_multiprocessors, hardware.warp_size
     if num_rows < _FEW_ROWS * num_multiprocessors and vocabulary > _SPLIT_FROM:
-        block_v = _SPLIT_WARPS * warp_size * min(columns, _SPLIT_COLUMNS)
+        block_v = _SPLIT_WARPS * min(columns, _SPLIT_COLUMNS)
         num_tiles = cdiv(vocabulary, block_v)
         tiles_per_piece = cdiv(num_tiles, cdiv(_MOST_PROGRAMS * num_multiprocessors, max(1, num_rows)))
         return Plan(block_v, _SPLIT_WARPS, None, cdiv(num_tiles, tiles_per_piece), tiles_per_piece)
@@ -56,15 +56,14 @@ def plan(num_rows: int, vocabulary: int, dtype: torch.dtype, options: LossOption
     tile = next_power_of_2(max(vocabulary - 16 // dtype.itemsize + 1, warp_size))
     rows_in_l2 = hardware.l2_bytes // (num_multiprocessors * vocabulary * dtype.itemsize)
     num_programs = next(programs for programs in (_MOST_PROGRAMS, 2, 1) if programs <= max(1, rows_in_l2))
-    num_warps = min(cdiv(tile, warp_size * columns), _THREADS // (warp_size * num_programs))
-    block_v = min(tile, num_warps * warp_size * columns)
+    num_warps = min(cdiv(tile, columns), _THREADS // (warp_size * num_programs))
+    block_v = min(tile, num_warps * columns)
     return Plan(block_v, num_warps, None, 1, cdiv(vocabulary, block_v))
 
 
-def _of_short_rows(num_rows: int, vocabulary: int, is_costly: bool, hardware: Hardware) -> Plan:
+def _of_short_rows(num_rows: int, vocabulary: int, columns: int, hardware: Hardware) -> Plan:
     block_v = next_power_of_2(vocabulary)
-    columns = _COSTLY_SHORT_COLUMNS if is_costly else _SHORT_COLUMNS
-    rows = min(_SHORT_ROWS, hardware.warp_size * columns // block_v)
+    rows = min(_SHORT_ROWS, columns // block_v)
     while rows > 1 and num_rows < _FEW_ROWS * hardware.num_multiprocessors * rows:
         rows //= 2
     return Plan(block_v, 1, rows, 0, 0)
