@@ -13,7 +13,7 @@ row is reduced to the maximum and the sum of its *other* columns, which keep the
 Bytes: a masked row is read once from DRAM (its gradient reads it again, backwards, from L2, where the last use of a
 logit and the gradient itself make room first) and its gradient is written once; an unmasked row is never read, its
 gradient is zeroed. Saved for backward: the gradient if it was formed in forward, the logits and six float32 a row,
-from which any other is formed without another reduction. Rows of few columns are read once (``_short_rows.py``), and
+from which any other is formed without another reduction. Rows of few columns are read once (``_short_losses.py``), and
 reduced again where another gradient is wanted.
 """
 
@@ -33,7 +33,7 @@ from fastmask.kernels import _row_softmax as row_softmax
 from fastmask.kernels._loss_plan import MOST_REGISTERS, Plan, plan
 from fastmask.kernels._losses import is_plain, scale_, with_denominator
 from fastmask.kernels._operator import differentiable, operator
-from fastmask.kernels._short_rows import short_rows_kernel
+from fastmask.kernels._short_losses import short_rows_kernel
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
 
 
