@@ -13,8 +13,8 @@ row is reduced to the maximum and the sum of its *other* columns, which keep the
 Bytes: a masked row is read once from DRAM (its gradient reads it again, backwards, from L2, where the last use of a
 logit and the gradient itself make room first) and its gradient is written once; an unmasked row is never read, its
 gradient is zeroed. Saved for backward: the gradient if it was formed in forward, the logits and six float32 a row,
-from which any other is formed without another reduction. Rows of few columns are read once (``_short_losses.py``), and
-reduced again where another gradient is wanted.
+from which any other is formed without another reduction. Rows of few columns are read once (``_short_losses.py``),
+and reduced again where another gradient is wanted.
 """
 
 from __future__ import annotations

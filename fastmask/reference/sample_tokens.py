@@ -91,17 +91,41 @@ def by_chunks(
 
 def _logits_of(rows: SampledRows, logits: Tensor | LinearLogits, part: slice) -> Tensor:
     """The logits of some of the rows [M, V] float32, filled up with -inf, which may be written to."""
+    num_rows = len(rows.row_indices[part])
     if isinstance(logits, LinearLogits):
-        z, is_copy = logits.of_rows(rows.of(logits.embeddings, part)), True
-    else:
-        z, is_copy = rows.of(logits, part), not rows.is_compact  # indexing has made one
-    num_tokens = z.shape[-1]
-    if _padded(num_tokens) == num_tokens:
-        return z.to(torch.float32, copy=not is_copy)
-    padded = z.new_empty(len(z), _padded(num_tokens), dtype=torch.float32)
-    padded[:, :num_tokens] = z
-    padded[:, num_tokens:] = -torch.inf
+        padded, z = _room(num_rows, logits.embeddings, len(logits.weight))
+        _product(logits, rows.of(logits.embeddings, part), z)
+        return padded
+    if _padded(logits.shape[-1]) == logits.shape[-1]:
+        return rows.of(logits, part).to(torch.float32, copy=rows.is_compact)  # indexing has made a copy
+    padded, z = _room(num_rows, logits, logits.shape[-1])
+    first = part.start or 0
+    for block in _blocks(padded):  # of which no whole copy lies beside
+        few = part if block.start is None else slice(first + block.start, min(first + block.stop, first + num_rows))
+        z[block] = rows.of(logits, few)
     return padded
+
+
+def _room(num_rows: int, like: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Room for rows of logits filled up with -inf, and what of it the logits take."""
+    padded = like.new_empty(num_rows, _padded(num_tokens), dtype=torch.float32)
+    padded[:, num_tokens:] = -torch.inf
+    return padded, padded[:, :num_tokens]
+
+
+def _product(head: LinearLogits, embeddings: Tensor, out: Tensor) -> None:
+    """Writes the logits [M, V] of embeddings [M, D], where that can be without another copy of them."""
+    device = embeddings.device.type
+    is_exact = embeddings.dtype == head.weight.dtype == out.dtype and not torch.is_autocast_enabled(device)
+    if not is_exact or device != "cpu" or torch.compiler.is_compiling():
+        out.copy_(head.of_rows(embeddings))
+        return
+    x, weight = head.scaled(embeddings), head.weight.mT
+    if head.bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(head.bias, x, weight, out=out)
+    head.capped_(out)
 
 
 def _padded(num_tokens: int) -> int:
