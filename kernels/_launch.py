@@ -65,7 +65,8 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-# What Triton compiled, by kernel, device, and all that it told apart.
+# What Triton compiled, by kernel, device, and all that it told apart of arguments and options. Its knobs, such as
+# TRITON_DEBUG, count as they are at a kernel's first launch.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 

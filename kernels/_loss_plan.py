@@ -40,6 +40,13 @@ class Plan(NamedTuple):
     tiles_per_piece: int
 
 
+def pieces_of_a_row(
+    num_rows: int, vocabulary: int, dtype: torch.dtype, options: LossOptions, hardware: Hardware
+) -> int:
+    """Of the plan; of short rows told without a question about their number, which torch.compile would guard."""
+    return 0 if vocabulary <= _SHORT else plan(num_rows, vocabulary, dtype, options, hardware).num_pieces
+
+
 def plan(num_rows: int, vocabulary: int, dtype: torch.dtype, options: LossOptions, hardware: Hardware) -> Plan:
     """The launch plan of logits [num_rows, vocabulary]; the pieces are the same with and without the argmax."""
     is_costly = options.softcap is not None or options.label_smoothing != 0.0

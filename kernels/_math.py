@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from fastmask._kept import kept
+from fastmask._memoised import memoised
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LN2_HIGH = tl.constexpr(0.693145751953125)  # 16 bits: times an integer below 2^8 it is exact
@@ -25,7 +25,7 @@ def exp2(x):
     return tl.exp2(x) if _INTERPRETS else libdevice.exp2(x)
 
 
-@kept
+@memoised
 def over_temperature(temperature: float) -> float:
     """log2(e) / T: what a difference of logits is multiplied by before exp2.
 

@@ -146,7 +146,7 @@ def _is_watched(flat: Sequence[Any]) -> bool:
     for x in flat:
         kind = type(x)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if x.is_meta:
+            if x.is_meta or x.is_neg() or x._is_zerotensor():  # whose memory is not what it holds
                 return True
         elif kind not in _NO_TENSORS and isinstance(x, Tensor):
             return True

@@ -130,7 +130,7 @@ def load_target(index, targets_ptr, is_masked_ptr, weights_ptr, V):
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + index)
         counts = counts & (weight != 0.0)
-    target = tl.load(targets_ptr + index, mask=counts, other=0)
+    target = tl.load(targets_ptr + index, mask=counts, other=-1)
     return counts, weight, tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 

@@ -30,7 +30,7 @@ from fastmask._autograd import first_order_only
 from fastmask.kernels import _launch
 from fastmask.kernels import _logit_rows as logit_rows
 from fastmask.kernels import _row_softmax as row_softmax
-from fastmask.kernels._loss_plan import MOST_REGISTERS, Plan, plan
+from fastmask.kernels._loss_plan import MOST_REGISTERS, Plan, pieces_of_a_row, plan
 from fastmask.kernels._losses import is_plain, scale_, with_denominator
 from fastmask.kernels._operator import differentiable, operator
 from fastmask.kernels._short_losses import short_rows_kernel
@@ -340,7 +340,8 @@ def _fake(
     logits: Tensor, rows: LossRows, reduction: Reduction, options: LossOptions, with_gradient: bool = False, *_: Any
 ) -> RowLosses:
     num_rows = rows.targets.numel()
-    losses = _allocate(logits, num_rows, options, _plan(logits, num_rows, options).num_pieces)
+    pieces = pieces_of_a_row(num_rows, logits.shape[-1], logits.dtype, options, _launch.hardware(logits.device))
+    losses = _allocate(logits, num_rows, options, pieces)
     if reduction.kind != "none":
         losses = losses._replace(loss=losses.loss.new_empty(()))
     return losses._replace(gradient=_new_gradient(logits)) if with_gradient else losses

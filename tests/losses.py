@@ -33,8 +33,8 @@ def draw_targets(*shape, vocabulary, seed=1, dtype=torch.int64) -> torch.Tensor:
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def draw_mask(*shape, seed=2) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+def draw_mask(*shape, seed=2, share=0.5) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
 
 
 def small():

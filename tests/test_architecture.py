@@ -33,7 +33,7 @@ FLOORS = [
         "_check_data",
         "_devices",
         "_host_count",
-        "_kept",
+        "_memoised",
         "_modes",
         "_names",
         "_progress",

@@ -182,6 +182,14 @@ def test_a_short_row_costs_few_instructions(costs, many_rows, vocabulary, most_i
     assert cost.read <= 128 * rows
 
 
+@pytest.mark.parametrize("vocabulary", [33, 256])
+def test_short_rows_that_are_not_masked_are_not_read(costs, vocabulary):
+    """Not even the target's column: a sector of the mask is what a program reads."""
+    logits, targets = draw(ROWS, vocabulary, dtype=torch.bfloat16), torch.zeros(ROWS, dtype=torch.int64)
+    (cost,) = costs(F.masked_cross_entropy, logits, targets, torch.zeros(ROWS, dtype=torch.bool)).values()
+    assert cost.read <= 32 * ROWS
+
+
 def test_a_loss_without_gradient_reads_masked_rows_once(costs, many_rows):
     logits = draw(ROWS, 8192, dtype=torch.bfloat16)
     targets, is_masked = torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS) < MASKED

@@ -44,6 +44,21 @@ def test_the_graph_can_be_used_twice(linear_cross_entropy, reduction, upstreams)
         torch.testing.assert_close(other * upstreams[0], one * upstreams[1])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_backward_gave_away_may_be_written_to(linear_cross_entropy, reduction):
+    leaves, targets, is_masked = draw_case(3, 4)
+    x, w, b = leaves
+    loss = linear_cross_entropy(x, w, targets, is_masked, bias=b, reduction=reduction).loss.sum()
+    given = torch.autograd.grad(loss, leaves, retain_graph=True)
+    expected = [gradient.clone() for gradient in given]
+    for gradient in given:
+        gradient.mul_(3.0)
+    for times in (1.0, 2.0, 3.0):
+        loss.backward(retain_graph=True)
+        for leaf, gradient in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(leaf.grad, times * gradient)
+
+
 @pytest.mark.parametrize("wanted", [0, 1, 2], ids=["embeddings", "weight", "bias"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_gradient_is_the_same_without_the_others(linear_cross_entropy, reduction, wanted):

@@ -47,6 +47,36 @@ def test_the_graph_can_be_used_twice(cross_entropy):
     torch.testing.assert_close(logits.grad, 3.0 * first)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_what_backward_gave_away_may_be_written_to(operation, backend, reduction, share):
+    """By whoever got it, by autograd as it adds up a leaf's gradients, unseen behind .data: the next one is right."""
+    logits, targets = draw(6, 9).to(backend.device).requires_grad_(), draw_targets(6, vocabulary=9).to(backend.device)
+    is_masked = draw_mask(6, share=share).to(backend.device)
+    loss = operation(logits, targets, is_masked, reduction=reduction).loss.sum()
+    (given,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    expected = given.clone()
+    given.mul_(3.0)
+    assert torch.equal(torch.autograd.grad(loss, logits, retain_graph=True)[0], expected)
+    for times in (1.0, 2.0, 3.0):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(logits.grad, times * expected)
+    logits.grad.data.zero_()
+    loss.backward()
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_numbers_that_memory_holds_negated_are_read_as_they_are(operation, backend):
+    """As the imaginary part of a conjugate."""
+    logits, targets, is_masked, _ = (x if x is None else x.to(backend.device) for x in small())
+    negated = torch._neg_view(logits)
+    assert negated.is_neg()
+    for options in ({}, {"with_correct": True, "reduction": "none"}):
+        ours = operation(negated.detach().requires_grad_(), targets, is_masked, **options)
+        expected = operation((-logits).requires_grad_(), targets, is_masked, **options)
+        assert torch.equal(ours.loss, expected.loss)
+
+
 @pytest.mark.parametrize("upstream", ["constant", "requires grad"])
 def test_double_backward_raises(cross_entropy, upstream):
     """Even where the incoming gradient is a constant: a gradient penalty must not count as one silently."""

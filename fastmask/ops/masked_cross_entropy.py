@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmask import _check, _dispatch, vocabulary_parallel
 from fastmask._devices import to_device
-from fastmask._kept import kept
+from fastmask._memoised import memoised
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
 from fastmask.reference import masked_cross_entropy as reference
 
@@ -195,7 +195,7 @@ def _check_constant(name: str, value: Tensor) -> None:
         raise ValueError(f"expected {name} without gradient, received requires_grad=True; use {name}.detach()")
 
 
-@kept
+@memoised
 def check_loss_options(
     num_tokens: int,
     label_smoothing: float,

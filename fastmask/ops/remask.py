@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmask import _check, _dispatch
-from fastmask._kept import kept
+from fastmask._memoised import memoised
 from fastmask.ops.seeds import as_draws
 from fastmask.records import Draws, Remasking, RowList, Windows
 from fastmask.reference import remask as reference
@@ -314,7 +314,7 @@ def _check_not_with(given: str, **others: object) -> None:
             raise ValueError(f"expected {given} or {name}, received both; leave one out")
 
 
-@kept
+@memoised
 def _checked_remasking(
     mask_id: int,
     is_confidence: bool,

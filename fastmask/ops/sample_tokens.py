@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmask import _check, _dispatch, vocabulary_parallel
 from fastmask._devices import to_device
-from fastmask._kept import kept
+from fastmask._memoised import memoised
 from fastmask.ops.linear_masked_cross_entropy import check_head, local_head
 from fastmask.ops.masked_cross_entropy import check_softcap
 from fastmask.ops.seeds import as_draws
@@ -212,10 +212,10 @@ def _sampled_rows(
     ), shape
 
 
-Numbers: TypeAlias = "tuple[Any, Any, Any, Any]"
+_OfSampling: TypeAlias = "tuple[Any, Any, Any, Any]"
 
 
-def _numbers_and_tensors(options: Numbers) -> tuple[Numbers, PerSequence | None]:
+def _numbers_and_tensors(options: _OfSampling) -> tuple[_OfSampling, PerSequence | None]:
     """Temperature, top_k, min_p and top_p for all sequences, and what each has of its own, if anything."""
     if not any([isinstance(option, Tensor) for option in options]):
         return options, None
@@ -244,7 +244,7 @@ def _check_per_sequence(
     return rows if rows.num_places is not None else rows._replace(num_places=batch * rows.seq_len)
 
 
-@kept
+@memoised
 def _checked_sampling(
     num_ids: int,
     temperature: float,

@@ -101,7 +101,10 @@ def _added(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Te
 
 
 class _LinearRows(torch.autograd.Function):
-    """coefficients_m * loss_m over the rows: their sum where is_reduced, else [M]."""
+    """coefficients_m * loss_m over the rows: their sum where is_reduced, else [M].
+
+    Gradients of a sum are formed in forward; anew for a second backward, since the first gave them away.
+    """
 
     @staticmethod
     def forward(
@@ -116,14 +119,12 @@ class _LinearRows(torch.autograd.Function):
         by_embeddings, by_weight, by_bias, *_ = (needed and with_grad for needed in ctx.needs_input_grad)
         ctx.wanted = _Wanted(by_embeddings, by_weight, by_bias)
         # A float16 gradient formed before the loss scale arrives would underflow.
-        ctx.in_forward = is_reduced and rows.dtype != torch.float16
-        wanted = ctx.wanted if ctx.in_forward else _Wanted(False, False, False)
+        ctx.has_gradients = is_reduced and rows.dtype != torch.float16
+        wanted = ctx.wanted if ctx.has_gradients else _Wanted(False, False, False)
         out = _head_pass(LinearLogits(embeddings, weight, bias), rows, wanted)
-        if ctx.in_forward:
-            ctx.save_for_backward(rows.indices, out.by_embeddings, out.by_weight, out.by_bias)
-        else:
-            ctx.save_for_backward(embeddings, weight, bias, rows.targets, rows.indices, rows.coefficients)
-            ctx.dtype, ctx.options, ctx.columns = rows.dtype, rows.options._replace(with_correct=False), rows.columns
+        gradients = out.by_embeddings, out.by_weight, out.by_bias
+        ctx.save_for_backward(embeddings, weight, bias, rows.targets, rows.indices, rows.coefficients, *gradients)
+        ctx.dtype, ctx.options, ctx.columns = rows.dtype, rows.options._replace(with_correct=False), rows.columns
         ctx.like = embeddings.shape, embeddings.dtype, weight.dtype
         loss = out.losses.loss * rows.coefficients
         ctx.mark_non_differentiable(out.losses.nll, out.losses.correct)
@@ -132,11 +133,11 @@ class _LinearRows(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        if ctx.in_forward:
-            indices, *gradients = ctx.saved_tensors
-            by_embeddings, by_weight, by_bias = (g if g is None else scaled(g, grad) for g in gradients)
+        embeddings, weight, bias, targets, indices, coefficients, *gradients = ctx.saved_tensors
+        if ctx.has_gradients:  # under detach() they would be known by their versions
+            by_embeddings, by_weight, by_bias = (g if g is None else scaled(g.data, grad) for g in gradients)
+            ctx.has_gradients = False
         else:
-            embeddings, weight, bias, targets, indices, coefficients = ctx.saved_tensors
             rows = _HeadRows(targets, indices, coefficients * grad, ctx.dtype, ctx.options, ctx.columns)
             out = _head_pass(LinearLogits(embeddings, weight, bias), rows, ctx.wanted)
             by_embeddings, by_weight, by_bias = out.by_embeddings, out.by_weight, out.by_bias

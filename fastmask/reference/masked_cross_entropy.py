@@ -171,8 +171,9 @@ def joined(parts: list[RowLosses]) -> RowLosses:
 class _MaskedRows(torch.autograd.Function):
     """coefficients_m * loss_m over the rows ``indices`` [M] of logits [R, V]: their sum where is_reduced, else [M].
 
-    A row is read once, in forward, where its gradient is formed too. One of 16 bits, whose gradient would underflow
-    before a loss scale arrives, is read again in backward.
+    A row is read once, in forward, where its gradient is formed too, [R, V] of a sum. One of 16 bits, whose gradient
+    would underflow before a loss scale arrives, is read again in backward; so is any for a second backward, since the
+    first gave its gradient away.
     """
 
     @staticmethod
@@ -192,7 +193,7 @@ class _MaskedRows(torch.autograd.Function):
         rows = (len(logits) if is_reduced and not inplace_grad else len(indices)) if in_forward else None
         out = _pass(logits, targets, indices, coefficients, options, columns, rows)
         ctx.save_for_backward(logits, targets, indices, coefficients, out.gradient)
-        ctx.options, ctx.inplace_grad, ctx.columns = options, inplace_grad, columns
+        ctx.options, ctx.inplace_grad, ctx.columns, ctx.is_spent = options, inplace_grad, columns, False
         ctx.mark_non_differentiable(out.nll, out.correct)
         loss = out.loss * coefficients
         return loss.sum() if is_reduced else loss, out.nll, out.correct
@@ -201,12 +202,12 @@ class _MaskedRows(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         logits, targets, indices, coefficients, gradient = ctx.saved_tensors
-        if gradient is None:
+        if gradient is None or ctx.is_spent:
             options = ctx.options._replace(with_correct=False)
             coefficients = coefficients * grad
             gradient = _pass(logits, targets, indices, coefficients, options, ctx.columns, len(indices)).gradient
-        else:
-            gradient = scaled(gradient, grad)
+        else:  # under detach() it would be known by its version
+            ctx.is_spent, gradient = True, scaled(gradient.data, grad)
         if ctx.inplace_grad or len(gradient) < len(logits):
             place = logits.detach().zero_() if ctx.inplace_grad else torch.zeros_like(logits)
             gradient = place.index_copy_(0, indices, gradient)

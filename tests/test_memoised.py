@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastmask._kept import kept
+from fastmask._memoised import memoised
 
 
 def test_each_value_and_type_is_computed_once():
     calls = []
 
-    @kept
+    @memoised
     def name(number, word=None):
         calls.append(number)
         return f"{type(number).__name__} {number}"
@@ -24,7 +24,7 @@ def test_each_value_and_type_is_computed_once():
 
 
 def test_what_cannot_be_kept_is_computed_each_time():
-    @kept
+    @memoised
     def double(values):
         return [2 * value for value in values]
 
@@ -35,7 +35,7 @@ def test_what_cannot_be_kept_is_computed_each_time():
 
 
 def test_refusals_are_not_kept():
-    @kept
+    @memoised
     def positive(number):
         if not isinstance(number, int):
             raise TypeError(f"expected an int, received {number!r}")
@@ -46,13 +46,14 @@ def test_refusals_are_not_kept():
     for _ in range(2):
         with pytest.raises(ValueError, match="received 0"):
             positive(0)
-        with pytest.raises(TypeError, match="received 'a'"):
+        with pytest.raises(TypeError, match="received 'a'") as raised:
             positive("a")
+        assert raised.value.__context__ is None
     assert positive(1) == 1
 
 
 def test_torch_compile_traces_what_is_computed():
-    @kept
+    @memoised
     def half(number):
         return number / 2
 

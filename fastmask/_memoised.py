@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -11,7 +12,7 @@ import torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def kept(function: Function) -> Function:
+def memoised(function: Function) -> Function:
     """The function, which keeps what it gives for the arguments it has seen, each by its value and type.
 
     Tensors are no such arguments; nor are records, whose fields' types are not told apart: give them one by one.
@@ -22,9 +23,8 @@ def kept(function: Function) -> Function:
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():  # it traces what is computed, and not what is kept
             return function(*arguments)
-        try:
+        with contextlib.suppress(TypeError):  # of what cannot be kept, or the function's own
             return remembered(*arguments)
-        except TypeError:  # what cannot be kept, or the function's own
-            return function(*arguments)
+        return function(*arguments)
 
     return cast(Function, call)
