@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastmask import _streams as streams
 from fastmask.records import Draws, LinearLogits, PerSequence, Sampled, SampledRows, Sampling
-from fastmask.reference import philox
+from fastmask.reference import _few_samples_in_numpy, philox
+from fastmask.reference.laws import heated, is_one, over, sub_tiles_of, sum_of
 from fastmask.reference.vocabulary_filter import exact, first_largest, known_to_hold, thresholds
 
 # Logits held at once, as many as were fastest on a CPU.
@@ -62,6 +63,10 @@ def sample_tokens(
     else:
         num_tokens = logits.shape[-1]
         chunk = max(1, _CHUNK_ELEMENTS // _padded(num_tokens))
+        if kept_ids is None and per_sequence is None and _few_samples_in_numpy.takes(logits, rows, draws, sampling):
+            sampled = _few_samples_in_numpy.sample_tokens(_logits_of(rows, logits, slice(None)), rows, draws, sampling)
+            if sampled is not None:
+                return sampled if out is None else _written(sampled, rows, out)
     run = partial(_sample_chunk_, num_tokens=num_tokens)
     return by_chunks(logits, rows, draws, sampling, kept_ids, out, per_sequence, chunk, run)
 
@@ -297,10 +302,10 @@ def _figures(z: Tensor, options: Options) -> _Figures:
     shares = None
     if races and is_one(options.heat):
         shares = law.clone() if is_short else sub_tiles_of(law)
-    energy = _sum(law * z.clamp(min=-1e30)) if options.sampling.with_entropy else None  # 0 times infinity is NaN
+    energy = sum_of(law * z.clamp(min=-1e30)) if options.sampling.with_entropy else None  # 0 times infinity is NaN
     p_largest = law.gather(-1, largest_ids)
     # Summed without the largest's own 1, which would round them away.
-    others = _sum(law.scatter_(-1, largest_ids, 0.0)) / p_largest
+    others = sum_of(law.scatter_(-1, largest_ids, 0.0)) / p_largest
     log_totals = others.log1p()
     if races and shares is None:
         shares = heated(z, options.heat, law)
@@ -319,16 +324,6 @@ def _figures(z: Tensor, options: Options) -> _Figures:
     )
 
 
-def sub_tiles_of(x: Tensor) -> Tensor:
-    """The sums of x [M, 64 S] over sub-tiles, [M, S]."""
-    return x.unflatten(-1, (-1, streams.SUB_TILE)).sum(dim=-1)
-
-
-def _sum(x: Tensor) -> Tensor:
-    """The sum of each row of x [M, V], [M, 1]: by sub-tiles, since a CPU splits a row that is alone."""
-    return (x if x.shape[-1] <= streams.SUB_TILE else sub_tiles_of(x)).sum(dim=-1, keepdim=True)
-
-
 def lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
     """The lowest id that may be sampled; 0 where none may."""
     if sampling.forbidden is None:
@@ -337,25 +332,6 @@ def lowest_allowed(sampling: Sampling, num_tokens: int) -> Tensor | int:
     if sampling.mask_id is not None:  # a slice is filled; a single element would wait for a copy of the 1
         excluded[sampling.mask_id : sampling.mask_id + 1] = 1
     return excluded.argmin()
-
-
-def heated(z: Tensor, temperature: float | Tensor, out: Tensor | None = None) -> Tensor:
-    """softmax(z / temperature), [M, V], of z <= 0. Of what a CPU has, softmax alone rounds by nothing but the row."""
-    law = torch.mul(z, over(temperature), out=out)
-    return torch.softmax(law, dim=-1, out=law)
-
-
-def over(temperature: float | Tensor) -> float | Tensor:
-    """1 / T, but finite, infinity times the maximum's 0 being NaN, and above 0, for the sake of -inf."""
-    limits = torch.finfo(torch.float32)
-    if isinstance(temperature, Tensor):
-        return (1.0 / temperature).clamp(limits.tiny, limits.max).float()
-    return max(limits.tiny, min(1.0 / temperature, limits.max))
-
-
-def is_one(temperature: float | Tensor) -> bool:
-    """Whether it is 1 for all."""
-    return not isinstance(temperature, Tensor) and temperature == 1.0
 
 
 class Race(NamedTuple):

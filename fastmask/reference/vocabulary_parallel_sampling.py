@@ -17,16 +17,8 @@ from torch import Tensor
 
 from fastmask import _streams as streams
 from fastmask.records import Draws, LinearLogits, PerSequence, Sampled, SampledRows, Sampling
-from fastmask.reference.sample_tokens import (
-    Options,
-    Race,
-    by_chunks,
-    is_one,
-    lowest_allowed,
-    over,
-    race_in_tile,
-    sub_tiles_of,
-)
+from fastmask.reference.laws import is_one, over, sub_tiles_of
+from fastmask.reference.sample_tokens import Options, Race, by_chunks, lowest_allowed, race_in_tile
 from fastmask.reference.vocabulary_filter import exact
 from fastmask.vocabulary_parallel import Columns
 
