@@ -1,4 +1,4 @@
-"""On a CPU few rows are sampled in numpy, and are the same: ids bit for bit, and figures, of whatever reference."""
+"""On a CPU few rows are sampled in numpy; ids and figures are the reference's bit for bit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from fastmask import functional
-from fastmask.reference import _few_samples_in_numpy
 from fastmask.records import Sampled
+from fastmask.reference import _few_samples_in_numpy
 
 OPTIONS = {
     "plain": {},
     "cold": {"temperature": 0.3},
     "nearly greedy": {"temperature": 1e-30},
+    "as cold as can be": {"temperature": 1e-300},
     "hot": {"temperature": 1e30},
     "processed": {"temperature": 1.7, "processed": True},
     "a mask id": {"mask_id": 2},
@@ -29,7 +30,7 @@ SHAPES = [(2, 5, 33), (1, 1, 3), (3, 1, 64), (2, 3, 65), (1, 9, 1024), (1, 2, 40
 
 @pytest.fixture
 def both(monkeypatch):
-    """Samples in numpy and without it, and in how many calls numpy gave some."""
+    """A call's samples in numpy and without it; numpy has to have given the first, or not to."""
 
     def run(logits, *, wants_numpy=True, **options):
         given = []
@@ -47,7 +48,7 @@ def both(monkeypatch):
 
 def assert_same(here, there):
     for values, expected in zip(here, there, strict=True):
-        assert values is None and expected is None or values.dtype == expected.dtype
+        assert (values is None and expected is None) or values.dtype == expected.dtype
         torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -80,25 +81,45 @@ def test_few_samples_of_listed_rows(both):
     assert_same(*both(strided, row_indices=rows, seed=3))
 
 
+def test_few_samples_of_the_largest_numbers(both):
+    logits = torch.tensor([-3e38, 3e38, 0.0, 2.9e38, -math.inf]).expand(1, 4, 5)
+    for options in ({}, {"top_k": 3}, {"temperature": 1e38}, {"temperature": 1e-38, "processed": True}):
+        assert_same(*both(logits, seed=3, **options))
+
+
 def test_few_samples_in_place(both):
     logits, rows = draw(3, 4, 20), torch.tensor([11, 0, 5])
-    def out():
-        return Sampled(torch.full((3, 4), 7), torch.full((3, 4), 0.5))
+    out = Sampled(torch.full((3, 4), 7), torch.full((3, 4), 0.5))
+    is_sampled = torch.zeros(12, dtype=torch.bool).index_fill(0, rows, True).view(3, 4)
+    sampled = functional.sample_tokens(logits, row_indices=rows, seed=3)
+    assert both(logits, row_indices=rows, seed=3, out=out)[0] is out
+    for written, values, before in zip(out[:2], sampled[:2], (7, 0.5), strict=True):
+        assert torch.equal(written.flatten()[rows], values)
+        assert (written[~is_sampled] == before).all()
 
-    written, _ = both(logits, row_indices=rows, seed=3, out=out())
-    expected, _ = written, None
+
+def test_few_samples_of_logits_with_a_gradient(both):
+    assert_same(*both(draw(2, 3, 40).requires_grad_(), seed=3))
 
 
-def test_rows_without_a_law_or_a_place_are_left_to_the_reference(both):
-    for number in (math.nan, math.inf):
-        logits = draw(2, 3, 40)
-        logits[1, 1, 7] = number
-        assert_same(*both(logits, seed=3, wants_numpy=False))
-    logits[1, 1] = -math.inf
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_rows_without_a_law_are_left_to_the_reference(both, number):
+    logits = draw(2, 3, 40)
+    logits[1, 1, 7] = number
+    if number < 0:
+        logits[1, 1] = number
     assert_same(*both(logits, seed=3, wants_numpy=False))
-    for row in (-1, 6, -(2**63), 2**63 - 1):
-        rows = torch.tensor([2, row])
-        assert_same(*both(draw(2, 3, 40), row_indices=rows, seed=3, wants_numpy=False))
+
+
+@pytest.mark.parametrize("row", [-1, 6, -(2**63), 2**63 - 1])
+def test_what_is_no_row_among_few(both, row):
+    logits, rows = draw(2, 3, 70), torch.tensor([2, row, 5])
+    assert_same(*both(logits, row_indices=rows, seed=3))
+    assert_same(*both(logits[0], row_indices=rows, seq_len=3, seed=3))
+    outs = [Sampled(torch.full((2, 3), 7), torch.full((2, 3), 0.5)) for _ in range(2)]
+    functional.sample_tokens(logits, row_indices=rows, seed=3, out=outs[0])
+    functional.sample_tokens(logits, row_indices=torch.tensor([2, 5]), seed=3, out=outs[1])
+    assert_same(*outs)
 
 
 @pytest.mark.parametrize(

@@ -37,22 +37,23 @@ def takes(*tensors: Tensor) -> bool:
 
 def philox4x32(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:
     """Ten rounds of Philox on a counter of four tensors int64, or numbers, that broadcast: four words int64."""
-    a, b, c1, c3, key_a, key_b = _last_round(tuple(map(_words, counter)), _words(seed))
+    c0, c1, c2, c3 = (_words(c) & _WORD for c in counter)
+    a, b, c1, c3, key_a, key_b = _last_round(c0, c1, c2, c3, seed)
     c0, c2 = b >> _HALF ^ c1 ^ key_a, a >> _HALF ^ c3 ^ key_b
     return tuple(torch.from_numpy(c.view(np.int64)) for c in (c0, b & _WORD, c2, a & _WORD))
 
 
-def exponentials(counter: tuple[Any, ...], seed: Tensor) -> Any:
-    """The exponentials of words 0 and 1 of a counter of four arrays uint64 that broadcast."""
-    _, b, c1, _, key_a, _ = _last_round(counter, _words(seed))
+def exponentials(c0: Any, c1: Any, c2: Any, c3: Any, seed: Tensor) -> Any:
+    """Of words 0 and 1 of a counter of four arrays uint64 below 2**32 that broadcast."""
+    _, b, c1, _, key_a, _ = _last_round(c0, c1, c2, c3, seed)
     return _exponential(b >> _HALF ^ c1 ^ key_a, b)
 
 
-def _last_round(counter: tuple[Any, ...], seed: Any) -> tuple[Any, ...]:
+def _last_round(c0: Any, c1: Any, c2: Any, c3: Any, seed: Tensor) -> tuple[Any, ...]:
     """What words are made of after ten rounds: both products, words 1 and 3 of the round before and its keys."""
     multiply, xor, shift, cut = np.multiply, np.bitwise_xor, np.right_shift, np.bitwise_and
-    c0, c1, c2, c3 = (cut(c, _WORD) for c in counter)
-    table = np.concatenate([seed & _WORD, shift(seed, _HALF)]) + _KEY_STEPS & _WORD
+    key = int(seed.numpy())
+    table = cut(np.array([key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF], np.uint64) + _KEY_STEPS, _WORD)
     keys = [(table[number, 0, ...], table[number, 1, ...]) for number in range(10)]
     for key_a, key_b in keys[:3]:
         a, b = multiply(c0, _ROUND_A), multiply(c2, _ROUND_B)

@@ -64,9 +64,11 @@ def sample_tokens(
         num_tokens = logits.shape[-1]
         chunk = max(1, _CHUNK_ELEMENTS // _padded(num_tokens))
         if kept_ids is None and per_sequence is None and _few_samples_in_numpy.takes(logits, rows, draws, sampling):
-            sampled = _few_samples_in_numpy.sample_tokens(_logits_of(rows, logits, slice(None)), rows, draws, sampling)
+            sampled = _few_samples_in_numpy.sample_tokens(
+                _logits_of(rows, logits, slice(None)), rows, draws, sampling
+            )
             if sampled is not None:
-                return sampled if out is None else _written(sampled, rows, out)
+                return sampled if out is None else _written(sampled, rows.without_strays(), out)
     run = partial(_sample_chunk_, num_tokens=num_tokens)
     return by_chunks(logits, rows, draws, sampling, kept_ids, out, per_sequence, chunk, run)
 
