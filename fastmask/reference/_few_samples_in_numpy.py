@@ -103,8 +103,8 @@ class _Race:
 
     def __init__(self, draws: Draws, row_indices: Any, seq_len: int) -> None:
         self.draws = draws
-        sample, position = np.divmod(row_indices.view(np.uint64), np.uint64(seq_len))
-        self.position, self.sample = position, (sample + np.uint64(draws.sample_offset)) & np.uint64(0xFFFFFFFF)
+        self.position = (row_indices % seq_len).view(np.uint64)
+        self.sample = (row_indices // seq_len + draws.sample_offset & 0xFFFFFFFF).view(np.uint64)
 
     def winners(self, weights: Tensor, stream: int, first: Any = None) -> Any:
         """argmax_i weights_i / E_i of weights [M, G], [M] int64; counters start at ``first`` [M, 1], None for 0."""

@@ -38,19 +38,21 @@ def takes(*tensors: Tensor) -> bool:
 def philox4x32(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor, ...]:
     """Ten rounds of Philox on a counter of four tensors int64, or numbers, that broadcast: four words int64."""
     c0, c1, c2, c3 = (_words(c) & _WORD for c in counter)
-    a, b, c1, c3, key_a, key_b = _last_round(c0, c1, c2, c3, seed)
+    c0, c1, c2, c3, key_a, key_b = _before_the_last_round(c0, c1, c2, c3, seed)
+    a, b = c0 * _ROUND_A, c2 * _ROUND_B
     c0, c2 = b >> _HALF ^ c1 ^ key_a, a >> _HALF ^ c3 ^ key_b
     return tuple(torch.from_numpy(c.view(np.int64)) for c in (c0, b & _WORD, c2, a & _WORD))
 
 
 def exponentials(c0: Any, c1: Any, c2: Any, c3: Any, seed: Tensor) -> Any:
     """Of words 0 and 1 of a counter of four arrays uint64 below 2**32 that broadcast."""
-    _, b, c1, _, key_a, _ = _last_round(c0, c1, c2, c3, seed)
+    _, c1, c2, _, key_a, _ = _before_the_last_round(c0, c1, c2, c3, seed)
+    b = c2 * _ROUND_B
     return _exponential(b >> _HALF ^ c1 ^ key_a, b)
 
 
-def _last_round(c0: Any, c1: Any, c2: Any, c3: Any, seed: Tensor) -> tuple[Any, ...]:
-    """What words are made of after ten rounds: both products, words 1 and 3 of the round before and its keys."""
+def _before_the_last_round(c0: Any, c1: Any, c2: Any, c3: Any, seed: Tensor) -> tuple[Any, ...]:
+    """Four words after nine rounds, and the keys of the tenth, of which not all need each product."""
     multiply, xor, shift, cut = np.multiply, np.bitwise_xor, np.right_shift, np.bitwise_and
     key = int(seed.numpy())
     table = cut(np.array([key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF], np.uint64) + _KEY_STEPS, _WORD)
@@ -68,7 +70,7 @@ def _last_round(c0: Any, c1: Any, c2: Any, c3: Any, seed: Tensor) -> tuple[Any, 
         xor(c2, c3, c2)
         xor(c2, key_b, c2)
         c1, c3 = cut(b, _WORD, b), cut(a, _WORD, a)
-    return multiply(c0, _ROUND_A), multiply(c2, _ROUND_B), c1, c3, *keys[9]
+    return c0, c1, c2, c3, *keys[9]
 
 
 def exponential(high: Tensor, low: Tensor) -> Tensor:
