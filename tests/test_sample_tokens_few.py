@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastmask import functional
-from fastmask.records import Sampled
+from fastmask.records import Sampled, Sampling
 from fastmask.reference import _few_samples_in_numpy
 
 OPTIONS = {
@@ -142,3 +142,10 @@ def test_rarer_options_are_left_to_the_reference(both, options):
 def test_many_samples_are_left_to_the_reference(both):
     assert_same(*both(draw(2, 1025, 33), seed=3, wants_numpy=False))
     assert_same(*both(draw(1, 2, 4097), seed=3, wants_numpy=False))
+
+
+def test_every_option_is_sampled_here_or_refused():
+    """A new one is not forgotten: ``takes`` refuses it, or it is among the options above."""
+    sampled = {name for options in OPTIONS.values() for name in options} - {"step", "sample_offset"}
+    refused = {"with_margin", "with_entropy", "forbidden"}
+    assert sampled | refused == set(Sampling._fields)
