@@ -18,7 +18,7 @@ def device_of(module: Any, default: torch.device) -> torch.device:
 
 def is_readable(x: Tensor) -> bool:
     """Whether a tensor's values may decide what is run: nothing waits for them, and nobody traces."""
-    return type(x) is Tensor and x.device.type == "cpu" and not x.is_neg() and not torch.compiler.is_compiling()
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling() and not x.is_neg()
 
 
 def to_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
