@@ -30,7 +30,7 @@ MOST_REGISTERS, MOST_REGISTERS_OF_SHORT_ROWS = 128, 168
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_spills(figures, target):
-    assert_nothing_spills(figures, target)
+    assert_nothing_spills(figures, target, may_spill_scalars=True)
 
 
 @pytest.mark.slow
