@@ -108,7 +108,7 @@ class Operator(Generic[P, R]):
         written: Sequence[int],
     ) -> None:
         self.function, self.signature, self.overload, self.written = function, signature, overload, written
-        self.differentiated: Callable[[Sequence[Any]], Any] | None = None
+        self.differentiated: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: P.args, **nothing: P.kwargs) -> R:
         signature = self.signature
@@ -117,16 +117,18 @@ class Operator(Generic[P, R]):
         if _is_watched(flat):
             outputs = self.overload(*flat, **nothing)
         elif self.differentiated is not None and _needs_gradient(flat):
-            outputs = self.differentiated(flat)
+            outputs = self.differentiated(flat, self.directly)
         else:
             _count_versions([flat[place] for place in self.written])
             return self.function(*arguments, **nothing)
         return signature.returned(outputs) if signature.returns_record else outputs
 
-    def below(self, flat: Sequence[Any], whole: Sequence[Any]) -> Any:
+    def directly(self, flat: Sequence[Any], whole: Sequence[Any]) -> Any:
         """What the function gives, with no derivative, for arguments as the schema and as the function have them."""
-        if not _is_watched(flat):
-            return self.function(*whole)  # type: ignore[call-arg]
+        return self.function(*whole)  # type: ignore[call-arg]
+
+    def below(self, flat: Sequence[Any], whole: Sequence[Any] = ()) -> Any:
+        """Likewise of the schema's alone, by the dispatcher, which tells whoever watches."""
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*flat)
 
@@ -238,21 +240,25 @@ def differentiable(
         # Autograd is shown what may have a gradient, not all that a call has.
         @staticmethod
         def forward(ctx: Any, *shown: Any) -> Any:
-            *_, flat = shown
+            *_, flat, run = shown
             whole = signature.whole(flat)
-            outputs = operation.below(flat, whole)
+            outputs = run(flat, whole)
             setup_context(ctx, whole, signature.returned(outputs))
             return outputs if isinstance(outputs, Tensor) else tuple(outputs)
 
         @staticmethod
         def backward(ctx: Any, *incoming: Any) -> Any:
-            return *gradients(ctx, *incoming), None
+            return *gradients(ctx, *incoming), None, None
 
-    def differentiated(flat: Sequence[Any]) -> Any:
-        return Derivative.apply(*flat[:num_gradients], flat)
+    def differentiated(flat: Sequence[Any], run: Callable[..., Any]) -> Any:
+        return Derivative.apply(*flat[:num_gradients], flat, run)
 
-    def run(*flat: Any) -> Any:
-        return differentiated(flat) if _needs_gradient(flat) else operation.below(flat, signature.whole(flat))
+    def dispatched(*flat: Any) -> Any:
+        if _needs_gradient(flat):
+            return differentiated(flat, operation.below)
+        return operation.below(flat)
 
     operation.differentiated = differentiated
-    _libraries[operation.overload._schema.name.removeprefix("fastmask::")].impl(operation.overload, run, "Autograd")
+    _libraries[operation.overload._schema.name.removeprefix("fastmask::")].impl(
+        operation.overload, dispatched, "Autograd"
+    )
