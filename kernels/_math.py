@@ -48,10 +48,7 @@ def exp_from(x, origin):
     From 2^30 on, where that would overflow, the next number is 64 or more away: any base does, and 2 leaves r at 0.
     """
     scale = tl.where(tl.abs(origin) < 2.0**30, _LOG2E, 1.0)
-    if _INTERPRETS:  # its tl.fma rounds the product too
-        return exp2((x.to(tl.float64) * scale - origin * scale).to(tl.float32))
-    else:
-        return exp2(tl.fma(x, scale, -origin * scale))
+    return exp2(_fused(x, scale, origin * scale))
 
 
 class Line(NamedTuple):
@@ -120,10 +117,7 @@ def _fused(x, slope, offset):
 def over_exp_from(origin):
     """What makes of a sum of exp_from(x, origin) one of exp(x - origin), to relative accuracy."""
     scale = tl.where(tl.abs(origin) < 2.0**30, _LOG2E, 1.0)
-    if _INTERPRETS:
-        return exp2((origin * scale - origin.to(tl.float64) * scale).to(tl.float32))
-    else:
-        return exp2(tl.fma(-origin, scale, origin * scale))
+    return exp2(_fused(-origin, scale, -origin * scale))
 
 
 @triton.jit

@@ -121,6 +121,17 @@ def times(parts, scale):
 
 
 @triton.jit
+def load_scale(index, upstream_ptr, stride_u, denominator_ptr):
+    """What the gradient of a row's loss is multiplied by: what comes from above, over the mean's denominator."""
+    scale = tl.full((), 1.0, tl.float32)
+    if upstream_ptr is not None:
+        scale *= tl.load(upstream_ptr + index.to(tl.int64) * stride_u)
+    if denominator_ptr is not None:
+        scale /= tl.load(denominator_ptr)
+    return scale
+
+
+@triton.jit
 def load_target(index, targets_ptr, is_masked_ptr, weights_ptr, V):
     """Whether a row counts, its weight and, only if it counts, its target, int32: -1 where that is no column."""
     counts = index >= 0

@@ -74,14 +74,10 @@ def short_rows_kernel(
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = index < num_rows
     index = tl.minimum(index, num_rows - 1)
-    scale = tl.full((), 1.0, tl.float32)
-    if upstream_ptr is not None:
-        if HOLDS_UNIT:
-            if tl.load(upstream_ptr) == 1.0:
-                return
-        scale *= tl.load(upstream_ptr + index.to(tl.int64) * stride_u)
-    if denominator_ptr is not None:
-        scale /= tl.load(denominator_ptr)
+    if HOLDS_UNIT:
+        if tl.load(upstream_ptr) == 1.0:
+            return
+    scale = row_softmax.load_scale(index, upstream_ptr, stride_u, denominator_ptr)
     counts, weight, target = row_softmax.load_target(index, targets_ptr, is_masked_ptr, weights_ptr, V)
     x_ptr -= offset_x
     start = logit_rows.row_start(index, N, offset_x, stride_xb, stride_xn)

@@ -73,9 +73,7 @@ def _short_samples_kernel(
     out = flat if IN_PLACE else row.to(tl.int64)
     figure_factor = sequences.own(figure_factors_ptr, figure_factor, flat, seq_len, is_row)
     factor = sequences.own(factors_ptr, factor, flat, seq_len, is_row)
-    over_temperature = race.inverse_temperature(figure_factor)
-    if figure_factors_ptr is not None:
-        over_temperature = tl.where(figure_factor == race.LOG2E, 1.0, over_temperature)
+    over_temperature = race.inverse_temperature(figure_factor, figure_factors_ptr is not None)
     threshold = tl.load(thresholds_ptr + row, mask=is_row) if thresholds_ptr is not None else None
 
     column = tl.arange(0, COLUMNS)

@@ -53,9 +53,13 @@ def of_figures(figure_factor):
 
 
 @triton.jit
-def inverse_temperature(figure_factor):
-    """1 / T of the figures; None for 1."""
-    return None if figure_factor is None else figure_factor * _LN2
+def inverse_temperature(figure_factor, IS_OWN: tl.constexpr):
+    """1 / T of the figures; None for 1. IS_OWN: of a sequence's own, which may be 1, and is exact then."""
+    if figure_factor is None:
+        return None
+    else:
+        over_temperature = figure_factor * _LN2
+        return tl.where(figure_factor == LOG2E, 1.0, over_temperature) if IS_OWN else over_temperature
 
 
 @triton.jit

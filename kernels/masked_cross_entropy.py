@@ -114,14 +114,10 @@ def _rows_kernel(
     # and the gradient. An unmasked row is zeroed.
     index = tl.program_id(0)
     piece = tl.program_id(1)
-    scale = tl.full((), 1.0, tl.float32)
-    if upstream_ptr is not None:
-        scale *= tl.load(upstream_ptr + index.to(tl.int64) * stride_u)
-        if HOLDS_UNIT:
-            if scale == 1.0:
-                return
-    if denominator_ptr is not None:
-        scale /= tl.load(denominator_ptr)
+    if HOLDS_UNIT:
+        if tl.load(upstream_ptr) == 1.0:
+            return
+    scale = row_softmax.load_scale(index, upstream_ptr, stride_u, denominator_ptr)
 
     x_ptr = tl.multiple_of(x_ptr - offset_x, 16)
     start = logit_rows.row_start(index, N, offset_x, stride_xb, stride_xn)

@@ -214,9 +214,7 @@ def _choose_kernel(
     threshold = tl.load(thresholds_ptr + row) if thresholds_ptr is not None else None
     figure_factor = sequences.own(figure_factors_ptr, figure_factor, flat, seq_len)
     factor = sequences.own(factors_ptr, factor, flat, seq_len)
-    over_temperature = race.inverse_temperature(figure_factor)
-    if figure_factors_ptr is not None:
-        over_temperature = tl.where(figure_factor == race.LOG2E, 1.0, over_temperature)
+    over_temperature = race.inverse_temperature(figure_factor, figure_factors_ptr is not None)
 
     tile = tl.arange(0, TILE_LANES)
     records_ptr += row.to(tl.int64) * num_tiles * RECORD
