@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -23,8 +22,10 @@ def memoised(function: Function) -> Function:
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():  # it traces what is computed, and not what is kept
             return function(*arguments)
-        with contextlib.suppress(TypeError):  # of what cannot be kept, or the function's own
+        try:
             return remembered(*arguments)
+        except TypeError:  # of what cannot be kept, or the function's own
+            pass
         return function(*arguments)
 
     return cast(Function, call)

@@ -104,6 +104,14 @@ class LossRows(NamedTuple):
             return self
         return LossRows(*[None if x is None else x.flatten() for x in self])  # type: ignore[arg-type]
 
+    def contiguous(self) -> LossRows:
+        """The same rows, one after another in memory."""
+        return LossRows(
+            self.targets.contiguous(),
+            None if self.is_masked is None else self.is_masked.contiguous(),
+            None if self.weights is None else self.weights.contiguous(),
+        )
+
     def counted(self) -> Tensor:
         """Which rows are in the loss: masked, and of a weight other than 0; bool, of the targets' shape."""
         if self.weights is None:

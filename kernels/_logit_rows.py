@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_VECTOR_BYTES = 16
+VECTOR_BYTES = 16
 _TWO_LEAST = tl.constexpr(-8323200)  # -inf and -inf in bfloat16
 
 
@@ -63,12 +63,12 @@ class LogitRows(NamedTuple):
 
 def vector(x: Tensor) -> int:
     """Elements in 16 bytes."""
-    return _VECTOR_BYTES // x.element_size()
+    return VECTOR_BYTES // x.element_size()
 
 
 def offset_from_boundary(x: Tensor) -> int:
     """Elements between the last address divisible by 16 bytes and the tensor."""
-    return x.data_ptr() % _VECTOR_BYTES // x.element_size()
+    return x.data_ptr() % VECTOR_BYTES // x.element_size()
 
 
 class Excluded(NamedTuple):

@@ -13,7 +13,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class _Signature:
         ]
         returns = None if self.result is type(None) else self.result
         if self.returns_record:
-            returns = tuple.__class_getitem__(tuple(typing.get_type_hints(self.result).values()))
+            fields = typing.get_type_hints(self.result).values()
+            returns = tuple.__class_getitem__(tuple(Tensor if of == Tensor | None else of for of in fields))
 
         def prototype() -> None: ...
 
@@ -92,6 +93,12 @@ class _Signature:
         """What the function returns, from what its operator does."""
         return self.result._make(outputs) if self.returns_record else outputs
 
+    def filled(self, outputs: Any) -> Any:
+        """What an operator returns, from what its function does: a schema's outputs are tensors, empty for None."""
+        if not self.returns_record:
+            return outputs
+        return tuple(outputs[0].new_empty(0) if output is None else output for output in outputs)
+
 
 def _is_record(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields")
@@ -113,24 +120,18 @@ class Operator(Generic[P, R]):
     def __call__(self, *arguments: P.args, **nothing: P.kwargs) -> R:
         signature = self.signature
         flat = signature.flat(arguments) if signature.has_records else arguments
-        outputs: Any
         if _is_watched(flat):
-            outputs = self.overload(*flat, **nothing)
-        elif self.differentiated is not None and _needs_gradient(flat):
-            outputs = self.differentiated(flat, self.directly)
-        else:
+            return cast(R, signature.returned(self.overload(*flat, **nothing)))
+        if self.differentiated is not None and _needs_gradient(flat):
+            return cast(R, self.differentiated(flat, arguments, self.function))
+        if self.written:
             _count_versions([flat[place] for place in self.written])
-            return self.function(*arguments, **nothing)
-        return signature.returned(outputs) if signature.returns_record else outputs
+        return self.function(*arguments, **nothing)
 
-    def directly(self, flat: Sequence[Any], whole: Sequence[Any]) -> Any:
-        """What the function gives, with no derivative, for arguments as the schema and as the function have them."""
-        return self.function(*whole)  # type: ignore[call-arg]
-
-    def below(self, flat: Sequence[Any], whole: Sequence[Any] = ()) -> Any:
-        """Likewise of the schema's alone, by the dispatcher, which tells whoever watches."""
+    def below(self, *arguments: Any) -> R:
+        """What the function gives, with no derivative, by the dispatcher, which tells whoever watches."""
         with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*flat)
+            return cast(R, self.signature.returned(self.overload(*self.signature.flat(arguments))))
 
 
 def _is_watched(flat: Sequence[Any]) -> bool:
@@ -147,10 +148,12 @@ def _is_watched(flat: Sequence[Any]) -> bool:
         return True
     for x in flat:
         kind = type(x)
+        if kind in _NO_TENSORS:
+            continue
         if kind is Tensor or kind is torch.nn.Parameter:
             if x.is_meta or x.is_neg() or x._is_zerotensor():  # whose memory is not what it holds
                 return True
-        elif kind not in _NO_TENSORS and isinstance(x, Tensor):
+        elif isinstance(x, Tensor):
             return True
     return False
 
@@ -186,18 +189,16 @@ def operator(
         signature = _Signature(function)
 
         def run(*arguments: Any) -> Any:
-            return function(*signature.whole(arguments))  # type: ignore[call-arg]
+            return signature.filled(function(*signature.whole(arguments)))  # type: ignore[call-arg]
 
         def trace(*arguments: Any) -> Any:
-            return fake(*signature.whole(arguments))
+            return signature.filled(fake(*signature.whole(arguments)))
 
         if name in _libraries:  # its module is loaded anew
             _libraries[name]._destroy()
         library = _libraries[name] = torch.library.Library("fastmask", "FRAGMENT")
         library.define(name + signature.schema(mutates), tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(
-            name, torch._disable_dynamo(run if signature.has_records else function), "CompositeExplicitAutograd"
-        )
+        library.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastmask::{name}", trace, lib=library)
         overload: Overload[..., Any] = getattr(torch.ops.fastmask, name).default
         names = [argument.name for argument in overload._schema.arguments]
@@ -229,6 +230,9 @@ def differentiable(
 ) -> None:
     """Gives an operator its derivative: ``backward`` and ``setup_context`` of a torch.autograd.Function.
 
+    Its first output alone is differentiable. Autograd is shown no other, for which it would ask, and so fill, a
+    gradient of zeros, and of what a call has nothing but what may have a gradient.
+
     Args:
         num_gradients: how many of the schema's leading tensors have one.
         gradients: theirs.
@@ -237,26 +241,28 @@ def differentiable(
     signature = operation.signature
 
     class Derivative(torch.autograd.Function):
-        # Autograd is shown what may have a gradient, not all that a call has.
         @staticmethod
-        def forward(ctx: Any, *shown: Any) -> Any:
-            *_, flat, run = shown
-            whole = signature.whole(flat)
-            outputs = run(flat, whole)
-            setup_context(ctx, whole, signature.returned(outputs))
-            return outputs if isinstance(outputs, Tensor) else tuple(outputs)
+        def forward(ctx: Any, *shown: Any) -> Tensor:
+            *_, arguments, run, others = shown
+            outputs = run(*arguments)
+            setup_context(ctx, arguments, outputs)
+            others.extend(outputs[1:])
+            return outputs[0]
 
         @staticmethod
         def backward(ctx: Any, *incoming: Any) -> Any:
-            return *gradients(ctx, *incoming), None, None
+            return *gradients(ctx, *incoming), None, None, None
 
-    def differentiated(flat: Sequence[Any], run: Callable[..., Any]) -> Any:
-        return Derivative.apply(*flat[:num_gradients], flat, run)
+    def differentiated(flat: Sequence[Any], arguments: Sequence[Any], run: Callable[..., Any]) -> Any:
+        others: list[Any] = []
+        first = Derivative.apply(*flat[:num_gradients], arguments, run, others)
+        return signature.returned((first, *others))
 
     def dispatched(*flat: Any) -> Any:
-        if _needs_gradient(flat):
-            return differentiated(flat, operation.below)
-        return operation.below(flat)
+        arguments = signature.whole(flat)
+        if not _needs_gradient(flat):
+            return operation.below(*arguments)
+        return differentiated(flat, arguments, operation.below)
 
     operation.differentiated = differentiated
     _libraries[operation.overload._schema.name.removeprefix("fastmask::")].impl(

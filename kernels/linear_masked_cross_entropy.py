@@ -57,16 +57,17 @@ class Products(NamedTuple):
 class Outputs(NamedTuple):
     """What the operation gives.
 
-    loss: w loss of every row [R], or reduced to []. nll: [R]. correct: [R] bool, empty where not asked for. Then the
-    gradients wanted, in the dtypes of what they are by; empty where not wanted.
+    loss: w loss of every row [R], or reduced to []. nll: [R]. correct: [R] bool, None where not asked for. Then the
+    gradients wanted, in the dtypes of what they are by; None where not wanted. Of an operator that is watched, empty
+    tensors in place of None.
     """
 
     loss: Tensor
     nll: Tensor
-    correct: Tensor
-    by_embeddings: Tensor
-    by_weight: Tensor
-    by_bias: Tensor
+    correct: Tensor | None
+    by_embeddings: Tensor | None
+    by_weight: Tensor | None
+    by_bias: Tensor | None
 
 
 def chunk_sizes(num_rows: int) -> list[int]:
@@ -150,8 +151,8 @@ def _chunked(
 
     # One row more than there are: what belongs to no row goes there.
     losses, nll = (embeddings.new_zeros(num_rows + 1, dtype=torch.float32) for _ in range(2))
-    correct = embeddings.new_zeros(num_rows + 1 if options.with_correct else 1, dtype=torch.bool)
-    by_embeddings = embeddings.new_zeros(num_rows + 1 if products.wants_embeddings else 1, embeddings.shape[1])
+    correct = embeddings.new_zeros(num_rows + 1, dtype=torch.bool) if options.with_correct else None
+    by_embeddings = embeddings.new_zeros(num_rows + 1, embeddings.shape[1]) if products.wants_embeddings else None
     new_total = torch.empty_like if sizes else torch.zeros_like
     total_dtype = dtype if len(sizes) == 1 and weight.dtype == dtype else torch.float32
     by_weight = new_total(weight, dtype=total_dtype) if products.wants_weight else None
@@ -179,9 +180,9 @@ def _chunked(
         out = losses_and_gradient(z, part_rows, denominator, options, z if products.wants_any else None)
         losses.index_copy_(0, slot, out.loss)
         nll.index_copy_(0, slot, out.nll)
-        if options.with_correct:
+        if correct is not None and out.correct is not None:
             correct.index_copy_(0, slot, out.correct)
-        if products.wants_embeddings:
+        if by_embeddings is not None:
             by_embeddings.index_copy_(0, slot, torch.mm(z, cast_weight).to(embeddings.dtype))
         if by_weight is not None:
             _add_product(by_weight, z.mT, x, is_first=index == 0)
@@ -197,10 +198,10 @@ def _chunked(
     return Outputs(
         losses[:num_rows],
         nll[:num_rows],
-        correct[:num_rows] if options.with_correct else correct[:0],
-        by_embeddings[:num_rows] if products.wants_embeddings else by_embeddings[:0],
-        weight.new_empty(0) if by_weight is None else by_weight.to(weight.dtype),
-        weight.new_empty(0) if by_bias is None else by_bias.to(weight.dtype),
+        None if correct is None else correct[:num_rows],
+        None if by_embeddings is None else by_embeddings[:num_rows],
+        None if by_weight is None else by_weight.to(weight.dtype),
+        None if by_bias is None else by_bias.to(weight.dtype),
     )
 
 
@@ -219,10 +220,10 @@ def _fake(
     return Outputs(
         losses if reduction.kind == "none" else losses.new_empty(()),
         torch.empty_like(losses),
-        losses.new_empty(num_rows if options.with_correct else 0, dtype=torch.bool),
-        embeddings.new_empty(embeddings.shape if products.wants_embeddings else (0, embeddings.shape[1])),
-        torch.empty_like(weight) if products.wants_weight else weight.new_empty(0),
-        torch.empty_like(bias) if bias is not None and products.wants_bias else weight.new_empty(0),
+        losses.new_empty(num_rows, dtype=torch.bool) if options.with_correct else None,
+        embeddings.new_empty(embeddings.shape) if products.wants_embeddings else None,
+        torch.empty_like(weight) if products.wants_weight else None,
+        torch.empty_like(bias) if bias is not None and products.wants_bias else None,
     )
 
 
@@ -242,14 +243,14 @@ def _operation(
     """
     with torch.autocast(logits.embeddings.device.type, enabled=False):  # it would reach the float32 parts
         out = _chunked(logits, rows, masked, reduction.denominator, upstream, options, products)
-    loss = out.loss if reduction.kind == "none" else out.loss.sum()
-    return out._replace(loss=loss if reduction.denominator is None else loss / reduction.denominator)
+    if reduction.kind == "none":
+        return out
+    total = out.loss.sum()
+    return out._replace(loss=total if reduction.denominator is None else total.div_(reduction.denominator))
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Outputs) -> None:
     logits, rows, masked, reduction, _, options, products = inputs
-    _, *not_differentiable = output
-    ctx.mark_non_differentiable(*not_differentiable)
     tensors = logits.embeddings, logits.weight, logits.bias, *rows, masked.row_indices, reduction.denominator
     ctx.save_for_backward(*tensors, output.by_embeddings, output.by_weight, output.by_bias)
     ctx.call = masked._replace(row_indices=None), reduction._replace(denominator=None), options, products
@@ -257,17 +258,18 @@ def _setup_context(ctx: Any, inputs: Any, output: Outputs) -> None:
 
 
 @first_order_only
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     embeddings, weight, bias, targets, is_masked, weights, row_indices, denominator, *gradients = ctx.saved_tensors
     wants_embeddings, wants_weight, wants_bias, *_ = ctx.needs_input_grad
     has_gradients, ctx.has_gradients = ctx.has_gradients, False
     if has_gradients and is_plain(grad_loss):
         # Given away once: a second backward makes its own. Under detach() it would find a changed version.
-        gradients = [gradient.data for gradient in gradients]
+        gradients = [None if gradient is None else gradient.data for gradient in gradients]
         for gradient in gradients:
-            scale_(gradient, grad_loss)
+            if gradient is not None:
+                scale_(gradient, grad_loss)
     elif has_gradients:
-        gradients = [gradient * grad_loss for gradient in gradients]
+        gradients = [None if gradient is None else gradient * grad_loss for gradient in gradients]
     else:
         masked, reduction, options, products = ctx.call
         out = _operation(
@@ -324,4 +326,5 @@ def linear_masked_cross_entropy(
         Products(dtype, *wants),
     )
     loss = out.loss.view(shape) if reduction.kind == "none" else out.loss
-    return CrossEntropy(loss, out.nll.view(shape), out.correct.view(shape) if options.with_correct else None)
+    correct = out.correct.view(shape) if options.with_correct and out.correct is not None else None
+    return CrossEntropy(loss, out.nll.view(shape), correct)

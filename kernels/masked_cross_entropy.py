@@ -30,7 +30,7 @@ from fastmask._autograd import first_order_only
 from fastmask.kernels import _launch
 from fastmask.kernels import _logit_rows as logit_rows
 from fastmask.kernels import _row_softmax as row_softmax
-from fastmask.kernels._loss_plan import MOST_REGISTERS, Plan, pieces_of_a_row, plan
+from fastmask.kernels._loss_plan import Plan, pieces_of_a_row, plan
 from fastmask.kernels._losses import is_plain, scale_, with_denominator
 from fastmask.kernels._operator import differentiable, operator
 from fastmask.kernels._short_losses import short_rows_kernel
@@ -169,44 +169,51 @@ class _Place(NamedTuple):
     stride_b: int
     stride_n: int
 
+    def is_in_phase(self, other: _Place, vector: int) -> bool:
+        """Whether rows here and there begin at the same place among ``vector`` elements, 16 bytes."""
+        return not any([(here - there) % vector for here, there in zip(self, other, strict=True)])
+
 
 def _place(x: Tensor) -> _Place:
     return _Place(logit_rows.offset_from_boundary(x), x.stride(0) if x.ndim == 3 else 0, x.stride(-2))
 
 
 class RowLosses(NamedTuple):
-    """What a pass over the rows gives.
+    """What a pass over rows [...] gives; of an operator that is watched, empty tensors in place of None.
 
-    loss: w loss [R], or reduced to []. nll: [R]. correct: [R] bool, empty where not asked for. records: [R, pieces,
-    RECORD_SIZE] float32, as ``_row_softmax`` lays them; short rows have none. gradient: as the logits, empty where
-    there is none, or where it took another tensor's memory.
+    loss: w loss [...], or reduced to []. nll: [...]. correct: [...] bool, None where not asked for. records: [R,
+    pieces, RECORD_SIZE] float32, as ``_row_softmax`` lays them, of masked rows alone; None for short rows. gradient:
+    as the logits, None where there is none, or where it took another tensor's memory.
     """
 
     loss: Tensor
     nll: Tensor
-    correct: Tensor
-    records: Tensor
-    gradient: Tensor
+    correct: Tensor | None
+    records: Tensor | None
+    gradient: Tensor | None
 
 
 def _plan(logits: Tensor, num_rows: int, options: LossOptions) -> Plan:
     return plan(num_rows, logits.shape[-1], logits.dtype, options, _launch.hardware(logits.device))
 
 
-def _allocate(logits: Tensor, num_rows: int, options: LossOptions, num_pieces: int) -> RowLosses:
-    """Room for them; records are zeros, since unmasked rows write none."""
+def _allocate(rows: LossRows, options: LossOptions, num_pieces: int, gradient: Tensor | None) -> RowLosses:
+    """Room for them."""
+    targets = rows.targets
+    shape, of_records = targets.shape, (targets.numel(), num_pieces, row_softmax.RECORD_SIZE)
     return RowLosses(
-        logits.new_empty(num_rows, dtype=torch.float32),
-        logits.new_empty(num_rows, dtype=torch.float32),
-        logits.new_empty(num_rows if options.with_correct else 0, dtype=torch.bool),
-        logits.new_zeros((num_rows, num_pieces, row_softmax.RECORD_SIZE), dtype=torch.float32),
-        logits.new_empty(0),
+        targets.new_empty(shape, dtype=torch.float32),
+        targets.new_empty(shape, dtype=torch.float32),
+        targets.new_empty(shape, dtype=torch.bool) if options.with_correct else None,
+        targets.new_empty(of_records, dtype=torch.float32) if num_pieces else None,
+        gradient,
     )
 
 
 def _arguments(logits: Tensor, place: _Place, rows: LossRows, options: LossOptions, planned: Plan) -> dict[str, Any]:
     """The arguments that all kernels take."""
     return {
+        **planned.arguments,
         "x_ptr": logits,
         "offset_x": place.offset,
         "stride_xb": place.stride_b,
@@ -219,28 +226,13 @@ def _arguments(logits: Tensor, place: _Place, rows: LossRows, options: LossOptio
         "exclude_id": options.exclude_id,
         "softcap": options.softcap,
         "label_smoothing": options.label_smoothing or None,
-        "BLOCK_V": planned.block_v,
-        "num_warps": planned.num_warps,
-    }
-
-
-def _piece_arguments(logits: Tensor, records: Tensor, planned: Plan) -> dict[str, Any]:
-    """Those of the kernels that do one row, or a piece of one."""
-    hardware = _launch.hardware(logits.device)
-    is_bounded = hardware.vendor == "nvidia" and planned.num_pieces == 1
-    return {
-        "records_ptr": records,
-        "tiles_per_piece": planned.tiles_per_piece,
-        "LANES": planned.num_warps * hardware.warp_size,
-        "VECTOR": logit_rows.vector(logits),
-        **({"maxnreg": MOST_REGISTERS} if is_bounded else {}),
     }
 
 
 def _launch_rows(
     logits: Tensor,
     rows: LossRows,
-    records: Tensor,
+    records: Tensor | None,
     options: LossOptions,
     planned: Plan,
     num_pieces: int | None,
@@ -253,14 +245,12 @@ def _launch_rows(
 ) -> None:
     """Losses and gradient, where there is room for them; ``num_pieces`` of the records at hand, None for none."""
     num_rows = rows.targets.numel()
-    of_logits = of_gradient = _place(logits)
-    if gradient is not None and gradient is not logits:
-        of_gradient = _place(gradient)
-    arguments = {
-        **_arguments(logits, of_logits, rows, options, planned),
+    of_logits = _place(logits)
+    of_gradient = of_logits if gradient is None or gradient is logits else _place(gradient)
+    arguments = _arguments(logits, of_logits, rows, options, planned) | {
         "losses_ptr": None if losses is None else losses.loss,
         "nll_ptr": None if losses is None else losses.nll,
-        "correct_ptr": losses.correct if losses is not None and options.with_correct else None,
+        "correct_ptr": None if losses is None else losses.correct,
         "gradient_ptr": gradient,
         "offset_g": of_gradient.offset,
         "stride_gb": of_gradient.stride_b,
@@ -273,32 +263,30 @@ def _launch_rows(
     }
     if planned.rows is not None:
         grid = (_launch.cdiv(num_rows, planned.rows),)
-        _launch.launch(short_rows_kernel, grid, logits, **arguments, num_rows=num_rows, ROWS=planned.rows)
+        _launch.launch(short_rows_kernel, grid, logits, **arguments, num_rows=num_rows)
         return
-    vector = logit_rows.vector(logits)
-    apart = [(g - x) % vector for g, x in zip(of_gradient, of_logits, strict=True)]
     _launch.launch(
         _rows_kernel,
         (num_rows, 1 if num_pieces is None or gradient is None else num_pieces),
         logits,
         **arguments,
-        **_piece_arguments(logits, records, planned),
+        records_ptr=records,
         num_pieces=num_pieces,
         PIECE_LANES=_launch.next_power_of_2(num_pieces or 1),
-        SAME_PHASE=not any(apart),
+        SAME_PHASE=of_gradient is of_logits or of_gradient.is_in_phase(of_logits, planned.arguments["VECTOR"]),
     )
 
 
 def losses_and_gradient(
     logits: Tensor, rows: LossRows, denominator: Tensor | None, options: LossOptions, gradient: Tensor | None
 ) -> RowLosses:
-    """Losses of the rows, [R], of logits [B, N, V] or [R, V].
+    """Losses of the rows, of any shape, of logits [B, N, V] or [R, V].
 
     gradient: (the logits themselves, if need be) is filled with that of sum w loss / denominator.
     """
     num_rows = rows.targets.numel()
     planned = _plan(logits, num_rows, options)
-    losses = _allocate(logits, num_rows, options, planned.num_pieces)
+    losses = _allocate(rows, options, planned.num_pieces, gradient)
     if num_rows:
         num_pieces = planned.num_pieces if planned.num_pieces > 1 else None
         if num_pieces is not None:
@@ -307,7 +295,7 @@ def losses_and_gradient(
                 (num_rows, num_pieces),
                 logits,
                 **_arguments(logits, _place(logits), rows, options, planned),
-                **_piece_arguments(logits, losses.records, planned),
+                records_ptr=losses.records,
                 WITH_CORRECT=options.with_correct,
             )
         records = losses.records
@@ -328,19 +316,19 @@ def _reduced(
 ) -> RowLosses:
     """The rows' losses, the loss by the reduction; ``gradient`` is filled with that of a sum or mean."""
     losses = losses_and_gradient(logits, rows, reduction.denominator, options, gradient)
-    loss = losses.loss if reduction.kind == "none" else losses.loss.sum()
-    return losses._replace(loss=loss if reduction.denominator is None else loss / reduction.denominator)
+    if reduction.kind == "none":
+        return losses
+    total = losses.loss.sum()
+    return losses._replace(loss=total if reduction.denominator is None else total.div_(reduction.denominator))
 
 
 def _fake(
     logits: Tensor, rows: LossRows, reduction: Reduction, options: LossOptions, with_gradient: bool = False, *_: Any
 ) -> RowLosses:
-    num_rows = rows.targets.numel()
-    pieces = pieces_of_a_row(num_rows, logits.shape[-1], logits.dtype, options, _launch.hardware(logits.device))
-    losses = _allocate(logits, num_rows, options, pieces)
-    if reduction.kind != "none":
-        losses = losses._replace(loss=losses.loss.new_empty(()))
-    return losses._replace(gradient=_new_gradient(logits)) if with_gradient else losses
+    hardware = _launch.hardware(logits.device)
+    num_pieces = pieces_of_a_row(rows.targets.numel(), logits.shape[-1], logits.dtype, options, hardware)
+    losses = _allocate(rows, options, num_pieces, _new_gradient(logits) if with_gradient else None)
+    return losses if reduction.kind == "none" else losses._replace(loss=losses.loss.new_empty(()))
 
 
 @operator("masked_cross_entropy", _fake)
@@ -352,11 +340,8 @@ def _operation(
     with_gradient: bool,
     inplace_grad: bool,
 ) -> RowLosses:
-    """The losses of flat rows, and where asked for the gradient of their sum or mean."""
-    if not with_gradient:
-        return _reduced(logits, rows, reduction, options, None)
-    gradient = _new_gradient(logits)
-    return _reduced(logits, rows, reduction, options, gradient)._replace(gradient=gradient)
+    """The losses of the rows, and where asked for the gradient of their sum or mean."""
+    return _reduced(logits, rows, reduction, options, _new_gradient(logits) if with_gradient else None)
 
 
 @operator("masked_cross_entropy_gradient_", mutates=("gradient",))
@@ -365,41 +350,41 @@ def _write_gradient(
     logits: Tensor | None,
     rows: LossRows,
     denominator: Tensor | None,
-    records: Tensor,
+    records: Tensor | None,
     upstream: Tensor,
     options: LossOptions,
     holds_unit: bool,
 ) -> None:
-    """The gradient for what comes from above, [] or [R].
+    """The gradient for what comes from above, [] or of the rows' shape.
 
     logits: None where they lie where it goes. holds_unit: the buffer holds what an upstream gradient of 1 asks for,
     and is left alone if that is what comes.
     """
     num_rows = rows.targets.numel()
     if num_rows:
-        logits, options = gradient if logits is None else logits, options._replace(with_correct=False)
+        logits = gradient if logits is None else logits
+        planned = _plan(logits, num_rows, options)
         _launch_rows(
             logits,
             rows,
             records,
             options,
-            _plan(logits, num_rows, options),
-            records.shape[1],
+            planned,
+            planned.num_pieces,
             gradient,
             denominator,
-            upstream=upstream,
+            upstream=upstream if upstream.ndim <= 1 else upstream.flatten(),
             holds_unit=holds_unit,
         )
 
 
 def _setup_context(ctx: Any, inputs: Any, output: RowLosses) -> None:
     logits, rows, reduction, ctx.options, ctx.holds_unit, ctx.inplace_grad = inputs
-    ctx.mark_non_differentiable(output.nll, output.correct, output.records, output.gradient)
     ctx.save_for_backward(logits, *rows, reduction.denominator, output.records, output.gradient)
 
 
 @first_order_only
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor]:
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor]:
     logits, *rows, denominator, records, gradient = ctx.saved_tensors
     holds_unit, ctx.holds_unit = ctx.holds_unit and is_plain(gradient), False
     if holds_unit:
@@ -418,24 +403,26 @@ differentiable(_operation, 1, _backward, _setup_context)
 
 @operator("masked_cross_entropy_", _fake, mutates=("logits",))
 def _inplace_operation(logits: Tensor, rows: LossRows, reduction: Reduction, options: LossOptions) -> RowLosses:
-    """The losses of flat rows, with the gradient of their sum or mean where the logits were."""
-    return _reduced(logits, rows, reduction, options, logits)
+    """The losses of the rows, with the gradient of their sum or mean where the logits were."""
+    return _reduced(logits, rows, reduction, options, logits)._replace(gradient=None)
 
 
 class _InPlace(torch.autograd.Function):
     """An operation that writes to its input cannot register a derivative of its own."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: LossRows, reduction: Reduction, options: LossOptions) -> Any:
+    def forward(
+        ctx: Any, logits: Tensor, rows: LossRows, reduction: Reduction, options: LossOptions, others: list[Any]
+    ) -> Tensor:
         losses = _inplace_operation(logits, rows, reduction, options)
         ctx.save_for_backward(logits)
-        ctx.mark_non_differentiable(losses.nll, losses.correct)
         ctx.is_spent = False
-        return losses.loss, losses.nll, losses.correct
+        others.extend(losses[1:])
+        return losses.loss
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.is_spent:
             raise RuntimeError(
                 "inplace_grad=True gave the logits' memory to the first backward; leave it out to run a second one"
@@ -443,15 +430,15 @@ class _InPlace(torch.autograd.Function):
         ctx.is_spent = True
         gradient = ctx.saved_tensors[0].detach()
         scale_(gradient, grad_loss)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 def masked_cross_entropy(
     logits: Tensor, rows: LossRows, reduction: Reduction, options: LossOptions, inplace_grad: bool
 ) -> CrossEntropy:
     """See the reference, ``fastmask.reference.masked_cross_entropy``: same arguments, same outputs."""
-    shape = rows.targets.shape
     reduction = with_denominator(reduction, rows)
+    is_compiling = torch.compiler.is_compiling()
     # A float16 gradient formed before the loss scale arrives would underflow, and that of single losses needs
     # what comes from above. Compiled, a buffer that backward corrects in place would be copied first.
     in_forward = (
@@ -459,15 +446,15 @@ def masked_cross_entropy(
         and torch.is_grad_enabled()
         and reduction.kind != "none"
         and logits.dtype != torch.float16
-        and not torch.compiler.is_compiling()
+        and not is_compiling
     )
-    inplace_grad = inplace_grad and logits.is_contiguous() and not torch.compiler.is_compiling()
+    inplace_grad = inplace_grad and logits.is_contiguous() and not is_compiling
     logits = logits if logits.ndim <= 3 else logits.flatten(0, -2)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    rows = rows.contiguous()
     if in_forward and inplace_grad:
-        loss, nll, correct = _InPlace.apply(logits, rows.flat(), reduction, options)
+        others: list[Any] = []
+        out = RowLosses(_InPlace.apply(logits, rows, reduction, options, others), *others)
     else:
-        out = _operation(logits, rows.flat(), reduction, options, in_forward, inplace_grad)
-        loss, nll, correct = out.loss, out.nll, out.correct
-    loss = loss.view(shape) if reduction.kind == "none" else loss
-    return CrossEntropy(loss, nll.view(shape), correct.view(shape) if options.with_correct else None)
+        out = _operation(logits, rows, reduction, options, in_forward, inplace_grad)
+    return CrossEntropy(out.loss, out.nll, out.correct if options.with_correct else None)

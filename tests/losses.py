@@ -25,6 +25,16 @@ def on(backend) -> Callable:
     return run
 
 
+def plan_with(kernel, monkeypatch, **constants) -> None:
+    """The loss is planned by other constants, for a test; a plan is else made once and kept."""
+    planner = kernel.module("_loss_plan")
+    for name, value in constants.items():
+        monkeypatch.setattr(planner, name, value)
+    plan = planner.plan.__wrapped__
+    for module in (planner, kernel.module("masked_cross_entropy")):
+        monkeypatch.setattr(module, "plan", plan)
+
+
 def draw(*shape, seed=0, scale=3.0, dtype=torch.float32) -> torch.Tensor:
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 

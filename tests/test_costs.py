@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import plan_with
 from oracles import draw
 
 from fastmask import _streams as streams
@@ -38,8 +39,8 @@ def costs(kernel):
 @pytest.fixture
 def many_rows(kernel, monkeypatch):
     """The loss and the filter as with many rows: a program of few warps for each."""
-    for operation in ("_loss_plan", "vocabulary_filter"):
-        monkeypatch.setattr(kernel.module(operation), "_FEW_ROWS", 0)
+    plan_with(kernel, monkeypatch, _FEW_ROWS=0)
+    monkeypatch.setattr(kernel.module("vocabulary_filter"), "_FEW_ROWS", 0)
 
 
 # Rows that begin at 16 bytes, as behind a head, and such as begin anywhere: each of their tiles has edges, and the

@@ -19,6 +19,7 @@ from losses import (
     equation,
     gradient,
     on,
+    plan_with,
     small,
     without,
 )
@@ -34,7 +35,7 @@ def cross_entropy(request, backend, monkeypatch):
     if request.param:
         if not backend.is_kernel:
             pytest.skip("a plan of the kernel's")
-        monkeypatch.setattr(backend.module("_loss_plan"), "_SHORT", 0)
+        plan_with(backend, monkeypatch, _SHORT=0)
     return on(backend)
 
 

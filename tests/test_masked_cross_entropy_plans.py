@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from losses import UNIT, assert_error_ratio, closed_form, draw, draw_targets, equation, gradient
+from losses import UNIT, assert_error_ratio, closed_form, draw, draw_targets, equation, gradient, plan_with
 from torch.utils._pytree import tree_map_only
 
 from fastmask import functional
@@ -128,7 +128,7 @@ def random_case(number: int) -> dict:
 @pytest.mark.slow_interpreted
 def test_random_cases(kernel, monkeypatch, number):
     if number % 24 == 5:  # else every large row would be split
-        monkeypatch.setattr(kernel.module("_loss_plan"), "_FEW_ROWS", 0)
+        plan_with(kernel, monkeypatch, _FEW_ROWS=0)
     assert_is_the_equation(partial(kernel.run, functional.masked_cross_entropy), **random_case(number))
 
 
@@ -183,7 +183,7 @@ def test_every_launch_plan(kernel, reference, monkeypatch, name, column):
     hardware = _launch().H100._replace(**HARDWARE)
     monkeypatch.setattr(_launch(), "hardware", lambda device: hardware)
     if not name.startswith("split"):  # as with many rows
-        monkeypatch.setattr(kernel.module("_loss_plan"), "_FEW_ROWS", 0)
+        plan_with(kernel, monkeypatch, _FEW_ROWS=0)
     if column == "costly":
         options = {**options, "exclude_id": vocabulary - 2}
     chosen = LossOptions(**{name: options[name] for name in LossOptions._fields if name in options})
@@ -251,12 +251,11 @@ MACHINES = {
 def test_plans_follow_the_hardware(kernel, machine, softcap):
     """Every multiprocessor has work where there is enough; rows that are read twice fit the L2, one for each
     multiprocessor at least."""
-    plan = partial(kernel.module("_loss_plan").plan, hardware=_launch().H100._replace(**MACHINES[machine]))
-    facts, options = plan.keywords["hardware"], LossOptions(softcap=softcap)
+    facts, options = _launch().H100._replace(**MACHINES[machine]), LossOptions(softcap=softcap)
     sms = facts.num_multiprocessors
     all_rows, vocabularies = (1, 7, sms - 1, sms, 3 * sms, 10**5), (5, 64, 257, 8192, 50257, 151936)
     for rows, vocabulary in itertools.product(all_rows, vocabularies):
-        found = plan(rows, vocabulary, torch.bfloat16, options)
+        found = kernel.module("_loss_plan").plan(rows, vocabulary, torch.bfloat16, options, facts)
         assert found.num_warps <= facts.max_warps
         if found.rows is not None:
             assert found.block_v >= vocabulary
