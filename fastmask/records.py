@@ -340,11 +340,11 @@ class RowList(NamedTuple):
     """A list of rows, written in place: each sequence's flat positions in places of its own.
 
     row_indices: [R] int64, -1 where a place is free. row_starts: [B + 1] int64: those of sequence b lie in
-    row_indices[row_starts[b] : row_starts[b + 1]]; what does not fit is left out.
+    row_indices[row_starts[b] : row_starts[b + 1]]; what does not fit is left out. None: each has R / B places.
     """
 
     row_indices: Tensor
-    row_starts: Tensor
+    row_starts: Tensor | None = None
 
 
 class Demasked(NamedTuple):

@@ -196,7 +196,7 @@ def _selection_kernel(
     is_masked_ptr,
     ids_ptr,  # None, as are the next three, where only the selection is asked for
     row_indices_ptr,
-    row_starts_ptr,
+    row_starts_ptr,  # None where each sequence has as many places
     num_places,
     block_ptr,  # None for everywhere, as is the next
     next_block_ptr,
@@ -293,8 +293,13 @@ def _selection_kernel(
     slot = tl.full((), 0, tl.int64)
     list_end = None
     if ids_ptr is not None:
-        slot = tl.maximum(tl.load(row_starts_ptr + row), 0)
-        list_end = tl.minimum(tl.load(row_starts_ptr + row + 1), num_places)
+        if row_starts_ptr is None:
+            room = num_places // tl.num_programs(0)
+            slot = row * room
+            list_end = slot + room
+        else:
+            slot = tl.maximum(tl.load(row_starts_ptr + row), 0)
+            list_end = tl.minimum(tl.load(row_starts_ptr + row + 1), num_places)
     written = Written(
         row * N, is_masked_ptr, ids_ptr, mask_id, row_indices_ptr, list_end, block, _window(next_block_ptr, row)
     )
@@ -427,7 +432,7 @@ def _select(
         is_masked_ptr=is_masked,
         ids_ptr=ids,
         row_indices_ptr=None if listed is None else listed.row_indices,
-        row_starts_ptr=None if listed is None else listed.row_starts.contiguous(),
+        row_starts_ptr=None if listed is None or listed.row_starts is None else listed.row_starts.contiguous(),
         num_places=None if listed is None else listed.row_indices.shape[0],
         block_ptr=block,
         next_block_ptr=next_block,

@@ -321,6 +321,9 @@ def sample_tokens(
     per_sequence: PerSequence | None = None,
 ) -> Sampled:
     """See the reference."""
+    if isinstance(logits, Tensor) and per_sequence is None and not logits.requires_grad:
+        # No graph is begun, and to turn it off takes the host as long as a tenth of all the rest.
+        return _sample(logits, rows, draws, sampling, OwnOptions(), kept_ids, out)
     with torch.no_grad():
         if isinstance(logits, LinearLogits):
             own = sequences.own_options(per_sequence, sampling, len(logits.weight))
@@ -516,7 +519,10 @@ def _is_b200(device: torch.device) -> bool:
 
 def _holds_whole_vectors(rows: logit_rows.LogitRows) -> bool:
     """Whether each row may be read by vectors from its first logit on: what lies behind its last is memory too."""
-    logits, (num_rows, num_ids) = rows.logits, rows.logits.shape
-    width = _launch.cdiv(num_ids, rows.vector) * rows.vector
-    end = logits.storage_offset() + (num_rows - 1) * logits.stride(0) + width
-    return logits.stride(0) % rows.vector == 0 and end * logits.element_size() <= logits.untyped_storage().nbytes()
+    logits, (num_rows, num_ids), vector = rows.logits, rows.logits.shape, rows.vector
+    if logits.stride(0) % vector:
+        return False
+    if num_ids % vector == 0:  # nothing lies behind
+        return True
+    end = logits.storage_offset() + (num_rows - 1) * logits.stride(0) + _launch.cdiv(num_ids, vector) * vector
+    return end * logits.element_size() <= logits.untyped_storage().nbytes()

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmask import _check
 from fastmask.ops.judging import Judge, put_back
-from fastmask.ops.remask import check_windows, remask_
-from fastmask.ops.sample_tokens import checked_logits, sample_tokens
-from fastmask.ops.seeds import as_seed
-from fastmask.records import Demasked, LinearLogits, Windows
+from fastmask.ops.remask import check_windows, remask_checked_
+from fastmask.ops.sample_tokens import (
+    as_forbidden,
+    check_per_sequence,
+    checked_logits,
+    checked_options,
+    sample_checked,
+    sampled_rows,
+)
+from fastmask.ops.seeds import as_draws
+from fastmask.records import Demasked, LinearLogits, RowList, Windows
 from fastmask.reference.remask import is_inside
 
 
@@ -128,7 +134,7 @@ def demask_step(
     _check.tensor("ids", ids, [torch.int64], ndim=2)
     _check.tensor("is_masked", is_masked, [torch.bool])
     _check.shape("is_masked", is_masked, ids.shape, "B, N")
-    name, source, _ = checked_logits(logits)
+    name, source, num_ids = checked_logits(logits)
     _check.same_device(**{
         name: source, "ids": ids, "is_masked": is_masked, "editable": editable, "block": block,
         "next_block": next_block,
@@ -148,54 +154,44 @@ def demask_step(
     (batch, length), device = ids.shape, ids.device
     check_windows(Windows(block, next_block), batch)
     max_masked = length if max_masked is None else _check.integer("max_masked", max_masked, 0, length + 1)
-    seed = as_seed(seed, device, generator)
+    draws = as_draws(seed, device, generator, step, sample_offset)
     may_edit = editable if block is None or editable is None else editable & is_inside(block, ids)
+    if source.ndim == 3:
+        letters = "B, N, D" if isinstance(logits, LinearLogits) else "B, N, V"
+        _check.shape(name, source, [batch, length, source.shape[-1]], letters)
     if row_indices is None:
-        if source.ndim == 3:
-            letters = "B, N, D" if isinstance(logits, LinearLogits) else "B, N, V"
-            _check.shape(name, source, [batch, length, source.shape[-1]], letters)
         is_open = is_masked if block is None else is_masked & is_inside(block, ids)
         is_open = is_open if may_edit is None else is_open | may_edit
         row_indices = torch.arange(ids.numel(), device=device).where(is_open.flatten(), -1)
-    counters: dict[str, Any] = {"seed": seed, "step": step, "sample_offset": sample_offset, "backend": backend}
     new = Demasked(
         ids.clone(memory_format=torch.contiguous_format),
         is_masked.clone(memory_format=torch.contiguous_format),
-        torch.zeros(ids.shape, dtype=torch.float32, device=device),
+        ids.new_zeros(ids.shape, dtype=torch.float32),
         row_indices.new_empty(batch * max_masked),
     )
     sampled = judge.room(new.ids, new.log_probs)
-    sample_tokens(
-        logits,
-        temperature=temperature,
-        top_k=top_k,
-        min_p=min_p,
-        top_p=top_p,
-        processed=processed,
-        mask_id=mask_id,
-        forbidden=forbidden,
-        row_indices=row_indices,
-        seq_len=length,
-        with_margin=sampled.margins is not None,
-        with_entropy=sampled.entropies is not None,
-        out=sampled,
-        **counters,
+    with_margin, with_entropy = sampled.margins is not None, sampled.entropies is not None
+    sampling, per_sequence = checked_options(
+        (temperature, top_k, min_p, top_p), num_ids, mask_id, with_margin, with_entropy, processed
     )
+    if forbidden is not None:
+        sampling = sampling._replace(forbidden=as_forbidden(forbidden, num_ids, device, sampling.mask_id))
+    rows, _ = sampled_rows(name, source, row_indices, length)
+    rows = check_per_sequence(name, source, per_sequence, rows._replace(num_places=ids.numel()), sampled)
+    sample_checked(logits, rows, draws, sampling, None, sampled, per_sequence, backend)
     if may_edit is not None and editing_threshold is not None:
         put_back(sampled, ids, torch.zeros_like(new.log_probs), is_masked, may_edit, editing_threshold)
-    remask_(
+    remask_checked_(
         new.ids,
         new.is_masked,
-        new.row_indices,
-        torch.arange(0, batch * max_masked + 1, max_masked, device=device)
-        if max_masked
-        else ids.new_zeros(batch + 1),
+        RowList(new.row_indices),
         counts=counts,
-        mask_id=mask_id,
         commits=commits,
-        block=block,
-        next_block=block if next_block is None else next_block,
+        eligible=None,
+        windows=Windows(block, block if next_block is None else next_block),
+        draws=draws,
+        backend=backend,
+        mask_id=mask_id,
         **judge.remasking(sampled),
-        **counters,
     )
     return new

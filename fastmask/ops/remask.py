@@ -269,6 +269,50 @@ def remask_(
         _check.tensor("eligible", eligible, [torch.bool])
         _check.shape("eligible", eligible, values.shape, "B, N")
         _check_not_with("eligible", commits=commits, factor=factor, entropy_bound=entropy_bound)
+    # Without noise nothing is drawn, no seed either.
+    draws = as_draws(
+        seed if noise_scale or isinstance(seed, Tensor) else 0, values.device, generator, step, sample_offset
+    )
+    remask_checked_(
+        ids,
+        is_masked,
+        RowList(row_indices, row_starts),
+        values,
+        counts,
+        commits,
+        eligible,
+        windows,
+        draws,
+        backend,
+        mask_id=mask_id,
+        is_confidence=is_confidence,
+        noise_scale=noise_scale,
+        min_remask_key=min_remask_key,
+        factor=factor,
+        entropy_bound=entropy_bound,
+    )
+
+
+def remask_checked_(
+    ids: Tensor,
+    is_masked: Tensor,
+    listed: RowList,
+    values: Tensor,
+    counts: Tensor | int | None,
+    commits: Tensor | int | None,
+    eligible: Tensor | None,
+    windows: Windows,
+    draws: Draws,
+    backend: str,
+    *,
+    mask_id: int,
+    is_confidence: bool = True,
+    noise_scale: float = 0.0,
+    min_remask_key: float | None = None,
+    factor: float | None = None,
+    entropy_bound: float | None = None,
+) -> None:
+    """What :func:`remask_` does once dtypes and shapes of all tensors but counts and commits are checked."""
     if counts is not None:
         _check_not_with("counts", commits=commits)
     elif commits is None and min_remask_key is None and factor is None and entropy_bound is None:
@@ -281,16 +325,12 @@ def remask_(
         counts = 1 if commits is None else commits
     counts = as_counts(counts, values, "commits" if counts_commit else "counts")
     _check.same_device(
-        ids=ids, is_masked=is_masked, row_indices=row_indices, block=block, next_block=next_block,
-        row_starts=row_starts, values=values, counts=counts, eligible=eligible,
+        ids=ids, is_masked=is_masked, row_indices=listed.row_indices, block=windows.block,
+        next_block=windows.next_block, row_starts=listed.row_starts, values=values, counts=counts, eligible=eligible,
     )  # fmt: skip
-    # Without noise nothing is drawn, no seed either.
-    draws = as_draws(
-        seed if noise_scale or isinstance(seed, Tensor) else 0, values.device, generator, step, sample_offset
-    )
     backend = _of_length(backend, values)
     run = _dispatch.implementation(reference.remask_, values.device, backend, values.dtype)
-    run(ids, is_masked, RowList(row_indices, row_starts), values, counts, eligible, windows, draws, remasking)
+    run(ids, is_masked, listed, values, counts, eligible, windows, draws, remasking)
 
 
 def _check_written(name: str, tensor: Tensor, dtype: torch.dtype) -> None:

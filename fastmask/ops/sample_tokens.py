@@ -16,7 +16,7 @@ from fastmask._memoised import memoised
 from fastmask.ops.linear_masked_cross_entropy import check_head, local_head
 from fastmask.ops.masked_cross_entropy import check_softcap
 from fastmask.ops.seeds import as_draws
-from fastmask.records import LinearLogits, PerSequence, Sampled, SampledRows, Sampling
+from fastmask.records import Draws, LinearLogits, PerSequence, Sampled, SampledRows, Sampling
 from fastmask.reference import sample_tokens as reference
 from fastmask.reference import vocabulary_parallel_sampling
 from fastmask.vocabulary_parallel import Columns
@@ -126,20 +126,38 @@ def sample_tokens(
         tensor([[1]])
     """
     name, source, num_ids = checked_logits(logits)
-    rows, shape = _sampled_rows(name, source, row_indices, seq_len)
-    numbers, per_sequence = _numbers_and_tensors((temperature, top_k, min_p, top_p))
-    sampling = _checked_sampling(num_ids, *numbers, mask_id, with_margin, with_entropy, processed)
+    rows, shape = sampled_rows(name, source, row_indices, seq_len)
+    sampling, per_sequence = checked_options(
+        (temperature, top_k, min_p, top_p), num_ids, mask_id, with_margin, with_entropy, processed
+    )
     if forbidden is not None:
         sampling = sampling._replace(forbidden=as_forbidden(forbidden, num_ids, source.device, sampling.mask_id))
     kept_ids = _checked_kept_ids(name, source, kept_ids, shape)
     if out is not None:
         _check_out(name, source, out, rows, sampling)
         rows = rows._replace(num_places=out.ids.numel())
-    rows = _check_per_sequence(name, source, per_sequence, rows, out)
+    rows = check_per_sequence(name, source, per_sequence, rows, out)
     draws = as_draws(seed, source.device, generator, step, sample_offset)
+    sampled = sample_checked(logits, rows, draws, sampling, kept_ids, out, per_sequence, backend)
+    if out is not None or len(shape) == 1:
+        return sampled
+    return Sampled(*[None if values is None else values.view(shape) for values in sampled])  # type: ignore[arg-type]
+
+
+def sample_checked(
+    logits: Tensor | LinearLogits,
+    rows: SampledRows,
+    draws: Draws,
+    sampling: Sampling,
+    kept_ids: Tensor | None,
+    out: Sampled | None,
+    per_sequence: PerSequence | None,
+    backend: str,
+) -> Sampled:
+    """What :func:`sample_tokens` does once all is checked: ``out``, or samples [M]."""
     run: Callable[..., Sampled]
     if vocabulary_parallel.is_split(logits.weight if isinstance(logits, LinearLogits) else logits):
-        others = {"row_indices": row_indices, "kept_ids": kept_ids, "forbidden": sampling.forbidden}
+        others = {"row_indices": rows.row_indices, "kept_ids": kept_ids, "forbidden": sampling.forbidden}
         if isinstance(logits, LinearLogits):
             others["embeddings"] = logits.embeddings
         vocabulary_parallel.check(backend, **others)
@@ -147,17 +165,13 @@ def sample_tokens(
         run = partial(vocabulary_parallel_sampling.sample_tokens, columns=columns)
     else:
         logits = logits.cut() if isinstance(logits, LinearLogits) else logits
-        run = _dispatch.implementation(reference.sample_tokens, source.device, backend)
+        run = _dispatch.implementation(reference.sample_tokens, draws.seed.device, backend)
     if isinstance(logits, LinearLogits):
         flat: Tensor | LinearLogits = logits._replace(embeddings=logits.embeddings.flatten(0, -2))
     else:
         flat = logits.flatten(0, -2)
     sampled = run(flat, rows, draws, sampling, kept_ids, out, per_sequence)
-    if out is not None:
-        return out
-    if len(shape) == 1:
-        return sampled
-    return Sampled(*[None if values is None else values.view(shape) for values in sampled])  # type: ignore[arg-type]
+    return sampled if out is None else out
 
 
 def checked_logits(logits: Tensor | LinearLogits) -> tuple[str, Tensor, int]:
@@ -182,13 +196,14 @@ def _local_part(logits: Tensor | LinearLogits) -> tuple[Tensor | LinearLogits, C
     return vocabulary_parallel.local_part("logits", logits, -1)
 
 
-def _sampled_rows(
+def sampled_rows(
     name: str, rows: Tensor, row_indices: Tensor | None, seq_len: int | None
 ) -> tuple[SampledRows, torch.Size]:
     """Which rows are sampled, and the shape of what is returned."""
     shape = rows.shape[:-1]
     if row_indices is not None:
         _check.tensor("row_indices", row_indices, [torch.int64], ndim=1)
+        _check.same_device(**{name: rows, "row_indices": row_indices})
         shape = row_indices.shape
     if row_indices is None or rows.ndim == 3:
         if rows.ndim != 3 or (seq_len is not None and seq_len != rows.shape[1]):
@@ -205,7 +220,6 @@ def _sampled_rows(
     is_compact = row_indices is None or rows.ndim == 2
     if row_indices is None:  # every row is listed
         row_indices = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device)
-    _check.same_device(**{name: rows, "row_indices": row_indices})
     num_places = None if rows.ndim == 2 else rows.shape[0] * rows.shape[1]
     return SampledRows(
         row_indices, max(1, _check.integer("seq_len", seq_len, 0, 2**31)), is_compact, num_places
@@ -215,16 +229,21 @@ def _sampled_rows(
 _OfSampling: TypeAlias = "tuple[Any, Any, Any, Any]"
 
 
-def _numbers_and_tensors(options: _OfSampling) -> tuple[_OfSampling, PerSequence | None]:
-    """Temperature, top_k, min_p and top_p for all sequences, and what each has of its own, if anything."""
+def checked_options(options: _OfSampling, num_ids: int, *others: Any) -> tuple[Sampling, PerSequence | None]:
+    """What a sampler over so many ids is told for all sequences, and what each has of its own, if anything.
+
+    options: temperature, top_k, min_p and top_p. others: mask_id, with_margin, with_entropy and processed.
+    """
     if not any([isinstance(option, Tensor) for option in options]):
-        return options, None
+        return _checked_sampling(num_ids, *options, *others), None
     own = PerSequence(*[option if isinstance(option, Tensor) else None for option in options])
-    temperature, top_k, min_p, top_p = (None if isinstance(option, Tensor) else option for option in options)
-    return (1.0 if own.temperature is not None else temperature, top_k, min_p, top_p), own
+    shared: list[Any] = [None if isinstance(option, Tensor) else option for option in options]
+    if own.temperature is not None:
+        shared[0] = 1.0
+    return _checked_sampling(num_ids, *shared, *others), own
 
 
-def _check_per_sequence(
+def check_per_sequence(
     name: str, source: Tensor, per_sequence: PerSequence | None, rows: SampledRows, out: Sampled | None
 ) -> SampledRows:
     """The checks of tensors [B]; the rows, of which those past the last sequence are none."""

@@ -116,6 +116,9 @@ def _prefix_length(remask_keys: Tensor, eligible: Tensor, remasking: Remasking) 
 def _list(listed: RowList, is_listed: Tensor) -> None:
     """Writes the list of positions [B, N]."""
     row_indices, row_starts = listed
+    if row_starts is None:
+        batch, device = len(is_listed), is_listed.device
+        row_starts = torch.arange(batch + 1, device=device) * (len(row_indices) // max(1, batch))
     row_starts = row_starts.clamp(0, len(row_indices))
     slots = row_starts[:-1, None] + is_listed.cumsum(dim=-1) - 1
     slots = slots.where(is_listed & (slots < row_starts[1:, None]), len(row_indices))  # the place behind the last
