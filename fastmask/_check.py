@@ -46,7 +46,7 @@ def plain(**tensors: Tensor | None) -> None:
         return
     with_tangents = torch.autograd.forward_ad._current_level >= 0
     for name, value in tensors.items():
-        if value is None:
+        if value is None or not (with_tangents or torch._C._functorch.is_functorch_wrapped_tensor(value)):
             continue
         if torch._C._functorch.is_batchedtensor(value):
             what, remedy = "batched by torch.func.vmap", "give the whole batch in one call"

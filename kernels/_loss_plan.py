@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from fastmask._memoised import memoised
 from fastmask.kernels._launch import Hardware, cdiv, next_power_of_2
 from fastmask.kernels._logit_rows import VECTOR_BYTES
 from fastmask.records import LossOptions
@@ -50,7 +49,6 @@ def pieces_of_a_row(
     return 0 if vocabulary <= _SHORT else plan(num_rows, vocabulary, dtype, options, hardware).num_pieces
 
 
-@memoised
 def plan(num_rows: int, vocabulary: int, dtype: torch.dtype, options: LossOptions, hardware: Hardware) -> Plan:
     """The launch plan of logits [num_rows, vocabulary]; the pieces are the same with and without the argmax."""
     is_costly = options.softcap is not None or options.label_smoothing != 0.0

@@ -116,13 +116,14 @@ class Operator(Generic[P, R]):
     ) -> None:
         self.function, self.signature, self.overload, self.written = function, signature, overload, written
         self.differentiated: Callable[..., Any] | None = None
+        self.num_gradients = 0  # of the leading tensors
 
     def __call__(self, *arguments: P.args, **nothing: P.kwargs) -> R:
         signature = self.signature
         flat = signature.flat(arguments) if signature.has_records else arguments
         if _is_watched(flat):
             return cast(R, signature.returned(self.overload(*flat, **nothing)))
-        if self.differentiated is not None and _needs_gradient(flat):
+        if self.differentiated is not None and _needs_gradient(flat[: self.num_gradients]):
             return cast(R, self.differentiated(flat, arguments, self.function))
         if self.written:
             _count_versions([flat[place] for place in self.written])
@@ -158,8 +159,8 @@ def _is_watched(flat: Sequence[Any]) -> bool:
     return False
 
 
-def _needs_gradient(flat: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat)
+def _needs_gradient(tensors: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 
 
 def _count_versions(written: Sequence[Any]) -> None:
@@ -260,11 +261,11 @@ def differentiable(
 
     def dispatched(*flat: Any) -> Any:
         arguments = signature.whole(flat)
-        if not _needs_gradient(flat):
+        if not _needs_gradient(flat[:num_gradients]):
             return operation.below(*arguments)
         return differentiated(flat, arguments, operation.below)
 
-    operation.differentiated = differentiated
+    operation.differentiated, operation.num_gradients = differentiated, num_gradients
     _libraries[operation.overload._schema.name.removeprefix("fastmask::")].impl(
         operation.overload, dispatched, "Autograd"
     )

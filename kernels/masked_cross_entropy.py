@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask._autograd import first_order_only
+from fastmask._memoised import memoised
 from fastmask.kernels import _launch
 from fastmask.kernels import _logit_rows as logit_rows
 from fastmask.kernels import _row_softmax as row_softmax
@@ -175,7 +176,8 @@ class _Place(NamedTuple):
 
 
 def _place(x: Tensor) -> _Place:
-    return _Place(logit_rows.offset_from_boundary(x), x.stride(0) if x.ndim == 3 else 0, x.stride(-2))
+    *stride_b, stride_n, _ = x.stride()
+    return _Place(logit_rows.offset_from_boundary(x), stride_b[0] if stride_b else 0, stride_n)
 
 
 class RowLosses(NamedTuple):
@@ -193,39 +195,66 @@ class RowLosses(NamedTuple):
     gradient: Tensor | None
 
 
-def _plan(logits: Tensor, num_rows: int, options: LossOptions) -> Plan:
-    return plan(num_rows, logits.shape[-1], logits.dtype, options, _launch.hardware(logits.device))
-
-
 def _allocate(rows: LossRows, options: LossOptions, num_pieces: int, gradient: Tensor | None) -> RowLosses:
     """Room for them."""
     targets = rows.targets
-    shape, of_records = targets.shape, (targets.numel(), num_pieces, row_softmax.RECORD_SIZE)
+    loss = targets.new_empty(targets.shape, dtype=torch.float32)
     return RowLosses(
-        targets.new_empty(shape, dtype=torch.float32),
-        targets.new_empty(shape, dtype=torch.float32),
-        targets.new_empty(shape, dtype=torch.bool) if options.with_correct else None,
-        targets.new_empty(of_records, dtype=torch.float32) if num_pieces else None,
+        loss,
+        torch.empty_like(loss),
+        torch.empty_like(loss, dtype=torch.bool) if options.with_correct else None,
+        loss.new_empty(targets.numel(), num_pieces, row_softmax.RECORD_SIZE) if num_pieces else None,
         gradient,
     )
 
 
-def _arguments(logits: Tensor, place: _Place, rows: LossRows, options: LossOptions, planned: Plan) -> dict[str, Any]:
-    """The arguments that all kernels take."""
-    return {
-        **planned.arguments,
-        "x_ptr": logits,
-        "offset_x": place.offset,
-        "stride_xb": place.stride_b,
-        "stride_xn": place.stride_n,
-        "targets_ptr": rows.targets.contiguous(),
-        "is_masked_ptr": None if rows.is_masked is None else rows.is_masked.contiguous(),
-        "weights_ptr": None if rows.weights is None else rows.weights.contiguous(),
-        "N": logits.shape[-2],
-        "V": logits.shape[-1],
+class _Prepared(NamedTuple):
+    """What launches over rows of one shape have in common: arguments are those of all kernels that are no tensors."""
+
+    plan: Plan
+    place: _Place
+    arguments: dict[str, Any]
+
+
+def _prepare(logits: Tensor, num_rows: int, options: LossOptions) -> _Prepared:
+    hardware = _launch.hardware(logits.device)
+    return _prepared(num_rows, *logits.shape[-2:], *_place(logits), logits.dtype, hardware, *options)
+
+
+@memoised
+def _prepared(
+    num_rows: int,
+    length: int,
+    vocabulary: int,
+    offset: int,
+    stride_b: int,
+    stride_n: int,
+    dtype: torch.dtype,
+    hardware: _launch.Hardware,
+    *fields: Any,
+) -> _Prepared:
+    options = LossOptions(*fields)
+    planned = plan(num_rows, vocabulary, dtype, options, hardware)
+    arguments = {
+        "offset_x": offset,
+        "stride_xb": stride_b,
+        "stride_xn": stride_n,
+        "N": length,
+        "V": vocabulary,
         "exclude_id": options.exclude_id,
         "softcap": options.softcap,
         "label_smoothing": options.label_smoothing or None,
+    }
+    return _Prepared(planned, _Place(offset, stride_b, stride_n), arguments | planned.arguments)
+
+
+def _arguments(logits: Tensor, rows: LossRows, prepared: _Prepared) -> dict[str, Any]:
+    """The arguments that all kernels take."""
+    return prepared.arguments | {
+        "x_ptr": logits,
+        "targets_ptr": rows.targets.contiguous(),
+        "is_masked_ptr": None if rows.is_masked is None else rows.is_masked.contiguous(),
+        "weights_ptr": None if rows.weights is None else rows.weights.contiguous(),
     }
 
 
@@ -234,7 +263,7 @@ def _launch_rows(
     rows: LossRows,
     records: Tensor | None,
     options: LossOptions,
-    planned: Plan,
+    prepared: _Prepared,
     num_pieces: int | None,
     gradient: Tensor | None,
     denominator: Tensor | None,
@@ -244,10 +273,9 @@ def _launch_rows(
     holds_unit: bool = False,
 ) -> None:
     """Losses and gradient, where there is room for them; ``num_pieces`` of the records at hand, None for none."""
-    num_rows = rows.targets.numel()
-    of_logits = _place(logits)
+    num_rows, of_logits = rows.targets.numel(), prepared.place
     of_gradient = of_logits if gradient is None or gradient is logits else _place(gradient)
-    arguments = _arguments(logits, of_logits, rows, options, planned) | {
+    arguments = _arguments(logits, rows, prepared) | {
         "losses_ptr": None if losses is None else losses.loss,
         "nll_ptr": None if losses is None else losses.nll,
         "correct_ptr": None if losses is None else losses.correct,
@@ -261,8 +289,8 @@ def _launch_rows(
         "z_loss": options.z_loss or None,
         "HOLDS_UNIT": holds_unit,
     }
-    if planned.rows is not None:
-        grid = (_launch.cdiv(num_rows, planned.rows),)
+    if prepared.plan.rows is not None:
+        grid = (_launch.cdiv(num_rows, prepared.plan.rows),)
         _launch.launch(short_rows_kernel, grid, logits, **arguments, num_rows=num_rows)
         return
     _launch.launch(
@@ -273,7 +301,7 @@ def _launch_rows(
         records_ptr=records,
         num_pieces=num_pieces,
         PIECE_LANES=_launch.next_power_of_2(num_pieces or 1),
-        SAME_PHASE=of_gradient is of_logits or of_gradient.is_in_phase(of_logits, planned.arguments["VECTOR"]),
+        SAME_PHASE=of_gradient is of_logits or of_gradient.is_in_phase(of_logits, arguments["VECTOR"]),
     )
 
 
@@ -285,21 +313,21 @@ def losses_and_gradient(
     gradient: (the logits themselves, if need be) is filled with that of sum w loss / denominator.
     """
     num_rows = rows.targets.numel()
-    planned = _plan(logits, num_rows, options)
-    losses = _allocate(rows, options, planned.num_pieces, gradient)
+    prepared = _prepare(logits, num_rows, options)
+    losses = _allocate(rows, options, prepared.plan.num_pieces, gradient)
     if num_rows:
-        num_pieces = planned.num_pieces if planned.num_pieces > 1 else None
+        num_pieces = prepared.plan.num_pieces if prepared.plan.num_pieces > 1 else None
         if num_pieces is not None:
             _launch.launch(
                 _records_kernel,
                 (num_rows, num_pieces),
                 logits,
-                **_arguments(logits, _place(logits), rows, options, planned),
+                **_arguments(logits, rows, prepared),
                 records_ptr=losses.records,
                 WITH_CORRECT=options.with_correct,
             )
         records = losses.records
-        _launch_rows(logits, rows, records, options, planned, num_pieces, gradient, denominator, losses=losses)
+        _launch_rows(logits, rows, records, options, prepared, num_pieces, gradient, denominator, losses=losses)
     return losses
 
 
@@ -363,14 +391,14 @@ def _write_gradient(
     num_rows = rows.targets.numel()
     if num_rows:
         logits = gradient if logits is None else logits
-        planned = _plan(logits, num_rows, options)
+        prepared = _prepare(logits, num_rows, options)
         _launch_rows(
             logits,
             rows,
             records,
             options,
-            planned,
-            planned.num_pieces,
+            prepared,
+            prepared.plan.num_pieces,
             gradient,
             denominator,
             upstream=upstream if upstream.ndim <= 1 else upstream.flatten(),

@@ -27,12 +27,10 @@ def on(backend) -> Callable:
 
 def plan_with(kernel, monkeypatch, **constants) -> None:
     """The loss is planned by other constants, for a test; a plan is else made once and kept."""
-    planner = kernel.module("_loss_plan")
+    module = kernel.module("masked_cross_entropy")
+    monkeypatch.setattr(module, "_prepared", module._prepared.__wrapped__)
     for name, value in constants.items():
-        monkeypatch.setattr(planner, name, value)
-    plan = planner.plan.__wrapped__
-    for module in (planner, kernel.module("masked_cross_entropy")):
-        monkeypatch.setattr(module, "plan", plan)
+        monkeypatch.setattr(kernel.module("_loss_plan"), name, value)
 
 
 def draw(*shape, seed=0, scale=3.0, dtype=torch.float32) -> torch.Tensor:

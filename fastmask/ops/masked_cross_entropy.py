@@ -116,8 +116,9 @@ def masked_cross_entropy(
     reducing = loss_reduction(logits, reduction, denominator)
     options = LossOptions(label_smoothing, z_loss, softcap, exclude_id, with_correct)
     check_loss_options(num_tokens, *options)
-    _check.same_device(logits=logits, **rows._asdict())
-    _check.plain(logits=logits, **rows._asdict(), denominator=reducing.denominator)
+    tensors = {"logits": logits, **rows._asdict()}
+    _check.same_device(**tensors)
+    _check.plain(**tensors, denominator=reducing.denominator)
     if ignore_index is not None:
         is_target = not_ignored(targets, ignore_index)
         rows = rows._replace(is_masked=is_target if is_masked is None else is_masked & is_target)
