@@ -1,8 +1,9 @@
-"""What the differentiable operations share with autograd."""
+"""What the operations share with autograd and autocast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -23,6 +24,11 @@ class _Undifferentiable(torch.autograd.Function):
             "the masked cross-entropies cannot be differentiated twice (double backward); leave create_graph "
             "out, or use torch.nn.functional.cross_entropy"
         )
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Operations in the dtypes they are given; where autocast is off, nothing need turn it off."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:

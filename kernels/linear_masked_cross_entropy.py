@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmask._autograd import first_order_only
+from fastmask._autograd import first_order_only, without_autocast
 from fastmask.kernels import _launch
 from fastmask.kernels._losses import is_plain, scale_, with_denominator
 from fastmask.kernels._operator import differentiable, operator
@@ -149,10 +149,12 @@ def _chunked(
         weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
         weights = weights.masked_fill(falls_short, torch.nan)
 
-    # One row more than there are: what belongs to no row goes there.
-    losses, nll = (embeddings.new_zeros(num_rows + 1, dtype=torch.float32) for _ in range(2))
-    correct = embeddings.new_zeros(num_rows + 1, dtype=torch.bool) if options.with_correct else None
-    by_embeddings = embeddings.new_zeros(num_rows + 1, embeddings.shape[1]) if products.wants_embeddings else None
+    # What belongs to no row goes to one row more than there are.
+    num_slots = num_rows if falls_short is None else num_rows + 1
+    losses = embeddings.new_zeros(num_slots, dtype=torch.float32)
+    nll = torch.zeros_like(losses)
+    correct = torch.zeros_like(losses, dtype=torch.bool) if options.with_correct else None
+    by_embeddings = embeddings.new_zeros(num_slots, embeddings.shape[1]) if products.wants_embeddings else None
     new_total = torch.empty_like if sizes else torch.zeros_like
     total_dtype = dtype if len(sizes) == 1 and weight.dtype == dtype else torch.float32
     by_weight = new_total(weight, dtype=total_dtype) if products.wants_weight else None
@@ -195,11 +197,14 @@ def _chunked(
             for total in (by_embeddings, by_weight, by_bias):
                 if total is not None:
                     total.masked_fill_(falls_short, torch.nan)
+        losses, nll = losses[:num_rows], nll[:num_rows]
+        correct = None if correct is None else correct[:num_rows]
+        by_embeddings = None if by_embeddings is None else by_embeddings[:num_rows]
     return Outputs(
-        losses[:num_rows],
-        nll[:num_rows],
-        None if correct is None else correct[:num_rows],
-        None if by_embeddings is None else by_embeddings[:num_rows],
+        losses,
+        nll,
+        correct,
+        by_embeddings,
         None if by_weight is None else by_weight.to(weight.dtype),
         None if by_bias is None else by_bias.to(weight.dtype),
     )
@@ -241,7 +246,7 @@ def _operation(
 
     upstream: None for gradients by the loss; else [], or [R] for "none", and gradients by what it is the gradient of.
     """
-    with torch.autocast(logits.embeddings.device.type, enabled=False):  # it would reach the float32 parts
+    with without_autocast(logits.embeddings.device.type):  # it would reach the float32 parts
         out = _chunked(logits, rows, masked, reduction.denominator, upstream, options, products)
     if reduction.kind == "none":
         return out

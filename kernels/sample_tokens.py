@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask import _streams as streams
+from fastmask._autograd import without_autocast
 from fastmask.kernels import _launch, _math, vocabulary_filter
 from fastmask.kernels import _logit_rows as logit_rows
 from fastmask.kernels import _sampled_figures as figures
@@ -396,7 +397,7 @@ def _sample_behind_head(
 
 
 def _head_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         if torch.compiler.is_compiling():  # which takes no out= that is not contiguous
             product = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
             out.copy_(product)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -119,6 +120,46 @@ def test_a_call_that_somebody_watches_is_told():
     assert "only_tested_" in graph.code
     assert "only_tested_" in str(torch.jit.trace(lambda x, y: (add_(x, y, None), x)[1], (x, y)).graph)
     assert torch.equal(x, torch.full_like(x, x[0]))
+
+
+@pytest.mark.parametrize("name", ["masked_cross_entropy", "linear_masked_cross_entropy"])
+def test_backward_is_given_the_losses_gradient_alone(kernel, name):
+    """For any other output that it knows of, autograd fills a gradient of zeros, for one as large as the logits."""
+
+    class Filled(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    seen = []
+    x, weight = (torch.randn(n, 4, device=kernel.device, requires_grad=True) for n in (3, 5))
+    of = (x, weight) if name.startswith("linear") else (x,)
+    loss = getattr(functional, name)(*of, torch.tensor([0, 1, 2], device=kernel.device), backend="triton").loss
+    with Filled():
+        torch.autograd.grad(loss, of)
+    assert not [function for function in seen if "zero" in function or "full" in function]
+
+
+class _Parts(NamedTuple):
+    whole: Tensor
+    part: Tensor | None
+
+
+def _some(x: Tensor, with_part: bool) -> _Parts:
+    return _Parts(2.0 * x, 3.0 * x[:1] if with_part else None)
+
+
+some = operator("only_tested_some", _some)(_some)
+
+
+def test_an_output_that_there_is_not():
+    """None from the function; to PyTorch, which knows no such output, an empty tensor."""
+    x = torch.ones(2)
+    assert some(x, False).part is None
+    assert some(x, True).part.tolist() == [3.0]
+    for with_part, size in ((False, 0), (True, 1)):
+        assert some.below(x, with_part).part.shape == (size,)
+        torch.library.opcheck(some.overload, (x, with_part))
 
 
 def test_what_is_written_in_inference_mode_has_no_version():
