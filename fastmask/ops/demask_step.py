@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmask import _check
 from fastmask.ops.judging import Judge, put_back
-from fastmask.ops.remask import check_windows, remask_checked_
+from fastmask.ops.remask import check_windows, checked_remasking, remask_checked_
 from fastmask.ops.sample_tokens import (
     as_forbidden,
     check_per_sequence,
@@ -181,17 +181,10 @@ def demask_step(
     sample_checked(logits, rows, draws, sampling, None, sampled, per_sequence, backend)
     if may_edit is not None and editing_threshold is not None:
         put_back(sampled, ids, torch.zeros_like(new.log_probs), is_masked, may_edit, editing_threshold)
-    remask_checked_(
-        new.ids,
-        new.is_masked,
-        RowList(new.row_indices),
-        counts=counts,
-        commits=commits,
-        eligible=None,
-        windows=Windows(block, block if next_block is None else next_block),
-        draws=draws,
-        backend=backend,
-        mask_id=mask_id,
-        **judge.remasking(sampled),
-    )
+    options = judge.remasking(sampled)
+    values = options.pop("values")
+    remasking = checked_remasking(counts, commits, mask_id=mask_id, **options)
+    listed, counts = RowList(new.row_indices), commits if counts is None else counts
+    windows = Windows(block, block if next_block is None else next_block)
+    remask_checked_(new.ids, new.is_masked, listed, values, counts, None, windows, draws, remasking, backend)
     return new

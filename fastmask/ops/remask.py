@@ -269,21 +269,9 @@ def remask_(
         _check.tensor("eligible", eligible, [torch.bool])
         _check.shape("eligible", eligible, values.shape, "B, N")
         _check_not_with("eligible", commits=commits, factor=factor, entropy_bound=entropy_bound)
-    # Without noise nothing is drawn, no seed either.
-    draws = as_draws(
-        seed if noise_scale or isinstance(seed, Tensor) else 0, values.device, generator, step, sample_offset
-    )
-    remask_checked_(
-        ids,
-        is_masked,
-        RowList(row_indices, row_starts),
-        values,
+    remasking = checked_remasking(
         counts,
         commits,
-        eligible,
-        windows,
-        draws,
-        backend,
         mask_id=mask_id,
         is_confidence=is_confidence,
         noise_scale=noise_scale,
@@ -291,6 +279,12 @@ def remask_(
         factor=factor,
         entropy_bound=entropy_bound,
     )
+    # Without noise nothing is drawn, no seed either.
+    draws = as_draws(
+        seed if noise_scale or isinstance(seed, Tensor) else 0, values.device, generator, step, sample_offset
+    )
+    listed, counts = RowList(row_indices, row_starts), commits if counts is None else counts
+    remask_checked_(ids, is_masked, listed, values, counts, eligible, windows, draws, remasking, backend)
 
 
 def remask_checked_(
@@ -299,31 +293,14 @@ def remask_checked_(
     listed: RowList,
     values: Tensor,
     counts: Tensor | int | None,
-    commits: Tensor | int | None,
     eligible: Tensor | None,
     windows: Windows,
     draws: Draws,
+    remasking: Remasking,
     backend: str,
-    *,
-    mask_id: int,
-    is_confidence: bool = True,
-    noise_scale: float = 0.0,
-    min_remask_key: float | None = None,
-    factor: float | None = None,
-    entropy_bound: float | None = None,
 ) -> None:
-    """What :func:`remask_` does once dtypes and shapes of all tensors but counts and commits are checked."""
-    if counts is not None:
-        _check_not_with("counts", commits=commits)
-    elif commits is None and min_remask_key is None and factor is None and entropy_bound is None:
-        raise ValueError("expected counts, commits or a rule, received none; say how many positions stay masked")
-    counts_commit = counts is None
-    remasking = _checked_remasking(
-        mask_id, is_confidence, noise_scale, min_remask_key, factor, entropy_bound, counts_commit
-    )
-    if counts is None:
-        counts = 1 if commits is None else commits
-    counts = as_counts(counts, values, "commits" if counts_commit else "counts")
+    """What :func:`remask_` does once all is checked but its counts, or commits, and devices."""
+    counts = as_counts(1 if counts is None else counts, values, "commits" if remasking.counts_commit else "counts")
     _check.same_device(
         ids=ids, is_masked=is_masked, row_indices=listed.row_indices, block=windows.block,
         next_block=windows.next_block, row_starts=listed.row_starts, values=values, counts=counts, eligible=eligible,
@@ -352,6 +329,27 @@ def _check_not_with(given: str, **others: object) -> None:
     for name, value in others.items():
         if value is not None:
             raise ValueError(f"expected {given} or {name}, received both; leave one out")
+
+
+def checked_remasking(
+    counts: Tensor | int | None,
+    commits: Tensor | int | None,
+    *,
+    mask_id: int,
+    is_confidence: bool = True,
+    noise_scale: float = 0.0,
+    min_remask_key: float | None = None,
+    factor: float | None = None,
+    entropy_bound: float | None = None,
+) -> Remasking:
+    """The options of :func:`remask_`; counts, commits or a rule say how many positions stay masked."""
+    if counts is not None:
+        _check_not_with("counts", commits=commits)
+    elif commits is None and min_remask_key is None and factor is None and entropy_bound is None:
+        raise ValueError("expected counts, commits or a rule, received none; say how many positions stay masked")
+    return _checked_remasking(
+        mask_id, is_confidence, noise_scale, min_remask_key, factor, entropy_bound, counts is None
+    )
 
 
 @memoised
