@@ -347,7 +347,7 @@ def _reduced(
     if reduction.kind == "none":
         return losses
     total = losses.loss.sum()
-    return losses._replace(loss=total if reduction.denominator is None else total.div_(reduction.denominator))
+    return RowLosses(total if reduction.denominator is None else total.div_(reduction.denominator), *losses[1:])
 
 
 def _fake(
