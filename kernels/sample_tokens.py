@@ -322,8 +322,7 @@ def sample_tokens(
     per_sequence: PerSequence | None = None,
 ) -> Sampled:
     """See the reference."""
-    if isinstance(logits, Tensor) and per_sequence is None and not logits.requires_grad:
-        # No graph is begun, and to turn it off takes the host as long as a tenth of all the rest.
+    if isinstance(logits, Tensor) and per_sequence is None:  # nothing that autograd knows is done
         return _sample(logits, rows, draws, sampling, OwnOptions(), kept_ids, out)
     with torch.no_grad():
         if isinstance(logits, LinearLogits):

@@ -77,6 +77,21 @@ def test_numbers_that_memory_holds_negated_are_read_as_they_are(operation, backe
         assert torch.equal(ours.loss, expected.loss)
 
 
+@pytest.mark.parametrize("layout", ["one after another", "transposed", "one for all"])
+def test_each_position_has_its_own_gradient_from_above(operation, backend, layout):
+    logits, targets, is_masked, _ = (x.to(backend.device) for x in small())
+    logits.requires_grad_()
+    above = {
+        "one after another": draw(2, 4, seed=5),
+        "transposed": draw(4, 2, seed=5).mT,
+        "one for all": torch.tensor(-3.0).expand(2, 4),
+    }[layout].to(backend.device)
+    (ours,) = gradient(operation(logits, targets, is_masked, reduction="none").loss, logits, upstream=above)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 4) * is_masked
+    (expected,) = gradient(expected, logits, upstream=above)
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("upstream", ["constant", "requires grad"])
 def test_double_backward_raises(cross_entropy, upstream):
     """Even where the incoming gradient is a constant: a gradient penalty must not count as one silently."""
