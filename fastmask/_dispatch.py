@@ -25,6 +25,7 @@ ENVIRONMENT_VARIABLE = "FASTMASK_BACKEND"
 
 # Found once and without running them, so that Triton need not be there and torch.compile can trace a choice.
 KERNELS = [name for name in OPERATIONS if importlib.util.find_spec(f"fastmask.kernels.{name}") is not None]
+_MODULES = {f"fastmask.reference.{name}": (name, f"fastmask.kernels.{name}") for name in OPERATIONS}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -71,14 +72,13 @@ def implementation(
     reference: Function, device: torch.device, backend: str = "auto", dtype: torch.dtype | None = None
 ) -> Function:
     """A function of the reference, or the kernels' of the same name and signature; see ``choose``."""
-    package, _, operation = reference.__module__.rpartition(".")
+    operation, kernels = _MODULES[reference.__module__]
     chosen, _ = choose(operation, device, backend, dtype)
     if chosen == "reference":
         return reference
-    name = f"{package.removesuffix('reference')}kernels.{operation}"
-    if name not in sys.modules:
-        importlib.import_module(name)
-    found: Function = getattr(sys.modules[name], reference.__name__)
+    if kernels not in sys.modules:
+        importlib.import_module(kernels)
+    found: Function = getattr(sys.modules[kernels], reference.__name__)
     return found
 
 

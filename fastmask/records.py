@@ -132,7 +132,7 @@ class LossOptions(NamedTuple):
 class Reduction(NamedTuple):
     """How the losses of rows become one: kind is "none", "sum" or "mean".
 
-    denominator: [] in the loss's dtype, or int64, what "mean" divides by; None for the number of rows that count.
+    denominator: [] in the loss's dtype, what "mean" divides by; None for the number of rows that count.
     """
 
     kind: str = "mean"

@@ -19,6 +19,7 @@ and reduced again where another gradient is wanted.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask._autograd import first_order_only
-from fastmask._memoised import memoised
 from fastmask.kernels import _launch
 from fastmask.kernels import _logit_rows as logit_rows
 from fastmask.kernels import _row_softmax as row_softmax
@@ -175,9 +175,9 @@ class _Place(NamedTuple):
         return not any([(here - there) % vector for here, there in zip(self, other, strict=True)])
 
 
-def _place(x: Tensor) -> _Place:
-    *stride_b, stride_n, _ = x.stride()
-    return _Place(logit_rows.offset_from_boundary(x), stride_b[0] if stride_b else 0, stride_n)
+def _place(offset: int, strides: tuple[int, ...]) -> _Place:
+    """Of rows that lie so far from a boundary, at strides of their tensor."""
+    return _Place(offset, strides[0] if len(strides) == 3 else 0, strides[-2])
 
 
 class RowLosses(NamedTuple):
@@ -217,35 +217,32 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(logits: Tensor, num_rows: int, options: LossOptions) -> _Prepared:
-    hardware = _launch.hardware(logits.device)
-    return _prepared(num_rows, *logits.shape[-2:], *_place(logits), logits.dtype, hardware, *options)
+    offset, hardware = logit_rows.offset_from_boundary(logits), _launch.hardware(logits.device)
+    return _prepared(num_rows, logits.shape, logits.stride(), offset, logits.dtype, options, hardware)
 
 
-@memoised
+@functools.lru_cache(maxsize=1024)  # nothing here is traced, and numbers that are equal give equal ones
 def _prepared(
     num_rows: int,
-    length: int,
-    vocabulary: int,
+    shape: torch.Size,
+    strides: tuple[int, ...],
     offset: int,
-    stride_b: int,
-    stride_n: int,
     dtype: torch.dtype,
+    options: LossOptions,
     hardware: _launch.Hardware,
-    *fields: Any,
 ) -> _Prepared:
-    options = LossOptions(*fields)
-    planned = plan(num_rows, vocabulary, dtype, options, hardware)
+    planned, place = plan(num_rows, shape[-1], dtype, options, hardware), _place(offset, strides)
     arguments = {
-        "offset_x": offset,
-        "stride_xb": stride_b,
-        "stride_xn": stride_n,
-        "N": length,
-        "V": vocabulary,
+        "offset_x": place.offset,
+        "stride_xb": place.stride_b,
+        "stride_xn": place.stride_n,
+        "N": shape[-2],
+        "V": shape[-1],
         "exclude_id": options.exclude_id,
         "softcap": options.softcap,
         "label_smoothing": options.label_smoothing or None,
     }
-    return _Prepared(planned, _Place(offset, stride_b, stride_n), arguments | planned.arguments)
+    return _Prepared(planned, place, arguments | planned.arguments)
 
 
 def _arguments(logits: Tensor, rows: LossRows, prepared: _Prepared) -> dict[str, Any]:
@@ -274,7 +271,9 @@ def _launch_rows(
 ) -> None:
     """Losses and gradient, where there is room for them; ``num_pieces`` of the records at hand, None for none."""
     num_rows, of_logits = rows.targets.numel(), prepared.place
-    of_gradient = of_logits if gradient is None or gradient is logits else _place(gradient)
+    of_gradient = of_logits
+    if gradient is not None and gradient is not logits:
+        of_gradient = _place(logit_rows.offset_from_boundary(gradient), gradient.stride())
     arguments = _arguments(logits, rows, prepared) | {
         "losses_ptr": None if losses is None else losses.loss,
         "nll_ptr": None if losses is None else losses.nll,
