@@ -10,6 +10,7 @@ gradient is summed over the ranks.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,31 +20,14 @@ from fastmask._autograd import first_order_only
 from fastmask.records import CrossEntropy, LinearLogits, LossOptions, LossRows, Reduction
 from fastmask.reference.masked_cross_entropy import (
     CHUNK_ROWS,
+    CountedRows,
     RowLosses,
     chunk_losses_,
     chunk_rows,
-    coefficients_of,
-    counted_indices,
     joined,
     scaled,
-    scatter_rows,
 )
 from fastmask.vocabulary_parallel import Columns
-
-
-class _HeadRows(NamedTuple):
-    """The M rows that count, and what is made of their losses.
-
-    targets: [R]. indices: [M], which rows. coefficients: [M], what each loss is multiplied by, in the dtype that the
-    gradients of weight and bias are summed in. dtype: of the products. columns: those of this rank; None for all.
-    """
-
-    targets: Tensor
-    indices: Tensor
-    coefficients: Tensor
-    dtype: torch.dtype
-    options: LossOptions
-    columns: Columns | None
 
 
 class _Wanted(NamedTuple):
@@ -54,8 +38,11 @@ class _Wanted(NamedTuple):
     bias: bool
 
 
+_NOTHING = _Wanted(False, False, False)
+
+
 class _Pass(NamedTuple):
-    """One pass over the rows: losses [M], unweighted, then gradients (None where not wanted) of embeddings [M, D],
+    """One pass over the rows: losses [M, 1], unweighted, then gradients (None where not wanted) of embeddings [M, D],
     weight and bias."""
 
     losses: RowLosses
@@ -64,26 +51,26 @@ class _Pass(NamedTuple):
     by_bias: Tensor | None
 
 
-def _head_pass(logits: LinearLogits, rows: _HeadRows, wanted: _Wanted) -> _Pass:
-    """Losses of the rows, and the gradients wanted of sum_m coefficients_m loss_m."""
-    embeddings, indices, accumulator = logits.embeddings, rows.indices, rows.coefficients.dtype
-    weight, bias = logits.weight.to(rows.dtype), None if logits.bias is None else logits.bias.to(rows.dtype)
-    by_embeddings = weight.new_empty(len(indices), embeddings.shape[-1]) if wanted.embeddings else None
+def _head_pass(logits: LinearLogits, rows: CountedRows, wanted: _Wanted, dtype: torch.dtype) -> _Pass:
+    """Losses of the rows, and the gradients wanted of sum_m coefficients_m loss_m, by products of that dtype. The
+    gradients of weight and bias are summed in the coefficients'."""
+    embeddings, accumulator, with_gradient = logits.embeddings, rows.coefficients.dtype, any(wanted)
+    weight, bias = logits.weight.to(dtype), None if logits.bias is None else logits.bias.to(dtype)
+    by_embeddings = weight.new_empty(rows.targets.shape[0], weight.shape[-1]) if wanted.embeddings else None
     by_weight = by_bias = None
     losses = []
-    for start in range(0, max(1, len(indices)), CHUNK_ROWS):
-        chunk = slice(start, start + CHUNK_ROWS)
-        x, y = embeddings.index_select(0, indices[chunk]).to(rows.dtype), rows.targets.index_select(0, indices[chunk])
+    for chunk, chunk_rows_ in rows.parts(CHUNK_ROWS):
+        x = embeddings[chunk] if rows.indices is None else embeddings.index_select(0, chunk_rows_.indices)
+        x = x.to(dtype)
         z = torch.nn.functional.linear(x, weight, bias)
-        size = chunk_rows(z, rows.columns)
-        coefficients = rows.coefficients[chunk].split(size)
-        for z_part, y_part, c_part in zip(z.split(size), y.split(size), coefficients, strict=True):
-            out = chunk_losses_(z_part, y_part, rows.options, rows.columns, c_part if any(wanted) else None)
-            losses.append(out._replace(gradient=None))
-            if out.gradient is not None and out.gradient.dtype != z_part.dtype:  # else it lies there
-                z_part.copy_(out.gradient)
+        for part, part_rows in chunk_rows_.parts(chunk_rows(z, rows.columns)):
+            z_part = z[part]
+            found = chunk_losses_(z_part, part_rows, with_gradient, z_part if dtype == accumulator else None)
+            losses.append(found._replace(gradient=None))
+            if found.gradient is not None and dtype != accumulator:  # else it lies there
+                z_part.copy_(found.gradient)
         if by_embeddings is not None:
-            by_embeddings[chunk] = z @ weight
+            torch.mm(z, weight, out=by_embeddings[chunk])
         if wanted.weight:
             by_weight = _added(by_weight, z.mT, x, accumulator)
         if wanted.bias:
@@ -101,7 +88,7 @@ def _added(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Te
 
 
 class _LinearRows(torch.autograd.Function):
-    """coefficients_m * loss_m over the rows: their sum where is_reduced, else [M].
+    """coefficients_m * loss_m over the rows: their sum where is_reduced, else [M, 1]. Products are of ``dtype``.
 
     Gradients of a sum are formed in forward; anew for a second backward, since the first gave them away.
     """
@@ -112,44 +99,47 @@ class _LinearRows(torch.autograd.Function):
         embeddings: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        rows: _HeadRows,
+        rows: CountedRows,
+        dtype: torch.dtype,
         is_reduced: bool,
         with_grad: bool,
     ) -> Any:
-        by_embeddings, by_weight, by_bias, *_ = (needed and with_grad for needed in ctx.needs_input_grad)
-        ctx.wanted = _Wanted(by_embeddings, by_weight, by_bias)
+        by_embeddings, by_weight, by_bias, *_ = ctx.needs_input_grad
+        ctx.wanted = _Wanted(by_embeddings, by_weight, by_bias) if with_grad else _NOTHING
         # A float16 gradient formed before the loss scale arrives would underflow.
-        ctx.has_gradients = is_reduced and rows.dtype != torch.float16
-        wanted = ctx.wanted if ctx.has_gradients else _Wanted(False, False, False)
-        out = _head_pass(LinearLogits(embeddings, weight, bias), rows, wanted)
+        ctx.has_gradients = is_reduced and dtype != torch.float16
+        out = _head_pass(
+            LinearLogits(embeddings, weight, bias), rows, ctx.wanted if ctx.has_gradients else _NOTHING, dtype
+        )
         gradients = out.by_embeddings, out.by_weight, out.by_bias
-        ctx.save_for_backward(embeddings, weight, bias, rows.targets, rows.indices, rows.coefficients, *gradients)
-        ctx.dtype, ctx.options, ctx.columns = rows.dtype, rows.options._replace(with_correct=False), rows.columns
+        ctx.save_for_backward(embeddings, weight, bias, rows.indices, rows.targets, rows.coefficients, *gradients)
+        ctx.dtype, ctx.options, ctx.columns = dtype, rows.options._replace(with_correct=False), rows.columns
         ctx.like = embeddings.shape, embeddings.dtype, weight.dtype
+        ctx.mark_non_differentiable(out.losses.nll)
         loss = out.losses.loss * rows.coefficients
-        ctx.mark_non_differentiable(out.losses.nll, out.losses.correct)
         return loss.sum() if is_reduced else loss, out.losses.nll, out.losses.correct
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        embeddings, weight, bias, targets, indices, coefficients, *gradients = ctx.saved_tensors
+        embeddings, weight, bias, indices, targets, coefficients, *gradients = ctx.saved_tensors
         if ctx.has_gradients:  # under detach() they would be known by their versions
             by_embeddings, by_weight, by_bias = (g if g is None else scaled(g.data, grad) for g in gradients)
             ctx.has_gradients = False
         else:
-            rows = _HeadRows(targets, indices, coefficients * grad, ctx.dtype, ctx.options, ctx.columns)
-            out = _head_pass(LinearLogits(embeddings, weight, bias), rows, ctx.wanted)
+            rows = CountedRows(indices, targets, coefficients * grad, ctx.options, ctx.columns)
+            out = _head_pass(LinearLogits(embeddings, weight, bias), rows, ctx.wanted, ctx.dtype)
             by_embeddings, by_weight, by_bias = out.by_embeddings, out.by_weight, out.by_bias
         shape, embeddings_dtype, weight_dtype = ctx.like
         if by_embeddings is not None:
-            by_embeddings = by_embeddings.new_zeros(shape, dtype=embeddings_dtype).index_copy_(
-                0, indices, by_embeddings.to(embeddings_dtype)
-            )
+            by_embeddings = by_embeddings.to(embeddings_dtype)
+            if indices is not None:
+                by_embeddings = by_embeddings.new_zeros(shape).index_copy_(0, indices, by_embeddings)
         return (
             by_embeddings,
             None if by_weight is None else by_weight.to(weight_dtype),
             None if by_bias is None else by_bias.to(weight_dtype),
+            None,
             None,
             None,
             None,
@@ -192,28 +182,25 @@ def of_columns(
         listed = row_indices[row_indices >= 0]
         is_masked = torch.zeros_like(targets, dtype=torch.bool).flatten()
         rows = rows._replace(is_masked=is_masked.index_fill_(0, listed, True).view(targets.shape))
-    indices = counted_indices(rows)
-    accumulator = torch.promote_types(embeddings.dtype, torch.float32)
     device_type = embeddings.device.type
-    autocast = torch.is_autocast_enabled(device_type) and embeddings.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device_type) if autocast else embeddings.dtype
-    is_reduced = reduction.kind != "none"
-    coefficients = coefficients_of(rows, indices, reduction, accumulator)
-    head_rows = _HeadRows(targets.flatten(), indices, coefficients, dtype, options, columns)
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = embeddings.dtype
+    if autocast and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    is_reduced, accumulator = reduction.kind != "none", torch.promote_types(embeddings.dtype, torch.float32)
+    counted = CountedRows.of(rows, reduction, options, columns, accumulator)
     # Autocast itself would leak into the float32 parts.
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         loss, nll, correct = _LinearRows.apply(
-            embeddings.flatten(0, -2), logits.weight, logits.bias, head_rows, is_reduced, torch.is_grad_enabled()
+            embeddings.flatten(0, -2), logits.weight, logits.bias, counted, dtype, is_reduced, torch.is_grad_enabled()
         )
     if not is_reduced:
-        loss = scatter_rows(loss, indices, targets.shape)
+        loss = counted.scattered(loss, targets.shape)
     if num_masked is not None:
-        falls_short = (
-            len(indices) > num_masked if row_indices is None else bool((row_indices[num_masked:] >= 0).any())
-        )
+        falls_short = len(nll) > num_masked if row_indices is None else bool((row_indices[num_masked:] >= 0).any())
         loss = loss * torch.nan if falls_short else loss  # and so are its gradients
     return CrossEntropy(
         loss,
-        scatter_rows(nll, indices, targets.shape),
-        scatter_rows(correct, indices, targets.shape) if options.with_correct else None,
+        counted.scattered(nll, targets.shape),
+        None if correct is None else counted.scattered(correct, targets.shape),
     )

@@ -35,14 +35,73 @@ _CHUNK_ELEMENTS = 2**20
 # Rows of which ranks that split the vocabulary speak at once: enough for messages and matrix products, few enough for
 # memory (1024 x 50257 float32: 196 MiB).
 CHUNK_ROWS = 1024
+# Beyond it e_target may be subnormal, and nothing at the other side of the logarithm is near 1.
+_FAR = 2.0**100
+
+
+class CountedRows(NamedTuple):
+    """The M rows that count, of R, and what is made of their losses.
+
+    indices: [M] int64, which rows; None for all. targets: [M, 1]. coefficients: [M, 1], what each loss is multiplied
+    by, in the dtype that sums are taken in. columns: those of this rank; None for all.
+    """
+
+    indices: Tensor | None
+    targets: Tensor
+    coefficients: Tensor
+    options: LossOptions
+    columns: Columns | None
+
+    @classmethod
+    def of(
+        cls, rows: LossRows, reduction: Reduction, options: LossOptions, columns: Columns | None, dtype: torch.dtype
+    ) -> CountedRows:
+        """Those of the rows, with coefficients of that dtype."""
+        indices, targets, weights = None, rows.targets.flatten(), rows.weights
+        weights = None if weights is None else weights.flatten()
+        if rows.is_masked is not None or weights is not None:
+            counted = rows.counted().flatten().nonzero().squeeze(-1)
+            indices = None if counted.shape == targets.shape else counted
+        if indices is not None:
+            targets = targets.index_select(0, indices)
+            weights = None if weights is None else weights.index_select(0, indices)
+        targets = targets.unsqueeze(-1)
+        denominator: Tensor | float = 1
+        if reduction.kind == "mean":
+            denominator = max(1, targets.shape[0]) if reduction.denominator is None else reduction.denominator
+        if weights is not None:
+            coefficients = weights.unsqueeze(-1).to(dtype) / denominator
+        elif isinstance(denominator, Tensor):
+            coefficients = torch.ones_like(targets, dtype=dtype) / denominator
+        else:
+            coefficients = torch.full_like(targets, 1.0 / denominator, dtype=dtype)
+        return cls(indices, targets, coefficients, options, columns)
+
+    def parts(self, size: int) -> list[tuple[slice, CountedRows]]:
+        """That many of the M at once, at least one part of them."""
+        count = self.targets.shape[0]
+        if count <= size:
+            return [(slice(0, count), self)]
+        return [(part, self._part(part)) for part in (slice(i, i + size) for i in range(0, count, size))]
+
+    def _part(self, part: slice) -> CountedRows:
+        indices = None if self.indices is None else self.indices[part]
+        return self._replace(indices=indices, targets=self.targets[part], coefficients=self.coefficients[part])
+
+    def scattered(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """values [M, 1] at their places of zeros of that shape, whose elements are the R rows."""
+        if self.indices is None:
+            return values.view(shape)
+        return values.new_zeros(shape.numel(), 1).index_copy_(0, self.indices, values).view(shape)
 
 
 class RowLosses(NamedTuple):
-    """Unweighted losses of M rows, and the gradient by the logits where asked for."""
+    """Of M rows: unweighted losses, and whether they are correct where asked for, [M, 1]; the gradient by the logits
+    where asked for, [M, V]."""
 
     loss: Tensor
     nll: Tensor
-    correct: Tensor
+    correct: Tensor | None
     gradient: Tensor | None = None
 
 
@@ -51,34 +110,29 @@ def chunk_rows(logits: Tensor, columns: Columns | None = None) -> int:
     return max(1, _CHUNK_ELEMENTS // logits.shape[-1]) if columns is None else CHUNK_ROWS
 
 
-def chunk_losses_(
-    logits: Tensor,
-    targets: Tensor,
-    options: LossOptions,
-    columns: Columns | None = None,
-    coefficients: Tensor | None = None,
-    out: Tensor | None = None,
-) -> RowLosses:
-    """The module's equations with w = 1, for logits [M, V] and targets [M]. A row whose target is no id is NaN.
+def chunk_losses_(logits: Tensor, rows: CountedRows, with_gradient: bool, out: Tensor | None = None) -> RowLosses:
+    """The module's equations with w = 1, for the rows' logits [M, V]. A row whose target is no id is NaN.
 
     Args:
-        columns: which they are; None for all.
-        coefficients: [M], for the gradient of sum_m coefficients_m loss_m; None for no gradient.
-        out: [M, V], overwritten, where the gradient lies; None for the logits, where they are float32 or float64.
+        with_gradient: of sum_m coefficients_m loss_m.
+        out: [M, V], overwritten, where the gradient lies, in the dtype of the coefficients; may be the logits, and is
+            new memory where it is None.
     """
-    columns = Columns.whole(logits.shape[-1]) if columns is None else columns
+    options = rows.options
+    columns = Columns.whole(logits.shape[-1]) if rows.columns is None else rows.columns
     label_smoothing, excluded = options.label_smoothing, columns.place(options.exclude_id)
     num_allowed = columns.num_tokens - (options.exclude_id is not None)
-    target, is_here, is_id = _places(targets[:, None], columns)
+    target, is_here, is_id = _places(rows.targets, columns)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    out = z if out is None else out
+    if out is None:
+        out = torch.empty_like(z) if z is logits else z
     if columns.width == 0:  # stands for none, and is left out
         z, excluded = z.new_zeros(len(z), 1), 0
         out = z
     slope = None
     if options.softcap is not None:
         z = torch.div(z, options.softcap, out=out).tanh_()
-        slope = (1.0 - z) * (1.0 + z) if coefficients is not None else None  # 1 - z^2 would cancel near 1
+        slope = (1.0 - z) * (1.0 + z) if with_gradient else None  # 1 - z^2 would cancel near 1
         z *= options.softcap
     if excluded is not None:
         z = z if z is out else out.copy_(z)
@@ -97,58 +151,53 @@ def chunk_losses_(
         gaps = [gap.sum(dim=-1, keepdim=True)]
     # e is exp(z - z_max), or all of a row a unit times as much: what the fused softmax's own sum has missed is in the
     # total, by which e is divided.
-    if columns.group is None:
-        e = torch.softmax(z, dim=-1, out=out)
-        unit = e.amax(dim=-1, keepdim=True)
-    else:
-        e, unit = torch.sub(z, z_max, out=out).exp_(), torch.ones_like(z_max)
-    e = e.scatter_(-1, target, 0.0 if is_here is None else e.gather(-1, target).where(~is_here, 0.0))
+    e = torch.softmax(z, dim=-1, out=out) if columns.group is None else torch.sub(z, z_max, out=out).exp_()
+    e_there = e.gather(-1, target)
+    e.scatter_(-1, target, 0.0 if is_here is None else e_there.where(~is_here, 0.0))
     others, z_target, *gaps = columns.totals(e.sum(dim=-1, keepdim=True), z_target, *gaps)
-    gap_of_target = _where(z_target, is_id, torch.nan) - z_max
-    e_target = unit * gap_of_target.exp()
-    total = others + e_target
+    e_target = _where(e_there if columns.group is None else (z_target - z_max).exp(), is_id, torch.nan)
+    total, ratio = others + e_target, others / e_target
 
-    log_total = (total / unit).log()
-    ratio = others / e_target
-    nll = torch.where(ratio <= 0.5, ratio.log1p(), log_total - gap_of_target)
-    loss = nll
-    if label_smoothing > 0.0:
-        loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_total - gaps[0] / num_allowed)
-    by_lse: Tensor | float = 0.0  # what z-loss grows by with L
-    if options.z_loss > 0.0:
-        lse = z_max + log_total
-        loss, by_lse = loss + options.z_loss * lse.square(), 2.0 * options.z_loss * lse
-    if largest_ids is None:
-        correct = torch.zeros_like(target, dtype=torch.bool)
-    else:
-        correct = (largest_ids == targets[:, None]) & ~total.isnan()
+    nll = ratio.log1p()
+    loss, by_lse = nll, None
+    if label_smoothing > 0.0 or options.z_loss > 0.0 or is_id is not None or not ratio.amax().item() <= _FAR:
+        unit = torch.maximum(e.amax(dim=-1, keepdim=True), e_target) if columns.group is None else 1.0
+        log_total = (total / unit).log()
+        nll = nll.where(ratio <= _FAR, log_total - (z_target - z_max))
+        loss = nll
+        if label_smoothing > 0.0:
+            loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_total - gaps[0] / num_allowed)
+        if options.z_loss > 0.0:
+            lse = z_max + log_total
+            loss, by_lse = loss + options.z_loss * lse.square(), 2.0 * options.z_loss * lse
+    correct = None
+    if largest_ids is not None:
+        correct = (largest_ids == rows.targets) & ~total.isnan()
 
     gradient = None
-    if coefficients is not None:
-        c = coefficients[:, None]
-        over_total = c / total
-        at_target = (label_smoothing - 1.0) * c * (others / total)
+    if with_gradient:
+        at_target = -others
         if label_smoothing > 0.0:
-            at_target += label_smoothing * (over_total * e_target - c / num_allowed)
-        if options.z_loss > 0.0:
-            at_target += by_lse * over_total * e_target
-        gradient = e.mul_((1.0 + by_lse) * over_total if options.z_loss > 0.0 else over_total)
+            at_target = label_smoothing * e_target - (1.0 - label_smoothing) * others
+        if by_lse is not None:
+            e *= 1.0 + by_lse
+            at_target += by_lse * e_target
+        e.scatter_(-1, target, at_target if is_here is None else at_target.where(is_here, e.gather(-1, target)))
+        gradient = e.mul_(rows.coefficients / total)
         if label_smoothing > 0.0:
-            gradient -= label_smoothing / num_allowed * c
-        gradient.scatter_(
-            -1, target, at_target if is_here is None else at_target.where(is_here, gradient.gather(-1, target))
-        )
+            gradient -= label_smoothing / num_allowed * rows.coefficients
         if slope is not None:
             gradient *= slope
         if excluded is not None:
             gradient[:, excluded] = 0.0
-        gradient = gradient[:, : columns.width]
-    return RowLosses(loss.squeeze(-1), nll.squeeze(-1), correct.squeeze(-1), gradient)
+        if columns.width == 0:
+            gradient = gradient[:, :0]
+    return RowLosses(loss, nll, correct, gradient)
 
 
 def _places(targets: Tensor, columns: Columns) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The columns here of targets [M, 1], int64; which are here, and which are ids at all, None for all of them."""
-    if columns.group is None and len(targets) > 0 and is_readable(targets):
+    if columns.group is None and targets.shape[0] > 0 and is_readable(targets):
         least, largest = targets.aminmax()
         if least.item() >= 0 and largest.item() < columns.num_tokens:
             return targets.long(), None, None
@@ -163,13 +212,13 @@ def _where(values: Tensor, condition: Tensor | None, otherwise: float) -> Tensor
 def joined(parts: list[RowLosses]) -> RowLosses:
     """The losses of some rows after those of others; no gradients."""
     if len(parts) == 1:
-        return parts[0]._replace(gradient=None)
+        return parts[0]
     losses, nlls, corrects, _ = zip(*parts, strict=True)
-    return RowLosses(torch.cat(losses), torch.cat(nlls), torch.cat(corrects))
+    return RowLosses(torch.cat(losses), torch.cat(nlls), None if corrects[0] is None else torch.cat(corrects))
 
 
 class _MaskedRows(torch.autograd.Function):
-    """coefficients_m * loss_m over the rows ``indices`` [M] of logits [R, V]: their sum where is_reduced, else [M].
+    """coefficients_m * loss_m over the rows of logits [R, V]: their sum where is_reduced, else [M, 1].
 
     A row is read once, in forward, where its gradient is formed too, [R, V] of a sum. One of 16 bits, whose gradient
     would underflow before a loss scale arrives, is read again in backward; so is any for a second backward, since the
@@ -178,86 +227,66 @@ class _MaskedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        indices: Tensor,
-        coefficients: Tensor,
-        options: LossOptions,
-        is_reduced: bool,
-        inplace_grad: bool,
-        columns: Columns | None,
-        with_grad: bool,
+        ctx: Any, logits: Tensor, rows: CountedRows, is_reduced: bool, inplace_grad: bool, with_grad: bool
     ) -> Any:
-        in_forward = with_grad and ctx.needs_input_grad[0] and logits.dtype == coefficients.dtype
-        rows = (len(logits) if is_reduced and not inplace_grad else len(indices)) if in_forward else None
-        out = _pass(logits, targets, indices, coefficients, options, columns, rows)
-        ctx.save_for_backward(logits, targets, indices, coefficients, out.gradient)
-        ctx.options, ctx.inplace_grad, ctx.columns, ctx.is_spent = options, inplace_grad, columns, False
-        ctx.mark_non_differentiable(out.nll, out.correct)
-        loss = out.loss * coefficients
-        return loss.sum() if is_reduced else loss, out.nll, out.correct
+        in_forward = with_grad and ctx.needs_input_grad[0] and logits.dtype == rows.coefficients.dtype
+        losses, gradient = _pass(logits, rows, in_forward, is_spread=is_reduced and not inplace_grad)
+        ctx.save_for_backward(logits, rows.indices, rows.targets, rows.coefficients, gradient)
+        ctx.options, ctx.columns, ctx.inplace_grad, ctx.is_spent = rows.options, rows.columns, inplace_grad, False
+        ctx.mark_non_differentiable(losses.nll)
+        loss = losses.loss * rows.coefficients
+        return loss.sum() if is_reduced else loss, losses.nll, losses.correct
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        logits, targets, indices, coefficients, gradient = ctx.saved_tensors
+        logits, indices, targets, coefficients, gradient = ctx.saved_tensors
         if gradient is None or ctx.is_spent:
             options = ctx.options._replace(with_correct=False)
-            coefficients = coefficients * grad
-            gradient = _pass(logits, targets, indices, coefficients, options, ctx.columns, len(indices)).gradient
+            rows = CountedRows(indices, targets, coefficients * grad, options, ctx.columns)
+            _, gradient = _pass(logits, rows, True, is_spread=False)
         else:  # under detach() it would be known by its version
             ctx.is_spent, gradient = True, scaled(gradient.data, grad)
-        if ctx.inplace_grad or len(gradient) < len(logits):
-            place = logits.detach().zero_() if ctx.inplace_grad else torch.zeros_like(logits)
-            gradient = place.index_copy_(0, indices, gradient)
-        return gradient, *[None] * 8
+        if ctx.inplace_grad:
+            place = logits.detach()
+            gradient = place.copy_(gradient) if indices is None else place.zero_().index_copy_(0, indices, gradient)
+        elif gradient.shape[0] < logits.shape[0]:
+            gradient = torch.zeros_like(logits).index_copy_(0, indices, gradient)
+        return gradient, None, None, None, None
 
 
 def _pass(
-    logits: Tensor,
-    targets: Tensor,
-    indices: Tensor,
-    coefficients: Tensor,
-    options: LossOptions,
-    columns: Columns | None,
-    gradient_rows: int | None,
-) -> RowLosses:
-    """Losses of the M rows, unweighted, and the gradient of sum_m coefficients_m loss_m: [R, V] or [M, V], as many
-    rows as are asked for; None for none."""
-    size, takes_all = chunk_rows(logits, columns), len(indices) == len(logits)
-    is_exact = logits.dtype == coefficients.dtype
-    is_spread = gradient_rows is not None and gradient_rows > len(indices)
+    logits: Tensor, rows: CountedRows, with_gradient: bool, *, is_spread: bool
+) -> tuple[RowLosses, Tensor | None]:
+    """Losses of the M rows of logits [R, V], unweighted, and the gradient of sum_m coefficients_m loss_m where asked
+    for: [M, V], or [R, V] where it is spread."""
+    is_spread, is_exact = is_spread and rows.indices is not None, logits.dtype == rows.coefficients.dtype
     gradient = None
-    if gradient_rows is not None:
-        gradient = torch.zeros_like(logits) if is_spread else logits.new_empty(len(indices), logits.shape[-1])
+    if with_gradient:
+        count = rows.targets.shape[0]
+        gradient = torch.zeros_like(logits) if is_spread else logits.new_empty(count, logits.shape[-1])
     losses = []
-    for first in range(0, max(1, len(indices)), size):
-        chunk = slice(first, first + size)
-        part, place = indices[chunk], None
-        if gradient is not None and is_exact and not is_spread:
-            place = gradient[chunk]
-        if takes_all and place is not None:
-            rows = logits[chunk]
+    for chunk, part in rows.parts(chunk_rows(logits, rows.columns)):
+        out = gradient[chunk] if gradient is not None and is_exact and not is_spread else None
+        if part.indices is None:
+            z = logits[chunk]
         else:
-            rows, place = torch.index_select(logits, 0, part, out=place), None
-        c = None if gradient is None else coefficients[chunk]
-        found = chunk_losses_(rows, targets.index_select(0, part), options, columns, c, place)
+            z = torch.index_select(logits, 0, part.indices, out=out)
+            out = z if is_exact else None
+        found = chunk_losses_(z, part, with_gradient, out)
         losses.append(found._replace(gradient=None))
-        if gradient is None or found.gradient is None:
+        if gradient is None:
             continue
         if is_spread:
-            gradient.index_copy_(0, part, found.gradient)
+            gradient.index_copy_(0, part.indices, found.gradient)
         elif not is_exact:
             gradient[chunk] = found.gradient
-    return joined(losses)._replace(gradient=gradient)
+    return joined(losses), gradient
 
 
 def scaled(gradient: Tensor, grad: Tensor) -> Tensor:
-    """A gradient [M, ...] times that of a sum, or [M] of its parts; itself where that is known to be 1."""
-    if grad.ndim == 0:
-        return gradient if is_readable(grad) and grad.item() == 1.0 else gradient * grad
-    return gradient * grad[:, None]
+    """A gradient [M, ...] times that of a sum, or [M, 1] of its parts; itself where that is known to be 1."""
+    return gradient if grad.ndim == 0 and is_readable(grad) and grad.item() == 1.0 else gradient * grad
 
 
 def masked_cross_entropy(
@@ -282,49 +311,14 @@ def of_columns(
     columns: Columns | None,
 ) -> CrossEntropy:
     """The same of logits [..., width], those columns of them that this rank has; None for all."""
-    shape = rows.targets.shape
-    indices = counted_indices(rows)
-    accumulator = torch.promote_types(logits.dtype, torch.float32)
+    shape, dtype = rows.targets.shape, torch.promote_types(logits.dtype, torch.float32)
+    counted = CountedRows.of(rows, reduction, options, columns, dtype)
+    is_reduced = reduction.kind != "none"
     loss, nll, correct = _MaskedRows.apply(
-        logits.flatten(0, -2),
-        rows.targets.flatten(),
-        indices,
-        coefficients_of(rows, indices, reduction, accumulator),
-        options,
-        reduction.kind != "none",
-        inplace_grad and logits.is_contiguous(),
-        columns,
-        torch.is_grad_enabled(),
+        logits.flatten(0, -2), counted, is_reduced, inplace_grad and logits.is_contiguous(), torch.is_grad_enabled()
     )
     return CrossEntropy(
-        loss if reduction.kind != "none" else scatter_rows(loss, indices, shape),
-        scatter_rows(nll, indices, shape),
-        scatter_rows(correct, indices, shape) if options.with_correct else None,
+        loss if is_reduced else counted.scattered(loss, shape),
+        counted.scattered(nll, shape),
+        None if correct is None else counted.scattered(correct, shape),
     )
-
-
-def counted_indices(rows: LossRows) -> Tensor:
-    """Flat indices [M] of the rows that count."""
-    return rows.counted().flatten().nonzero().squeeze(-1)
-
-
-def mean_denominator(indices: Tensor, reduction: Reduction) -> Tensor | float:
-    """What a mean divides by: the number of rows that count (1 where none does), or what the caller gave."""
-    return max(1, len(indices)) if reduction.denominator is None else reduction.denominator
-
-
-def coefficients_of(rows: LossRows, indices: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
-    """What the loss of each row that counts is multiplied by, [M]."""
-    denominator = mean_denominator(indices, reduction) if reduction.kind == "mean" else 1
-    if rows.weights is not None:
-        return rows.weights.flatten()[indices].to(dtype) / denominator
-    if isinstance(denominator, Tensor):
-        return torch.ones_like(indices, dtype=dtype) / denominator
-    return torch.full_like(indices, 1.0 / denominator, dtype=dtype)
-
-
-def scatter_rows(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
-    """values [M] at flat positions indices [M] of a zero tensor of that shape."""
-    if len(indices) == shape.numel():  # in order
-        return values.view(shape)
-    return values.new_zeros(shape.numel()).index_copy_(0, indices, values).view(shape)
