@@ -376,6 +376,15 @@ def test_a_row_that_is_certain_and_wrong(cross_entropy):
     assert grad[0, :2].tolist() == [1.0, -1.0]
 
 
+@pytest.mark.parametrize("margin", [60.0, 75.0, 100.0, 1000.0])
+def test_nll_of_a_row_that_is_wrong_is_its_margin_however_small_p_is(cross_entropy, margin):
+    """In float32 a subnormal number, or 0; beside a row that is neither, and one that has no law."""
+    logits = torch.tensor([[margin, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, math.nan, 0.0]])
+    nll = cross_entropy(logits, torch.tensor([1, 1, 1])).nll
+    assert nll[:2].tolist() == pytest.approx([margin, math.log(3.0)], rel=2**-22, abs=0.0)
+    assert nll[2].isnan()
+
+
 def test_a_certain_row_at_the_end_of_float32(cross_entropy):
     """The smallest nll, and gradient, that is a normal number."""
     logits = torch.tensor([[0.0, -87.0]], requires_grad=True)

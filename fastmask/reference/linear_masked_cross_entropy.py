@@ -24,7 +24,6 @@ from fastmask.reference.masked_cross_entropy import (
     RowLosses,
     chunk_losses_,
     chunk_rows,
-    joined,
     scaled,
 )
 from fastmask.vocabulary_parallel import Columns
@@ -59,16 +58,18 @@ def _head_pass(logits: LinearLogits, rows: CountedRows, wanted: _Wanted, dtype: 
     by_embeddings = weight.new_empty(rows.targets.shape[0], weight.shape[-1]) if wanted.embeddings else None
     by_weight = by_bias = None
     losses = []
-    for chunk, chunk_rows_ in rows.parts(CHUNK_ROWS):
-        x = embeddings[chunk] if rows.indices is None else embeddings.index_select(0, chunk_rows_.indices)
+    for chunk, of_chunk in rows.parts(CHUNK_ROWS):
+        x = embeddings[chunk] if of_chunk.indices is None else embeddings.index_select(0, of_chunk.indices)
         x = x.to(dtype)
         z = torch.nn.functional.linear(x, weight, bias)
-        for part, part_rows in chunk_rows_.parts(chunk_rows(z, rows.columns)):
-            z_part = z[part]
-            found = chunk_losses_(z_part, part_rows, with_gradient, z_part if dtype == accumulator else None)
-            losses.append(found._replace(gradient=None))
-            if found.gradient is not None and dtype != accumulator:  # else it lies there
-                z_part.copy_(found.gradient)
+        for part, of_part in of_chunk.parts(chunk_rows(z, rows.columns)):
+            logits_of_part = z[part]
+            found, gradient = chunk_losses_(
+                logits_of_part, of_part, with_gradient, logits_of_part if dtype == accumulator else None
+            )
+            losses.append(found)
+            if gradient is not None and dtype != accumulator:  # else it lies there
+                logits_of_part.copy_(gradient)
         if by_embeddings is not None:
             torch.mm(z, weight, out=by_embeddings[chunk])
         if wanted.weight:
@@ -77,7 +78,7 @@ def _head_pass(logits: LinearLogits, rows: CountedRows, wanted: _Wanted, dtype: 
             by_bias = z.sum(dim=0, dtype=accumulator) + (0.0 if by_bias is None else by_bias)
     if by_embeddings is not None and rows.columns is not None:
         rows.columns.add_up_(by_embeddings)
-    return _Pass(joined(losses), by_embeddings, by_weight, by_bias)
+    return _Pass(RowLosses.joined(losses), by_embeddings, by_weight, by_bias)
 
 
 def _added(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,7 +114,7 @@ class _LinearRows(torch.autograd.Function):
         )
         gradients = out.by_embeddings, out.by_weight, out.by_bias
         ctx.save_for_backward(embeddings, weight, bias, rows.indices, rows.targets, rows.coefficients, *gradients)
-        ctx.dtype, ctx.options, ctx.columns = dtype, rows.options._replace(with_correct=False), rows.columns
+        ctx.dtype, ctx.options, ctx.columns = dtype, rows.options, rows.columns
         ctx.like = embeddings.shape, embeddings.dtype, weight.dtype
         ctx.mark_non_differentiable(out.losses.nll)
         loss = out.losses.loss * rows.coefficients
@@ -127,7 +128,8 @@ class _LinearRows(torch.autograd.Function):
             by_embeddings, by_weight, by_bias = (g if g is None else scaled(g.data, grad) for g in gradients)
             ctx.has_gradients = False
         else:
-            rows = CountedRows(indices, targets, coefficients * grad, ctx.options, ctx.columns)
+            options = ctx.options._replace(with_correct=False)
+            rows = CountedRows(indices, targets, coefficients * grad, options, ctx.columns)
             out = _head_pass(LinearLogits(embeddings, weight, bias), rows, ctx.wanted, ctx.dtype)
             by_embeddings, by_weight, by_bias = out.by_embeddings, out.by_weight, out.by_bias
         shape, embeddings_dtype, weight_dtype = ctx.like

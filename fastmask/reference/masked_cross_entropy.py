@@ -96,13 +96,19 @@ class CountedRows(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """Of M rows: unweighted losses, and whether they are correct where asked for, [M, 1]; the gradient by the logits
-    where asked for, [M, V]."""
+    """Of M rows, [M, 1] each: unweighted losses, and whether they are correct, where asked for."""
 
     loss: Tensor
     nll: Tensor
     correct: Tensor | None
-    gradient: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: list[RowLosses]) -> RowLosses:
+        """Those of some rows after those of others."""
+        if len(parts) == 1:
+            return parts[0]
+        losses, nlls, corrects = zip(*parts, strict=True)
+        return cls(torch.cat(losses), torch.cat(nlls), None if corrects[0] is None else torch.cat(corrects))
 
 
 def chunk_rows(logits: Tensor, columns: Columns | None = None) -> int:
@@ -110,13 +116,15 @@ def chunk_rows(logits: Tensor, columns: Columns | None = None) -> int:
     return max(1, _CHUNK_ELEMENTS // logits.shape[-1]) if columns is None else CHUNK_ROWS
 
 
-def chunk_losses_(logits: Tensor, rows: CountedRows, with_gradient: bool, out: Tensor | None = None) -> RowLosses:
-    """The module's equations with w = 1, for the rows' logits [M, V]. A row whose target is no id is NaN.
+def chunk_losses_(
+    logits: Tensor, rows: CountedRows, with_gradient: bool, out: Tensor | None = None
+) -> tuple[RowLosses, Tensor | None]:
+    """The module's equations with w = 1, for the rows' logits [M, V]; and [M, V], the gradient of
+    sum_m coefficients_m loss_m, where asked for. A row whose target is no id is NaN.
 
     Args:
-        with_gradient: of sum_m coefficients_m loss_m.
-        out: [M, V], overwritten, where the gradient lies, in the dtype of the coefficients; may be the logits, and is
-            new memory where it is None.
+        out: [M, V], overwritten, where the gradient lies, in the dtype of the coefficients; may be the logits. None
+            for memory of its own.
     """
     options = rows.options
     columns = Columns.whole(logits.shape[-1]) if rows.columns is None else rows.columns
@@ -192,7 +200,7 @@ def chunk_losses_(logits: Tensor, rows: CountedRows, with_gradient: bool, out: T
             gradient[:, excluded] = 0.0
         if columns.width == 0:
             gradient = gradient[:, :0]
-    return RowLosses(loss, nll, correct, gradient)
+    return RowLosses(loss, nll, correct), gradient
 
 
 def _places(targets: Tensor, columns: Columns) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -207,14 +215,6 @@ def _places(targets: Tensor, columns: Columns) -> tuple[Tensor, Tensor | None, T
 def _where(values: Tensor, condition: Tensor | None, otherwise: float) -> Tensor:
     """The values where a condition holds; None for everywhere."""
     return values if condition is None else values.where(condition, otherwise)
-
-
-def joined(parts: list[RowLosses]) -> RowLosses:
-    """The losses of some rows after those of others; no gradients."""
-    if len(parts) == 1:
-        return parts[0]
-    losses, nlls, corrects, _ = zip(*parts, strict=True)
-    return RowLosses(torch.cat(losses), torch.cat(nlls), None if corrects[0] is None else torch.cat(corrects))
 
 
 class _MaskedRows(torch.autograd.Function):
@@ -267,21 +267,20 @@ def _pass(
         gradient = torch.zeros_like(logits) if is_spread else logits.new_empty(count, logits.shape[-1])
     losses = []
     for chunk, part in rows.parts(chunk_rows(logits, rows.columns)):
-        out = gradient[chunk] if gradient is not None and is_exact and not is_spread else None
+        place = gradient[chunk] if gradient is not None and is_exact and not is_spread else None
         if part.indices is None:
             z = logits[chunk]
         else:
-            z = torch.index_select(logits, 0, part.indices, out=out)
-            out = z if is_exact else None
-        found = chunk_losses_(z, part, with_gradient, out)
-        losses.append(found._replace(gradient=None))
-        if gradient is None:
-            continue
-        if is_spread:
-            gradient.index_copy_(0, part.indices, found.gradient)
-        elif not is_exact:
-            gradient[chunk] = found.gradient
-    return joined(losses), gradient
+            z = torch.index_select(logits, 0, part.indices, out=place)
+            place = z if is_exact else None
+        found, by_logits = chunk_losses_(z, part, with_gradient, place)
+        losses.append(found)
+        if gradient is not None and by_logits is not None:
+            if is_spread and part.indices is not None:
+                gradient.index_copy_(0, part.indices, by_logits)
+            elif not is_exact:
+                gradient[chunk] = by_logits
+    return RowLosses.joined(losses), gradient
 
 
 def scaled(gradient: Tensor, grad: Tensor) -> Tensor:
