@@ -35,7 +35,7 @@ _CHUNK_ELEMENTS = 2**20
 # Rows of which ranks that split the vocabulary speak at once: enough for messages and matrix products, few enough for
 # memory (1024 x 50257 float32: 196 MiB).
 CHUNK_ROWS = 1024
-# Beyond it e_target may be subnormal, and nothing at the other side of the logarithm is near 1.
+# Odds against the target of which it may be a subnormal number: its logarithm is then taken from the logits.
 _FAR = 2.0**100
 
 
@@ -184,14 +184,16 @@ def chunk_losses_(
 
     gradient = None
     if with_gradient:
-        at_target = -others
+        over_total = rows.coefficients / total
+        at_target = -rows.coefficients * (others / total)
         if label_smoothing > 0.0:
-            at_target = label_smoothing * e_target - (1.0 - label_smoothing) * others
+            at_target = (1.0 - label_smoothing) * at_target + label_smoothing * (over_total * e_target)
         if by_lse is not None:
-            e *= 1.0 + by_lse
-            at_target += by_lse * e_target
-        e.scatter_(-1, target, at_target if is_here is None else at_target.where(is_here, e.gather(-1, target)))
-        gradient = e.mul_(rows.coefficients / total)
+            at_target += by_lse * over_total * e_target
+        gradient = e.mul_(over_total if by_lse is None else (1.0 + by_lse) * over_total)
+        gradient.scatter_(
+            -1, target, at_target if is_here is None else at_target.where(is_here, gradient.gather(-1, target))
+        )
         if label_smoothing > 0.0:
             gradient -= label_smoothing / num_allowed * rows.coefficients
         if slope is not None:
