@@ -10,13 +10,12 @@ gradient is summed over the ranks.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmask._autograd import first_order_only
+from fastmask._autograd import first_order_only, without_autocast
 from fastmask.records import CrossEntropy, LinearLogits, LossOptions, LossRows, Reduction
 from fastmask.reference.masked_cross_entropy import (
     CHUNK_ROWS,
@@ -185,14 +184,12 @@ def of_columns(
         is_masked = torch.zeros_like(targets, dtype=torch.bool).flatten()
         rows = rows._replace(is_masked=is_masked.index_fill_(0, listed, True).view(targets.shape))
     device_type = embeddings.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    dtype = embeddings.dtype
-    if autocast and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    autocast = torch.is_autocast_enabled(device_type) and embeddings.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device_type) if autocast else embeddings.dtype
     is_reduced, accumulator = reduction.kind != "none", torch.promote_types(embeddings.dtype, torch.float32)
     counted = CountedRows.of(rows, reduction, options, columns, accumulator)
     # Autocast itself would leak into the float32 parts.
-    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+    with without_autocast(device_type):
         loss, nll, correct = _LinearRows.apply(
             embeddings.flatten(0, -2), logits.weight, logits.bias, counted, dtype, is_reduced, torch.is_grad_enabled()
         )
