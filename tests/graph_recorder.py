@@ -6,14 +6,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastmask.reference import _few_samples_in_numpy, _philox_in_numpy, vocabulary_filter
+from fastmask.reference import _few_samples_in_numpy, _philox_in_numpy, mask_sampling, vocabulary_filter
 
 WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
 
 
 def without_numpy(monkeypatch) -> None:
     """The reference as on a GPU: without the short ways that it takes on a CPU only."""
-    for module in (vocabulary_filter, _philox_in_numpy, _few_samples_in_numpy):
+    for module in (vocabulary_filter, mask_sampling, _philox_in_numpy, _few_samples_in_numpy):
         monkeypatch.setattr(module, "np", None)
 
 

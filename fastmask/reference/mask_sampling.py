@@ -7,6 +7,7 @@ the weight and for Bernoulli masks, BERT (https://arxiv.org/abs/1810.04805) for 
 One random key a position decides everything: the k smallest keys are the masked set, and since the
 rank inside that set is itself a uniform permutation, ranks [0, a) keep their token, [a, a + b) get
 a random one and [a + b, k) get the mask. The complement is the ranks from k on, by the same rule.
+A rank is below r where the key is below the r-th of the sorted keys.
 """
 
 from __future__ import annotations
@@ -17,8 +18,16 @@ import torch
 from torch import Tensor
 
 from fastmask import _streams as streams
+from fastmask._devices import is_readable
 from fastmask.records import Draws, MaskedTokens, Masking, RandomIds, ScheduleValues
 from fastmask.reference import philox
+
+try:
+    import numpy as np
+except ImportError:  # torch runs without it
+    np = None  # type: ignore[assignment]
+
+_BEYOND = torch.iinfo(torch.int64).max
 
 
 def draw_times(draws: Draws, batch: int, masking: Masking) -> Tensor:
@@ -93,17 +102,18 @@ def mask_sampling(
         threshold = (ratios.clamp(0.0, 1.0) * 2.0**32).long()
         is_below = bernoulli_word < threshold[:, None]
         is_masked = candidate & (~is_below if masking.complement else is_below)
-        counts = is_masked.sum(dim=-1)
-        rank = _rank(key, is_masked)
+        counts, first = is_masked.sum(dim=-1), None
+        ordered = _sorted(key, is_masked)
         ratios = 1.0 - ratios if masking.complement else ratios
     else:
         if counts is None:
             counts = exact_counts(ratios, num_candidates)
-        counts = counts.clamp(min=0).minimum(num_candidates)
-        rank = _rank(key, candidate)
+        counts, first = counts.clamp(min=0).minimum(num_candidates), None
+        ordered = _sorted(key, candidate)
+        is_masked = candidate & _are_first(key, ordered, counts)
         if masking.complement:
-            rank, counts = rank - counts[:, None], num_candidates - counts
-        is_masked = (rank >= 0) & (rank < counts[:, None])
+            first, counts = counts, num_candidates - counts
+            is_masked = candidate & ~is_masked
 
     if masking.no_replace_prob == 0.0 and masking.random_token_prob == 0.0:
         masked_ids = tokens.masked_fill(is_masked, masking.mask_id)
@@ -111,7 +121,8 @@ def mask_sampling(
         if masking.gates_tokens:  # by the word that decided nothing yet
             kept, random = ((key_word if masking.bernoulli else bernoulli_word) < end for end in masking.gate_ends)
         else:
-            kept, random = (rank < end[:, None] for end in _ends_of_parts(counts, draws.seed, masking))
+            ends = _ends_of_parts(counts, draws.seed, masking)
+            kept, random = (_are_first(key, ordered, end if first is None else first + end) for end in ends)
         ids = _draw_ids((id_high, id_low), masking, random_ids).to(tokens.dtype)
         visible = torch.where(kept, tokens, torch.where(random, ids, masking.mask_id))
         masked_ids = torch.where(is_masked, visible, tokens)
@@ -121,9 +132,19 @@ def mask_sampling(
         times,
         counts,
         loss_weights(slopes, ratios, counts, num_candidates, bernoulli=masking.bernoulli),
-        torch.nonzero_static(is_masked.flatten(), size=tokens.numel()).squeeze(-1),
+        _listed(is_masked.flatten()),
         counts.sum(),
     )
+
+
+def _listed(is_masked: Tensor) -> Tensor:
+    """The masked positions of [R], in order, then -1: [R] int64."""
+    if np is not None and is_readable(is_masked):  # four times as fast as PyTorch's
+        row_indices = np.full(is_masked.shape, -1)
+        positions = np.flatnonzero(is_masked.numpy())
+        row_indices[: positions.size] = positions
+        return torch.from_numpy(row_indices)
+    return torch.nonzero_static(is_masked, size=is_masked.numel()).squeeze(-1)
 
 
 def exact_counts(ratios: Tensor, num_candidates: Tensor) -> Tensor:
@@ -162,11 +183,19 @@ def gate_counts(
     return kept, random.minimum(remaining).where(random_coin, 0)
 
 
-def _rank(key: Tensor, candidate: Tensor) -> Tensor:
-    """The rank of each key among its row's candidates; the others come last."""
-    order = key.where(candidate, torch.iinfo(torch.int64).max).argsort(dim=-1)
-    ranks = torch.arange(key.shape[-1], device=key.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, ranks)
+def _sorted(key: Tensor, candidate: Tensor) -> Tensor:
+    """The keys of each row's candidates in order [B, N + 1], and behind them what no key reaches."""
+    keys = key.new_full((key.shape[0], key.shape[1] + 1), _BEYOND)
+    keys[:, :-1] = key.where(candidate, _BEYOND)
+    if np is not None and is_readable(keys):  # six times as fast as PyTorch's
+        keys.numpy().sort(axis=-1)
+        return keys
+    return keys.sort(dim=-1).values
+
+
+def _are_first(key: Tensor, ordered: Tensor, counts: Tensor) -> Tensor:
+    """Which candidates' keys [B, N] are among the first counts [B] of their row's, in order."""
+    return key < ordered.gather(-1, counts[:, None])
 
 
 def _ends_of_parts(counts: Tensor, seed: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
@@ -183,4 +212,4 @@ def _draw_ids(words: tuple[Tensor, Tensor], masking: Masking, random_ids: Random
         return random_ids.ids[philox.below(random_ids.num_ids, *words)]
     skips_mask = not masking.random_may_be_mask and masking.mask_id < masking.num_tokens
     ids = philox.below(masking.num_tokens - skips_mask, *words)
-    return ids + (ids >= masking.mask_id) if skips_mask else ids
+    return ids.add_(ids >= masking.mask_id) if skips_mask else ids

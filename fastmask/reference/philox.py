@@ -112,4 +112,4 @@ def gumbel(high: Tensor, low: Tensor) -> Tensor:
 
 def below(n: int | Tensor, high: Tensor, low: Tensor) -> Tensor:
     """An integer uniform on [0, n), n <= 2**31: the leading bits of n times a 64-bit fraction."""
-    return (high * n + ((low * n) >> 32)) >> 32
+    return (low * n).bitwise_right_shift_(32).add_(high * n).bitwise_right_shift_(32)
