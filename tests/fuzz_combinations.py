@@ -202,22 +202,24 @@ class Step(NamedTuple):
 def taken(door: Door, call: Call) -> Step:
     """The step, what it hands from one part to the other overheard."""
     module, told = importlib.import_module("fastmask.ops.demask_step"), {}
-    remask_ = module.remask_
+    remask_ = module.remask_checked_
 
-    def overheard(ids, is_masked, rows, starts, values, **options):
-        told.update(ids=ids.clone(), values=values.clone(), noise_scale=options["noise_scale"])
+    def overheard(ids, is_masked, listed, values, *others):
+        *_, remasking, _ = others
+        told.update(ids=ids.clone(), values=values.clone(), noise_scale=remasking.noise_scale)
         before = is_masked.clone()
 
         def again(proposed, figures):
-            written = proposed.to(ids.device, copy=True), before.clone(), torch.empty_like(rows)
-            remask_(*written, starts, figures[..., 1].contiguous().to(ids.device), **options)
-            return [written[0].cpu(), written[1].cpu(), written[2].cpu().view(shape)]
+            written = proposed.to(ids.device, copy=True), before.clone()
+            rows = listed._replace(row_indices=torch.empty_like(listed.row_indices))
+            remask_(*written, rows, figures[..., 1].contiguous().to(ids.device), *others)
+            return [written[0].cpu(), written[1].cpu(), rows.row_indices.cpu().view(shape)]
 
         told["again"] = again
-        remask_(ids, is_masked, rows, starts, values, **options)
+        remask_(ids, is_masked, listed, values, *others)
 
     shape = len(call.ids), call.options.get("max_masked", call.ids.shape[1])
-    with patch.object(module, "remask_", overheard):
+    with patch.object(module, "remask_checked_", overheard):
         out = door.demask_step(call.logits, call.ids, call.is_masked, **call.options)
     figures = torch.stack([out.log_probs, told["values"].cpu().float()], -1)
     selection = [out.ids, out.is_masked, out.row_indices.view(shape)]
