@@ -240,6 +240,7 @@ def differentiable(
         setup_context: gets arguments and outputs as the function does.
     """
     signature = operation.signature
+    assert signature.returns_record, "its first output is differentiable, the others are not"
 
     class Derivative(torch.autograd.Function):
         @staticmethod

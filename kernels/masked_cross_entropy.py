@@ -221,7 +221,7 @@ def _prepare(logits: Tensor, num_rows: int, options: LossOptions) -> _Prepared:
     return _prepared(num_rows, logits.shape, logits.stride(), offset, logits.dtype, options, hardware)
 
 
-@functools.lru_cache(maxsize=1024)  # nothing here is traced, and numbers that are equal give equal ones
+@functools.lru_cache(maxsize=1024)  # nothing here is traced, and options are plain numbers
 def _prepared(
     num_rows: int,
     shape: torch.Size,

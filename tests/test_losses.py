@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from losses import draw, draw_targets
 from torch.autograd import forward_ad
 
 from fastmask import functional
+from fastmask.ops.masked_cross_entropy import checked_loss_options
 
 OPERATION = "linear_masked_cross_entropy"
 V, D = 9, 5
@@ -128,6 +131,22 @@ def test_targets_out_of_range_are_nan_behind_a_head(backend, target, reduction):
     assert not out.correct[0, 2]
     (gradient,) = torch.autograd.grad(out.loss.sum(), x)
     assert gradient.isnan().any(-1).nonzero().tolist() == [[0, 2]]
+
+
+def test_backward_takes_no_notice_of_autocast(loss_of):
+    logits, targets = draw(2, 3, V).requires_grad_(), draw_targets(2, 3, vocabulary=V)
+    gradients = []
+    for is_enabled in (False, True):
+        loss = loss_of(logits, targets, reduction="none").loss.sum()
+        with torch.autocast(loss.device.type, torch.bfloat16, enabled=is_enabled):
+            gradients += torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_options_reach_kernels_as_plain_numbers():
+    """Kernels are compiled, and what is prepared is kept, for a float and for an int."""
+    found = checked_loss_options(8, np.float32(0.5), 0, Fraction(5), np.int64(3), False)
+    assert [type(option) for option in found] == [float, float, float, int, bool]
 
 
 # ---- where derivatives end ----

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastmask import _check, _dispatch, vocabulary_parallel
 from fastmask.ops.masked_cross_entropy import (
     LossKeywords,
-    check_loss_options,
     check_num_tokens,
+    checked_loss_options,
     loss_reduction,
     loss_rows,
     not_ignored,
@@ -85,9 +85,8 @@ def linear_masked_cross_entropy(
     _check.flag("check", check)
     rows = loss_rows(embeddings, targets, is_masked, weights)
     reducing = loss_reduction(embeddings, reduction, denominator)
-    loss_options = LossOptions(**options)
     num_tokens = check_num_tokens(num_tokens, len(weight))
-    check_loss_options(num_tokens, *loss_options)
+    loss_options = checked_loss_options(num_tokens, *LossOptions(**options))
     if row_indices is not None:
         if is_masked is not None:
             raise ValueError("expected is_masked or row_indices, received both; leave one out")

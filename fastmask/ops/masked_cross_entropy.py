@@ -92,7 +92,8 @@ def masked_cross_entropy(
         forward-mode tangents: derivatives are reverse-mode only.
 
     Compiled: the kernels are one operator in a graph. PyTorch's code (backend "reference") computes as many rows as
-    are masked, which no graph holds: torch.compile splits the graph there, and refuses with fullgraph=True.
+    are masked, which no graph holds: with a mask or weights torch.compile splits the graph there, and refuses with
+    fullgraph=True.
 
     Randomness: none.
 
@@ -114,8 +115,7 @@ def masked_cross_entropy(
     num_tokens = check_num_tokens(num_tokens, logits.shape[-1])
     rows = loss_rows(logits, targets, is_masked, weights)
     reducing = loss_reduction(logits, reduction, denominator)
-    options = LossOptions(label_smoothing, z_loss, softcap, exclude_id, with_correct)
-    check_loss_options(num_tokens, *options)
+    options = checked_loss_options(num_tokens, label_smoothing, z_loss, softcap, exclude_id, with_correct)
     tensors = {"logits": logits, **rows._asdict()}
     _check.same_device(**tensors)
     _check.plain(**tensors, denominator=reducing.denominator)
@@ -197,23 +197,25 @@ def _check_constant(name: str, value: Tensor) -> None:
 
 
 @memoised
-def check_loss_options(
+def checked_loss_options(
     num_tokens: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
     exclude_id: int | None,
     with_correct: bool,
-) -> None:
-    """The fields of a LossOptions are in range for so many columns."""
+) -> LossOptions:
+    """Options in range for so many columns, as plain floats and ints."""
     _check.flag("with_correct", with_correct)
     _check.number("label_smoothing", label_smoothing, 0.0, 1.0)
     _check.number("z_loss", z_loss, 0.0)
     check_softcap(softcap)
     if exclude_id is not None:
-        _check.integer("exclude_id", exclude_id, 0, num_tokens)
+        exclude_id = _check.integer("exclude_id", exclude_id, 0, num_tokens)
         if num_tokens == 1:
             raise ValueError("expected a column besides exclude_id, received logits with V = 1")
+    softcap = None if softcap is None else float(softcap)
+    return LossOptions(float(label_smoothing), float(z_loss), softcap, exclude_id, with_correct)
 
 
 def check_softcap(softcap: float | None) -> None:

@@ -129,7 +129,8 @@ class _LinearRows(torch.autograd.Function):
         else:
             options = ctx.options._replace(with_correct=False)
             rows = CountedRows(indices, targets, coefficients * grad, options, ctx.columns)
-            out = _head_pass(LinearLogits(embeddings, weight, bias), rows, ctx.wanted, ctx.dtype)
+            with without_autocast(embeddings.device.type):
+                out = _head_pass(LinearLogits(embeddings, weight, bias), rows, ctx.wanted, ctx.dtype)
             by_embeddings, by_weight, by_bias = out.by_embeddings, out.by_weight, out.by_bias
         shape, embeddings_dtype, weight_dtype = ctx.like
         if by_embeddings is not None:

@@ -102,8 +102,7 @@ def mask_sampling(
         threshold = (ratios.clamp(0.0, 1.0) * 2.0**32).long()
         is_below = bernoulli_word < threshold[:, None]
         is_masked = candidate & (~is_below if masking.complement else is_below)
-        counts, first = is_masked.sum(dim=-1), None
-        ordered = _sorted(key, is_masked)
+        counts, first, ordered = is_masked.sum(dim=-1), None, None
         ratios = 1.0 - ratios if masking.complement else ratios
     else:
         if counts is None:
@@ -121,6 +120,7 @@ def mask_sampling(
         if masking.gates_tokens:  # by the word that decided nothing yet
             kept, random = ((key_word if masking.bernoulli else bernoulli_word) < end for end in masking.gate_ends)
         else:
+            ordered = _sorted(key, is_masked) if ordered is None else ordered
             ends = _ends_of_parts(counts, draws.seed, masking)
             kept, random = (_are_first(key, ordered, end if first is None else first + end) for end in ends)
         ids = _draw_ids((id_high, id_low), masking, random_ids).to(tokens.dtype)
@@ -140,7 +140,7 @@ def mask_sampling(
 def _listed(is_masked: Tensor) -> Tensor:
     """The masked positions of [R], in order, then -1: [R] int64."""
     if np is not None and is_readable(is_masked):  # four times as fast as PyTorch's
-        row_indices = np.full(is_masked.shape, -1)
+        row_indices = np.full(is_masked.shape, -1, np.int64)
         positions = np.flatnonzero(is_masked.numpy())
         row_indices[: positions.size] = positions
         return torch.from_numpy(row_indices)
@@ -176,7 +176,7 @@ def gate_counts(
     f = 1 - p_keep, p_random f a double rounded to float32. Where a coin is False its count is 0, and f is
     1 where the first is.
     """
-    kept = (counts.float() * no_replace_prob).ceil().long().where(keep_coin, 0)
+    kept = (counts.float() * no_replace_prob).ceil().long().minimum(counts).where(keep_coin, 0)
     remaining = counts - kept
     after_keep = remaining.float() * (random_token_prob * (1.0 - no_replace_prob))
     random = torch.where(keep_coin, after_keep, remaining.float() * random_token_prob).ceil().long()

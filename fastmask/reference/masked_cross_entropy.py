@@ -123,7 +123,7 @@ def chunk_losses_(
     sum_m coefficients_m loss_m, where asked for. A row whose target is no id is NaN.
 
     Args:
-        out: [M, V], overwritten, where the gradient lies, in the dtype of the coefficients; may be the logits. None
+        out: [M, V], overwritten, where the gradient lies, float32 (float64 of float64); may be the logits. None
             for memory of its own.
     """
     options = rows.options
