@@ -38,6 +38,14 @@ def is_plain(x: Tensor) -> bool:
     return type(x) is Tensor
 
 
+def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
+    """The loss by the reduction, of the rows' losses."""
+    if reduction.kind == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction.denominator is None else total.div_(reduction.denominator)
+
+
 def with_denominator(reduction: Reduction, rows: LossRows) -> Reduction:
     """The reduction, a mean's denominator put in where it is the number of rows that count."""
     if reduction.kind != "mean" or reduction.denominator is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastmask._autograd import first_order_only, without_autocast
 from fastmask.kernels import _launch
-from fastmask.kernels._losses import is_plain, scale_, with_denominator
+from fastmask.kernels._losses import is_plain, reduced, scale_, with_denominator
 from fastmask.kernels._operator import differentiable, operator
 from fastmask.kernels.masked_cross_entropy import losses_and_gradient
 from fastmask.records import CrossEntropy, LinearLogits, LossOptions, LossRows, Reduction
@@ -248,10 +248,7 @@ def _operation(
     """
     with without_autocast(logits.embeddings.device.type):  # it would reach the float32 parts
         out = _chunked(logits, rows, masked, reduction.denominator, upstream, options, products)
-    if reduction.kind == "none":
-        return out
-    total = out.loss.sum()
-    return out._replace(loss=total if reduction.denominator is None else total.div_(reduction.denominator))
+    return out._replace(loss=reduced(out.loss, reduction))
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Outputs) -> None:

@@ -32,7 +32,7 @@ from fastmask.kernels import _launch
 from fastmask.kernels import _logit_rows as logit_rows
 from fastmask.kernels import _row_softmax as row_softmax
 from fastmask.kernels._loss_plan import Plan, pieces_of_a_row, plan
-from fastmask.kernels._losses import is_plain, scale_, with_denominator
+from fastmask.kernels._losses import is_plain, reduced, scale_, with_denominator
 from fastmask.kernels._operator import differentiable, operator
 from fastmask.kernels._short_losses import short_rows_kernel
 from fastmask.records import CrossEntropy, LossOptions, LossRows, Reduction
@@ -247,11 +247,12 @@ def _prepared(
 
 def _arguments(logits: Tensor, rows: LossRows, prepared: _Prepared) -> dict[str, Any]:
     """The arguments that all kernels take."""
+    targets, is_masked, weights = rows.contiguous()
     return prepared.arguments | {
         "x_ptr": logits,
-        "targets_ptr": rows.targets.contiguous(),
-        "is_masked_ptr": None if rows.is_masked is None else rows.is_masked.contiguous(),
-        "weights_ptr": None if rows.weights is None else rows.weights.contiguous(),
+        "targets_ptr": targets,
+        "is_masked_ptr": is_masked,
+        "weights_ptr": weights,
     }
 
 
@@ -343,10 +344,7 @@ def _reduced(
 ) -> RowLosses:
     """The rows' losses, the loss by the reduction; ``gradient`` is filled with that of a sum or mean."""
     losses = losses_and_gradient(logits, rows, reduction.denominator, options, gradient)
-    if reduction.kind == "none":
-        return losses
-    total = losses.loss.sum()
-    return RowLosses(total if reduction.denominator is None else total.div_(reduction.denominator), *losses[1:])
+    return RowLosses(reduced(losses.loss, reduction), *losses[1:])
 
 
 def _fake(
@@ -478,7 +476,7 @@ def masked_cross_entropy(
     inplace_grad = inplace_grad and logits.is_contiguous() and not is_compiling
     logits = logits if logits.ndim <= 3 else logits.flatten(0, -2)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    rows = rows.contiguous()
+    rows = rows.contiguous()  # copied, if they must be, once: backward has them too
     if in_forward and inplace_grad:
         others: list[Any] = []
         out = RowLosses(_InPlace.apply(logits, rows, reduction, options, others), *others)

@@ -11,7 +11,6 @@ from fastmask import _check
 from fastmask.ops.judging import Judge, put_back
 from fastmask.ops.remask import check_windows, checked_remasking, remask_checked_
 from fastmask.ops.sample_tokens import (
-    as_forbidden,
     check_per_sequence,
     checked_logits,
     checked_options,
@@ -172,10 +171,8 @@ def demask_step(
     sampled = judge.room(new.ids, new.log_probs)
     with_margin, with_entropy = sampled.margins is not None, sampled.entropies is not None
     sampling, per_sequence = checked_options(
-        (temperature, top_k, min_p, top_p), num_ids, mask_id, with_margin, with_entropy, processed
+        (temperature, top_k, min_p, top_p), forbidden, device, num_ids, mask_id, with_margin, with_entropy, processed
     )
-    if forbidden is not None:
-        sampling = sampling._replace(forbidden=as_forbidden(forbidden, num_ids, device, sampling.mask_id))
     rows, _ = sampled_rows(name, source, row_indices, length)
     rows = check_per_sequence(name, source, per_sequence, rows._replace(num_places=ids.numel()), sampled)
     sample_checked(logits, rows, draws, sampling, None, sampled, per_sequence, backend)

@@ -128,10 +128,9 @@ def sample_tokens(
     name, source, num_ids = checked_logits(logits)
     rows, shape = sampled_rows(name, source, row_indices, seq_len)
     sampling, per_sequence = checked_options(
-        (temperature, top_k, min_p, top_p), num_ids, mask_id, with_margin, with_entropy, processed
-    )
-    if forbidden is not None:
-        sampling = sampling._replace(forbidden=as_forbidden(forbidden, num_ids, source.device, sampling.mask_id))
+        (temperature, top_k, min_p, top_p), forbidden, source.device,
+        num_ids, mask_id, with_margin, with_entropy, processed,
+    )  # fmt: skip
     kept_ids = _checked_kept_ids(name, source, kept_ids, shape)
     if out is not None:
         _check_out(name, source, out, rows, sampling)
@@ -229,18 +228,27 @@ def sampled_rows(
 _OfSampling: TypeAlias = "tuple[Any, Any, Any, Any]"
 
 
-def checked_options(options: _OfSampling, num_ids: int, *others: Any) -> tuple[Sampling, PerSequence | None]:
+def checked_options(
+    options: _OfSampling,
+    forbidden: Tensor | Sequence[int] | None,
+    device: torch.device,
+    num_ids: int,
+    *others: Any,
+) -> tuple[Sampling, PerSequence | None]:
     """What a sampler over so many ids is told for all sequences, and what each has of its own, if anything.
 
     options: temperature, top_k, min_p and top_p. others: mask_id, with_margin, with_entropy and processed.
     """
-    if not any([isinstance(option, Tensor) for option in options]):
-        return _checked_sampling(num_ids, *options, *others), None
-    own = PerSequence(*[option if isinstance(option, Tensor) else None for option in options])
-    shared: list[Any] = [None if isinstance(option, Tensor) else option for option in options]
-    if own.temperature is not None:
-        shared[0] = 1.0
-    return _checked_sampling(num_ids, *shared, *others), own
+    own = None
+    shared: Sequence[Any] = options
+    if any([isinstance(option, Tensor) for option in options]):
+        own = PerSequence(*[option if isinstance(option, Tensor) else None for option in options])
+        temperature, *filters = (None if isinstance(option, Tensor) else option for option in options)
+        shared = 1.0 if own.temperature is not None else temperature, *filters
+    sampling = _checked_sampling(num_ids, *shared, *others)
+    if forbidden is not None:
+        sampling = sampling._replace(forbidden=as_forbidden(forbidden, num_ids, device, sampling.mask_id))
+    return sampling, own
 
 
 def check_per_sequence(

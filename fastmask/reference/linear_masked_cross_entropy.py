@@ -57,24 +57,25 @@ def _head_pass(logits: LinearLogits, rows: CountedRows, wanted: _Wanted, dtype: 
     by_embeddings = weight.new_empty(rows.targets.shape[0], weight.shape[-1]) if wanted.embeddings else None
     by_weight = by_bias = None
     losses = []
-    for chunk, of_chunk in rows.parts(CHUNK_ROWS):
-        x = embeddings[chunk] if of_chunk.indices is None else embeddings.index_select(0, of_chunk.indices)
-        x = x.to(dtype)
-        z = torch.nn.functional.linear(x, weight, bias)
-        for part, of_part in of_chunk.parts(chunk_rows(z, rows.columns)):
-            logits_of_part = z[part]
-            found, gradient = chunk_losses_(
-                logits_of_part, of_part, with_gradient, logits_of_part if dtype == accumulator else None
-            )
-            losses.append(found)
-            if gradient is not None and dtype != accumulator:  # else it lies there
-                logits_of_part.copy_(gradient)
-        if by_embeddings is not None:
-            torch.mm(z, weight, out=by_embeddings[chunk])
-        if wanted.weight:
-            by_weight = _added(by_weight, z.mT, x, accumulator)
-        if wanted.bias:
-            by_bias = z.sum(dim=0, dtype=accumulator) + (0.0 if by_bias is None else by_bias)
+    with without_autocast(embeddings.device.type):  # it would leak into the float32 parts, of backward too
+        for chunk, of_chunk in rows.parts(CHUNK_ROWS):
+            x = embeddings[chunk] if of_chunk.indices is None else embeddings.index_select(0, of_chunk.indices)
+            x = x.to(dtype)
+            z = torch.nn.functional.linear(x, weight, bias)
+            for part, of_part in of_chunk.parts(chunk_rows(z, rows.columns)):
+                logits_of_part = z[part]
+                found, gradient = chunk_losses_(
+                    logits_of_part, of_part, with_gradient, logits_of_part if dtype == accumulator else None
+                )
+                losses.append(found)
+                if gradient is not None and dtype != accumulator:  # else it lies there
+                    logits_of_part.copy_(gradient)
+            if by_embeddings is not None:
+                torch.mm(z, weight, out=by_embeddings[chunk])
+            if wanted.weight:
+                by_weight = _added(by_weight, z.mT, x, accumulator)
+            if wanted.bias:
+                by_bias = z.sum(dim=0, dtype=accumulator) + (0.0 if by_bias is None else by_bias)
     if by_embeddings is not None and rows.columns is not None:
         rows.columns.add_up_(by_embeddings)
     return _Pass(RowLosses.joined(losses), by_embeddings, by_weight, by_bias)
@@ -129,8 +130,7 @@ class _LinearRows(torch.autograd.Function):
         else:
             options = ctx.options._replace(with_correct=False)
             rows = CountedRows(indices, targets, coefficients * grad, options, ctx.columns)
-            with without_autocast(embeddings.device.type):
-                out = _head_pass(LinearLogits(embeddings, weight, bias), rows, ctx.wanted, ctx.dtype)
+            out = _head_pass(LinearLogits(embeddings, weight, bias), rows, ctx.wanted, ctx.dtype)
             by_embeddings, by_weight, by_bias = out.by_embeddings, out.by_weight, out.by_bias
         shape, embeddings_dtype, weight_dtype = ctx.like
         if by_embeddings is not None:
@@ -189,11 +189,9 @@ def of_columns(
     dtype = torch.get_autocast_dtype(device_type) if autocast else embeddings.dtype
     is_reduced, accumulator = reduction.kind != "none", torch.promote_types(embeddings.dtype, torch.float32)
     counted = CountedRows.of(rows, reduction, options, columns, accumulator)
-    # Autocast itself would leak into the float32 parts.
-    with without_autocast(device_type):
-        loss, nll, correct = _LinearRows.apply(
-            embeddings.flatten(0, -2), logits.weight, logits.bias, counted, dtype, is_reduced, torch.is_grad_enabled()
-        )
+    loss, nll, correct = _LinearRows.apply(
+        embeddings.flatten(0, -2), logits.weight, logits.bias, counted, dtype, is_reduced, torch.is_grad_enabled()
+    )
     if not is_reduced:
         loss = counted.scattered(loss, targets.shape)
     if num_masked is not None:

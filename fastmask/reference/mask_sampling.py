@@ -97,17 +97,18 @@ def mask_sampling(
 
     candidate = torch.ones_like(tokens, dtype=torch.bool) if maskable is None else maskable
     num_candidates = candidate.sum(dim=-1)
+    first = ordered = None  # where the complement's ranks begin; the keys in order, where they are known
     if masking.bernoulli:
         # Compared as 32-bit integers: ratio 1 masks everything, ratio 0 nothing.
         threshold = (ratios.clamp(0.0, 1.0) * 2.0**32).long()
         is_below = bernoulli_word < threshold[:, None]
         is_masked = candidate & (~is_below if masking.complement else is_below)
-        counts, first, ordered = is_masked.sum(dim=-1), None, None
+        counts = is_masked.sum(dim=-1)
         ratios = 1.0 - ratios if masking.complement else ratios
     else:
         if counts is None:
             counts = exact_counts(ratios, num_candidates)
-        counts, first = counts.clamp(min=0).minimum(num_candidates), None
+        counts = counts.clamp(min=0).minimum(num_candidates)
         ordered = _sorted(key, candidate)
         is_masked = candidate & _are_first(key, ordered, counts)
         if masking.complement:
